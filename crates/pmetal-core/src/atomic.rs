@@ -1,0 +1,103 @@
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use tempfile::{Builder, NamedTempFile, TempDir};
+
+use crate::{Error, Result};
+
+/// A folder that is filled beside its final place and takes it in one step, so that a reader meets it whole or not at all.
+///
+/// Dropped without [`StagedDir::commit`], it leaves nothing behind.
+pub struct StagedDir {
+    staged: TempDir,
+    target: PathBuf,
+}
+
+impl StagedDir {
+    /// Starts a folder that will become `target`. Fails where the folder above `target` cannot be written.
+    pub fn new(target: &Path) -> Result<Self> {
+        let parent = parent_of(target);
+        fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        let staged = Builder::new().prefix(".pmetal-").tempdir_in(parent).map_err(Error::io("write to", parent))?;
+        Ok(Self { staged, target: target.to_path_buf() })
+    }
+
+    /// Where to write.
+    pub fn path(&self) -> &Path {
+        self.staged.path()
+    }
+
+    /// Syncs every file, then moves each into the target folder, replacing files of the same name and leaving others alone.
+    pub fn commit(self) -> Result<()> {
+        let entries = fs::read_dir(self.staged.path()).map_err(Error::io("read", self.staged.path()))?;
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(Error::io("read", self.staged.path()))?;
+            let path = entry.path();
+            fs::File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("sync", &path))?;
+            names.push(entry.file_name());
+        }
+        if !self.target.exists() {
+            let from = self.staged.keep();
+            return fs::rename(&from, &self.target).map_err(Error::io("create", &self.target));
+        }
+        for name in names {
+            let to = self.target.join(&name);
+            fs::rename(self.staged.path().join(&name), &to).map_err(Error::io("write", &to))?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes a file beside its place, syncs it, and renames it there.
+pub fn write_file(path: &Path, contents: &[u8]) -> Result<()> {
+    let parent = parent_of(path);
+    fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+    let mut file = NamedTempFile::new_in(parent).map_err(Error::io("write to", parent))?;
+    file.write_all(contents).and_then(|()| file.as_file().sync_all()).map_err(Error::io("write", path))?;
+    file.persist(path).map_err(|e| Error::Io { action: "write", path: path.to_path_buf(), source: e.error })?;
+    Ok(())
+}
+
+fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_staged_folder_appears_whole_or_not_at_all() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("out/adapter");
+        let staged = StagedDir::new(&target).unwrap();
+        fs::write(staged.path().join("a"), "1").unwrap();
+        assert!(!target.exists());
+        drop(staged);
+        assert!(fs::read_dir(target.parent().unwrap()).unwrap().next().is_none());
+
+        for contents in ["1", "2"] {
+            let staged = StagedDir::new(&target).unwrap();
+            fs::write(staged.path().join("a"), contents).unwrap();
+            staged.commit().unwrap();
+            assert_eq!(fs::read_to_string(target.join("a")).unwrap(), contents);
+        }
+        assert_eq!(fs::read_dir(target.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_where_the_folder_should_be_is_an_error_that_names_it() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("file");
+        write_file(&file, b"x").unwrap();
+        let message = write_file(&file.join("below"), b"y").unwrap_err().to_string();
+        assert!(message.contains("file"), "{message}");
+    }
+}

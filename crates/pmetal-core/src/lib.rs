@@ -1,0 +1,9 @@
+//! What every other crate of PMetal stands on: the choice of device and dtype, and files that appear whole or not at all.
+
+mod atomic;
+mod device;
+mod error;
+
+pub use atomic::{write_file, StagedDir};
+pub use device::{DTypeChoice, DeviceChoice};
+pub use error::{Error, Result};
