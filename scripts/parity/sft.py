@@ -1,0 +1,122 @@
+"""Eight optimizer steps as PEFT, transformers' schedules and torch's AdamW take them.
+
+crates/pmetal-trainer/tests/fixtures/
+    rows.jsonl              16 rows of unequal length, {"input_ids", "labels"}, labels -100 on the prompt
+    sft-{lora,full}/MODEL/  MODEL names a folder of crates/pmetal-models/tests/fixtures
+        start_adapter/      (lora) the adapter the runs start from
+        expected.json       per run: settings, losses, grad_norms (before clipping), learning_rates (used by the step)
+        RUN_adapter/        (lora) the adapter after run RUN
+        RUN.safetensors     (full) the weights after run RUN
+Rows are taken in file order, no shuffling. A step's loss is the sum over its targets in all its micro-batches, divided by their
+number. Weight decay reaches every trained tensor, norms included, as torch.optim.AdamW does by default.
+"""
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import save_file
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from parity.lora import ALL_LINEAR, save_adapter, with_random_adapter
+from parity.loss import summed_loss
+
+STEPS, WARMUP = 8, 2
+COMMON = dict(
+    learning_rate=1e-3, weight_decay=0.01, beta1=0.9, beta2=0.999, epsilon=1e-8, max_grad_norm=1.0, warmup_steps=WARMUP,
+    steps=STEPS, batch_size=2,
+)
+RUNS = {
+    "linear": dict(COMMON, scheduler="linear", gradient_accumulation_steps=1, epochs=1),
+    "accumulated": dict(COMMON, scheduler="linear", gradient_accumulation_steps=2, epochs=2),
+    "cosine": dict(COMMON, scheduler="cosine", gradient_accumulation_steps=1, epochs=1),
+}
+SCHEDULES = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
+
+
+def make_rows(vocab=96, count=16):
+    """Rows of 5 to 24 tokens with a prompt of 0 to 6 unsupervised ones."""
+    generator = torch.Generator().manual_seed(21)
+    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))
+    rows = []
+    for index in range(count):
+        ids = torch.randint(3, vocab, (draw(5, 25),), generator=generator)
+        labels = ids.clone()
+        labels[:min(index % 7, len(ids) - 2)] = -100
+        rows.append((ids, labels))
+    return rows
+
+
+def train(model, rows, settings):
+    """Runs the steps in place; the trained tensors are those that require a gradient."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    betas = (settings["beta1"], settings["beta2"])
+    optimizer = torch.optim.AdamW(
+        trained, lr=settings["learning_rate"], betas=betas, eps=settings["epsilon"], weight_decay=settings["weight_decay"]
+    )
+    schedule = SCHEDULES[settings["scheduler"]](optimizer, WARMUP, STEPS)
+    log = {"losses": [], "grad_norms": [], "learning_rates": []}
+    width = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    for step in range(STEPS):
+        chosen = [rows[(step * width + i) % len(rows)] for i in range(width)]
+        targets = sum(int((labels[1:] != -100).sum()) for _, labels in chosen)
+        loss = 0.0
+        for at in range(0, width, settings["batch_size"]):
+            micro = chosen[at:at + settings["batch_size"]]
+            total, _ = summed_loss(model, [ids for ids, _ in micro], [labels for _, labels in micro])
+            (total / targets).backward()
+            loss += total.item() / targets
+        norm = torch.nn.utils.clip_grad_norm_(trained, settings["max_grad_norm"])
+        log["losses"].append(loss)
+        log["grad_norms"].append(norm.item())
+        log["learning_rates"].append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return log
+
+
+def write_lora(folder, model_folder, load, rows, zero_b):
+    """All runs of one model from one start adapter."""
+    expected = {}
+    for run, settings in RUNS.items():
+        adapted = with_random_adapter(
+            load(model_folder), seed=31, zero_b=zero_b, r=4, lora_alpha=8, target_modules=ALL_LINEAR
+        )
+        save_adapter(adapted, folder / "start_adapter", base=model_folder.name)
+        expected[run] = {"settings": settings, **train(adapted, rows, settings)}
+        save_adapter(adapted, folder / f"{run}_adapter", base=model_folder.name)
+    return expected
+
+
+def write_full(folder, model_folder, load, rows):
+    """The plain run of one model with every weight trained."""
+    settings = RUNS["linear"]
+    model = load(model_folder)
+    log = train(model, rows, settings)
+    folder.mkdir(parents=True)
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(weights, folder / "linear.safetensors")
+    return {"linear": {"settings": settings, **log}}
+
+
+def write_all(models, load):
+    """Writes every training fixture; `models` is the folder of checkpoints and `load` opens one in f32."""
+    root = models.parents[2] / "pmetal-trainer/tests/fixtures"
+    rows = make_rows()
+    root.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"input_ids": ids.tolist(), "labels": labels.tolist()}) for ids, labels in rows]
+    (root / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    jobs = [
+        ("sft-lora", "llama", lambda *a: write_lora(*a, zero_b=True)),
+        ("sft-lora", "qwen3", lambda *a: write_lora(*a, zero_b=False)),
+        ("sft-full", "llama-tied", write_full),
+        ("sft-full", "qwen3", write_full),
+    ]
+    for kind, model, write in jobs:
+        folder = root / kind / model
+        shutil.rmtree(folder, ignore_errors=True)
+        expected = write(folder, models / model, load, rows)
+        (folder / "expected.json").write_text(json.dumps(expected, indent=2) + "\n")
+        for run, log in expected.items():
+            print(f"{kind}/{model}/{run}: loss {log['losses'][0]:.5f} to {log['losses'][-1]:.5f}")
