@@ -12,6 +12,7 @@ def with_random_adapter(model, seed, zero_b=False, **options):
     """The model wrapped by PEFT, A as PEFT draws it, B random (or zero, as PEFT starts)."""
     torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **options))
+    adapted.peft_config["default"].base_model_name_or_path = None  # a name would be looked up on the hub
     if not zero_b:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -21,12 +22,12 @@ def with_random_adapter(model, seed, zero_b=False, **options):
 
 def save_adapter(adapted, folder, base):
     """A PEFT folder whose bytes depend on nothing but the weights: no paths, sorted modules, no model card."""
-    adapted.peft_config["default"].base_model_name_or_path = base
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+    adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     config["target_modules"].sort()
+    config["base_model_name_or_path"] = base
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
