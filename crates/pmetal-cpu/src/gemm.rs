@@ -1,0 +1,335 @@
+//! Products of matrices of f32, bf16 and f16 in any layout, summed in f32.
+//!
+//! The scheme is that of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", 2008): the result is
+//! cut into blocks; for each, a slice of both operands along the sum is packed ([`crate::gemm_pack`]) into panels that stay
+//! in the caches, then tiles of the result are computed in registers ([`crate::gemm_kernel`]). bf16 and f16 widen while
+//! they are packed. Every element of the result is summed along `k` in the same order whatever the blocks are.
+
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use crate::Element;
+use crate::gemm_kernel::{Tile, product, tile, tile_of};
+use crate::gemm_pack::{Operand, pack_panel};
+use crate::scratch::with_scratch;
+use crate::simd::{arch, for_each_task, simd_fn};
+
+/// A view of a matrix in a slice.
+#[derive(Debug, Clone, Copy)]
+pub struct Mat<'a, T> {
+    pub(crate) data: &'a [T],
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) row_stride: usize,
+    pub(crate) col_stride: usize,
+}
+
+impl<'a, T: Element> Mat<'a, T> {
+    /// A contiguous row-major matrix.
+    pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// A row-major matrix whose rows start `row_stride` elements apart.
+    pub fn strided(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
+        let needed = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
+        assert!(data.len() >= needed, "Mat: {} elements for [{rows}, {cols}] with stride {row_stride}", data.len());
+        Self { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// The transposed view of the same elements.
+    pub fn t(self) -> Self {
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    fn left_operand(self) -> Operand<'a, T> {
+        Operand { data: self.data, lane_stride: self.row_stride, depth_stride: self.col_stride }
+    }
+
+    fn right_operand(self) -> Operand<'a, T> {
+        self.t().left_operand()
+    }
+}
+
+/// Depth of a packed slice: a panel of it and the tile's rows stay in the first-level cache.
+const DEPTH: usize = 256;
+/// Rows and columns of a block of the result: bounds the packed slices and the f32 copy of a bf16 block.
+const BLOCK_ROWS: usize = 1536;
+const BLOCK_COLUMNS: usize = 2048;
+/// Panels that one task multiplies: rows that stay in the second-level cache, and columns.
+const TASK_ROW_PANELS: usize = 8;
+const TASK_COLUMN_PANELS: usize = 16;
+/// Multiplications below which threads cost more than they bring.
+const SMALL: usize = 1 << 19;
+
+/// `C = alpha * A B + beta * C`, where `C` is `[a.rows, b.cols]` with rows `c_row_stride` elements apart.
+///
+/// With `beta` zero, `C` is not read. The sum is f32 and rounded once. The products of a linear layer with weight
+/// `w: [out, in]` are `y = x w.t()`, `dx = dy w` and `dw += dy.t() x`.
+pub fn matmul<A: Element, B: Element, C: Element>(
+    c: &mut [C],
+    c_row_stride: usize,
+    a: Mat<A>,
+    b: Mat<B>,
+    alpha: f32,
+    beta: f32,
+) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    assert_eq!(k, b.rows, "matmul: A is [{m}, {k}], B is [{}, {n}]", b.rows);
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(c_row_stride >= n && c.len() >= (m - 1) * c_row_stride + n, "matmul: C is too small for [{m}, {n}]");
+    if m <= crate::gemv::MAX_ROWS && b.row_stride == 1 && b.col_stride >= k {
+        return crate::gemv::few_rows(c, c_row_stride, a, b, alpha, beta);
+    }
+    for i in (0..m).step_by(BLOCK_ROWS) {
+        for j in (0..n).step_by(BLOCK_COLUMNS) {
+            let rows = BLOCK_ROWS.min(m - i);
+            let columns = BLOCK_COLUMNS.min(n - j);
+            let block = Block { i, j, rows, columns, depth: k };
+            let c = &mut c[i * c_row_stride + j..];
+            block.compute(c, c_row_stride, a.left_operand(), b.right_operand(), alpha, beta);
+        }
+    }
+}
+
+/// A block of the result and the operands' places that belong to it.
+#[derive(Clone, Copy)]
+struct Block {
+    i: usize,
+    j: usize,
+    rows: usize,
+    columns: usize,
+    depth: usize,
+}
+
+impl Block {
+    /// Computes the block into `c`, which starts at the block's first element.
+    fn compute<A: Element, B: Element, C: Element>(
+        self,
+        c: &mut [C],
+        c_row_stride: usize,
+        a: Operand<A>,
+        b: Operand<B>,
+        alpha: f32,
+        beta: f32,
+    ) {
+        if let Some(c) = C::as_f32s_mut(c) {
+            return self.accumulate(c, c_row_stride, a, b, alpha, beta);
+        }
+        let columns = self.columns;
+        with_scratch(self.rows * columns, |sums| {
+            self.accumulate(sums, columns, a, b, alpha, 0.0);
+            let round = |(c, sums): (&mut [C], &[f32])| finish_row(&mut c[..columns], sums, beta);
+            if self.is_small() {
+                c.chunks_mut(c_row_stride).zip(sums.chunks_exact(columns)).for_each(round);
+            } else {
+                c.par_chunks_mut(c_row_stride).zip(sums.par_chunks_exact(columns)).for_each(round);
+            }
+        });
+    }
+
+    fn is_small(&self) -> bool {
+        self.rows * self.columns * self.depth.max(1) <= SMALL
+    }
+
+    /// `c = alpha * A B + beta * c` for an f32 block, slice by slice along the sum.
+    fn accumulate<A: Element, B: Element>(
+        self,
+        c: &mut [f32],
+        c_row_stride: usize,
+        a: Operand<A>,
+        b: Operand<B>,
+        alpha: f32,
+        beta: f32,
+    ) {
+        let tile = tile();
+        let slices = self.depth.div_ceil(DEPTH).max(1);
+        let depth = self.depth.div_ceil(slices);
+        let row_panels = self.rows.div_ceil(tile.rows);
+        let column_panels = self.columns.div_ceil(tile.columns);
+        let a_len = row_panels * tile.rows * depth;
+        let b_len = column_panels * tile.columns * depth;
+        with_scratch(a_len + b_len, |packed| {
+            let (packed_a, packed_b) = packed.split_at_mut(a_len);
+            for slice in 0..slices {
+                let from = slice * depth;
+                let depths = depth.min(self.depth - from);
+                let packed_a = &mut packed_a[..row_panels * tile.rows * depths];
+                let packed_b = &mut packed_b[..column_panels * tile.columns * depths];
+                self.pack(a, self.i, self.rows, from, depths, tile.rows, packed_a);
+                self.pack(b, self.j, self.columns, from, depths, tile.columns, packed_b);
+                let beta = if slice == 0 { beta } else { 1.0 };
+                self.multiply(c, c_row_stride, packed_a, packed_b, depths, tile, alpha, beta);
+            }
+        });
+    }
+
+    /// Packs `lanes` rows or columns from `first` on, depths `from..from + depths`, into panels of `width`.
+    #[allow(clippy::too_many_arguments)]
+    fn pack<T: Element>(
+        self,
+        operand: Operand<T>,
+        first: usize,
+        lanes: usize,
+        from: usize,
+        depths: usize,
+        width: usize,
+        packed: &mut [f32],
+    ) {
+        let run = |(p, panel): (usize, &mut [f32])| {
+            let lane = p * width;
+            pack_panel(operand, first + lane, width.min(lanes - lane), from, depths, width, panel);
+        };
+        if depths == 0 {
+        } else if self.is_small() {
+            packed.chunks_exact_mut(depths * width).enumerate().for_each(run);
+        } else {
+            packed.par_chunks_exact_mut(depths * width).enumerate().for_each(run);
+        }
+    }
+
+    /// Multiplies packed slices, tasks side by side.
+    #[allow(clippy::too_many_arguments)]
+    fn multiply(
+        self,
+        c: &mut [f32],
+        c_row_stride: usize,
+        packed_a: &[f32],
+        packed_b: &[f32],
+        depths: usize,
+        tile: Tile,
+        alpha: f32,
+        beta: f32,
+    ) {
+        assert!(c.len() >= (self.rows - 1) * c_row_stride + self.columns, "matmul: block outside C");
+        let (task_rows, task_columns) = (TASK_ROW_PANELS * tile.rows, TASK_COLUMN_PANELS * tile.columns);
+        let (down, across) = (self.rows.div_ceil(task_rows), self.columns.div_ceil(task_columns));
+        let target = Target { c: c.as_mut_ptr(), row_stride: c_row_stride };
+        let run = |task: usize| {
+            let (i, j) = (task % down * task_rows, task / down * task_columns);
+            arch().dispatch(Task {
+                target,
+                i,
+                j,
+                rows: task_rows.min(self.rows - i),
+                columns: task_columns.min(self.columns - j),
+                a: &packed_a[i * depths..],
+                b: &packed_b[j * depths..],
+                depths,
+                alpha,
+                beta,
+            });
+        };
+        if self.is_small() {
+            (0..down * across).for_each(run);
+        } else {
+            for_each_task(down * across, run);
+        }
+    }
+}
+
+simd_fn! {
+    /// `c = round(sums + beta * c)`.
+    pub(crate) fn finish_row['a; C](c: &'a mut [C], sums: &'a [f32], beta: f32) -> () {
+        if beta == 0.0 {
+            for (c, &sum) in c.iter_mut().zip(sums) {
+                *c = C::from_f32(sum);
+            }
+        } else {
+            for (c, &sum) in c.iter_mut().zip(sums) {
+                *c = C::from_f32(beta.mul_add(c.to_f32(), sum));
+            }
+        }
+    }
+}
+
+/// The f32 block that tasks write to, each to rows and columns of its own.
+#[derive(Clone, Copy)]
+struct Target {
+    c: *mut f32,
+    row_stride: usize,
+}
+
+// SAFETY: tasks on different threads write disjoint parts of the block, see `Target::row`.
+unsafe impl Send for Target {}
+// SAFETY: as above.
+unsafe impl Sync for Target {}
+
+impl Target {
+    /// Columns `j..j + len` of row `i`.
+    ///
+    /// # Safety
+    /// They lie inside the block, and nobody else holds them.
+    #[inline(always)]
+    unsafe fn row<'a>(self, i: usize, j: usize, len: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.c.add(i * self.row_stride + j), len) }
+    }
+}
+
+/// A rectangle of the block: the packed rows and columns that make it.
+struct Task<'a> {
+    target: Target,
+    i: usize,
+    j: usize,
+    rows: usize,
+    columns: usize,
+    a: &'a [f32],
+    b: &'a [f32],
+    depths: usize,
+    alpha: f32,
+    beta: f32,
+}
+
+impl WithSimd for Task<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match tile_of::<S>().rows {
+            12 => self.run::<S, 12>(simd),
+            _ => self.run::<S, 6>(simd),
+        }
+    }
+}
+
+impl Task<'_> {
+    #[inline(always)]
+    fn run<S: Simd, const R: usize>(self, simd: S) {
+        let width = 2 * S::F32_LANES;
+        for j in (0..self.columns).step_by(width) {
+            let b = &self.b[j * self.depths..][..width * self.depths];
+            for i in (0..self.rows).step_by(R) {
+                let a = &self.a[i * self.depths..][..R * self.depths];
+                let sums = product::<S, R>(simd, a, b);
+                let columns = width.min(self.columns - j);
+                for (r, sums) in sums.iter().enumerate().take(self.rows - i) {
+                    // SAFETY: row and columns lie inside this task's rectangle, which `Block::multiply` cut out of the
+                    // block for this task alone.
+                    let c = unsafe { self.target.row(self.i + i + r, self.j + j, columns) };
+                    self.store(simd, c, sums);
+                }
+            }
+        }
+    }
+
+    /// `c = alpha * sums + beta * c` for one row of a tile.
+    #[inline(always)]
+    fn store<S: Simd>(&self, simd: S, c: &mut [f32], sums: &[S::f32s; 2]) {
+        if c.len() == 2 * S::F32_LANES {
+            let (c, _) = S::as_mut_simd_f32s(c);
+            let (alpha, beta) = (simd.splat_f32s(self.alpha), simd.splat_f32s(self.beta));
+            for (c, &sum) in c.iter_mut().zip(sums) {
+                let sum = simd.mul_f32s(alpha, sum);
+                *c = if self.beta == 0.0 { sum } else { simd.mul_add_f32s(beta, *c, sum) };
+            }
+            return;
+        }
+        for (c, &sum) in c.iter_mut().zip(bytemuck::cast_slice::<S::f32s, f32>(sums)) {
+            let sum = self.alpha * sum;
+            *c = if self.beta == 0.0 { sum } else { self.beta.mul_add(*c, sum) };
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! CPU kernels of PMetal on slices: products, attention, norms, loss, optimizer; no graph.
+//!
+//! Every kernel takes row-major slices, contiguous unless it says otherwise, of any [`Element`]; arithmetic and
+//! reductions are f32 inside. Work is cut into chunks whose borders depend on the shapes alone, and partial sums are
+//! added in a fixed order, so the same inputs give the same bits for any number of threads.
+//!
+//! Lengths that do not fit together are errors of the program, not of its user: kernels assert, naming themselves.
+//! Callers check what comes from outside before they get here.
+
+mod activation;
+mod alloc;
+mod attention;
+mod attention_backward;
+mod cross_entropy;
+mod element;
+mod elementwise;
+mod embedding;
+mod gemm;
+mod gemm_kernel;
+mod gemm_pack;
+mod gemv;
+mod math;
+mod norm;
+mod optimizer;
+mod random;
+mod rope;
+mod scratch;
+mod simd;
+
+pub use activation::{swiglu_backward, swiglu_forward};
+pub use alloc::{PoolAllocator, live_bytes, peak_bytes, reset_peak, trim};
+pub use attention::{AttentionShape, Segment, attention_forward};
+pub use attention_backward::attention_backward;
+pub use cross_entropy::{cross_entropy_losses, cross_entropy_rows};
+pub use element::Element;
+pub use elementwise::{add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout, scale};
+pub use embedding::{gather_rows, scatter_add_rows};
+pub use gemm::{Mat, matmul};
+pub use norm::{add_rms_norm_forward, rms_norm_backward, rms_norm_forward};
+pub use optimizer::{AdamW, adamw, sum_of_squares};
+pub use random::{mix, normal, uniform};
+pub use rope::rope;
