@@ -1,0 +1,162 @@
+//! From settings or a file to adapters on a model's layers.
+
+use std::collections::BTreeSet;
+
+use candle_core::{DType, Device, Shape, Tensor};
+use pmetal_models::CausalLMModel;
+use pmetal_ops::{Adapter, Arena, LinearMember, Weight, random};
+
+use crate::{
+    AdapterFile, Error, LoraConfig, Result, TargetModules,
+    config::{last_parts, names_module},
+};
+
+/// What a loaded adapter is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Its tensors go to an arena.
+    Training,
+    /// Its tensors are frozen, and there is no dropout.
+    Inference,
+}
+
+/// A layer that gets an adapter.
+struct Target {
+    module: String,
+    in_features: usize,
+    out_features: usize,
+}
+
+impl Target {
+    fn names(&self) -> [String; 2] {
+        [format!("{}.lora_A.weight", self.module), format!("{}.lora_B.weight", self.module)]
+    }
+
+    fn shapes(&self, r: usize) -> [Shape; 2] {
+        [Shape::from((r, self.in_features)), Shape::from((self.out_features, r))]
+    }
+}
+
+/// Gives every target layer a fresh adapter: A uniform in `±1 / sqrt(in)` as PEFT's Kaiming start, B zero. Returns their arena.
+pub fn attach(model: &mut dyn CausalLMModel, config: &LoraConfig, seed: u64) -> Result<Arena> {
+    config.validate()?;
+    let targets = targets(model, &config.target_modules)?;
+    let arena = arena_for(&targets, config.r, model.head())?;
+    for (place, target) in targets.iter().enumerate() {
+        let seed = random::mix(seed, &[place as u64]);
+        let bound = 1.0 / (target.in_features as f32).sqrt();
+        let a: Vec<f32> = (0..(config.r * target.in_features) as u64)
+            .map(|i| (random::uniform(seed, i) * 2.0 - 1.0) * bound)
+            .collect();
+        let a = Tensor::from_vec(a, (config.r, target.in_features), &Device::Cpu)?;
+        let [name, _] = target.names();
+        if let Some(param) = arena.param(&name) {
+            param.set(&a)?;
+        }
+    }
+    put(model, &targets, config, |name| arena.param(name).map(Weight::Trainable));
+    Ok(arena)
+}
+
+/// Puts an adapter from disk on a model. For training, its tensors go to the arena that is returned.
+pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: Use) -> Result<Option<Arena>> {
+    let other = |reason: String| Error::OtherModel {
+        path: file.path.clone(),
+        reason,
+        base: if file.base.is_empty() { "an unnamed model".into() } else { file.base.clone() },
+    };
+    let targets: Vec<Target> = all_layers(model)
+        .into_iter()
+        .filter(|t| t.names().iter().any(|name| file.tensors.contains_key(name)))
+        .collect();
+    let mut known = BTreeSet::new();
+    for target in &targets {
+        for (name, shape) in target.names().into_iter().zip(target.shapes(file.config.r)) {
+            match file.tensors.get(&name) {
+                None => return Err(other(format!("{name} is missing"))),
+                Some(t) if t.shape() != &shape => {
+                    return Err(other(format!("{name} is {:?}, this model needs {:?}", t.dims(), shape.dims())));
+                }
+                Some(_) => known.insert(name),
+            };
+        }
+    }
+    if let Some(name) = file.tensors.keys().find(|name| !known.contains(*name)) {
+        return Err(other(format!("there is no layer for {name}")));
+    }
+    if targets.is_empty() {
+        return Err(other("it has no tensors".into()));
+    }
+    match purpose {
+        Use::Training => {
+            let arena = arena_for(&targets, file.config.r, model.head())?;
+            for param in arena.params() {
+                if let Some(tensor) = file.tensors.get(param.name()) {
+                    param.set(tensor)?;
+                }
+            }
+            put(model, &targets, &file.config, |name| arena.param(name).map(Weight::Trainable));
+            Ok(Some(arena))
+        }
+        Use::Inference => {
+            let device = model.device();
+            let mut frozen = std::collections::HashMap::new();
+            for (name, tensor) in &file.tensors {
+                frozen.insert(name.clone(), tensor.to_device(&device)?);
+            }
+            put(model, &targets, &file.config, |name| frozen.get(name).cloned().map(Weight::Frozen));
+            Ok(None)
+        }
+    }
+}
+
+fn all_layers(model: &mut dyn CausalLMModel) -> Vec<Target> {
+    let mut layers = Vec::new();
+    model.for_each_linear(&mut |module, member: &mut LinearMember| {
+        layers.push(Target {
+            module: module.to_owned(),
+            in_features: member.in_features(),
+            out_features: member.out_features(),
+        });
+    });
+    layers
+}
+
+fn targets(model: &mut dyn CausalLMModel, wanted: &TargetModules) -> Result<Vec<Target>> {
+    let layers = all_layers(model);
+    let modules: Vec<String> = layers.iter().map(|l| l.module.clone()).collect();
+    if let TargetModules::Names(names) = wanted {
+        let unmatched = |n: &&String| !modules.iter().any(|m| names_module(n, m));
+        let unmatched: Vec<String> = names.iter().filter(unmatched).cloned().collect();
+        if !unmatched.is_empty() || names.is_empty() {
+            let known = last_parts(&modules).into_iter().map(str::to_owned).collect();
+            return Err(Error::NoTarget { targets: unmatched, known });
+        }
+    }
+    Ok(layers.into_iter().filter(|l| wanted.matches(&l.module)).collect())
+}
+
+fn arena_for(targets: &[Target], r: usize, head: &Weight) -> Result<Arena> {
+    let params: Vec<(String, Shape)> = targets.iter().flat_map(|t| t.names().into_iter().zip(t.shapes(r))).collect();
+    let device = head.param().map_or(Device::Cpu, |p| p.value().device().clone());
+    Ok(Arena::new(&params, DType::F32, &device)?)
+}
+
+fn put(
+    model: &mut dyn CausalLMModel,
+    targets: &[Target],
+    config: &LoraConfig,
+    weight: impl Fn(&str) -> Option<Weight>,
+) {
+    model.for_each_linear(&mut |module, member| {
+        let Some(place) = targets.iter().position(|t| t.module == module) else { return };
+        let [a, b] = targets[place].names();
+        member.adapter = weight(&a).zip(weight(&b)).map(|(a, b)| Adapter {
+            a,
+            b,
+            scale: config.scale(),
+            dropout: config.lora_dropout as f32,
+            place: place as u64,
+        });
+    });
+}

@@ -1,0 +1,74 @@
+use std::path::{Path, PathBuf};
+
+/// What goes wrong with adapters.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing at this path is an adapter.
+    #[error("{} is no adapter: expected a folder with adapter_config.json and adapter_model.safetensors, or a lora_weights.safetensors file", path.display())]
+    NotAnAdapter {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// A file of the adapter cannot be read as what it is.
+    #[error("{}: {reason}", path.display())]
+    Broken {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The adapter uses something that is not supported.
+    #[error("{}: {what} is not supported", path.display())]
+    Unsupported {
+        /// The configuration.
+        path: PathBuf,
+        /// The setting, as `key = value`.
+        what: String,
+    },
+    /// The adapter was made for a model of other layers.
+    #[error("adapter {} does not fit this model: {reason} (it was trained on {base})", path.display())]
+    OtherModel {
+        /// The adapter.
+        path: PathBuf,
+        /// The tensor at fault, what was expected and what found.
+        reason: String,
+        /// The base model it records.
+        base: String,
+    },
+    /// No linear layer has one of the asked names.
+    #[error("no linear layer of this model is called {}; it has {}", targets.join(", "), known.join(", "))]
+    NoTarget {
+        /// The names that match nothing.
+        targets: Vec<String>,
+        /// The last parts of the names of the model's linear layers.
+        known: Vec<String>,
+    },
+    /// A setting outside its range.
+    #[error("{key} is {got}, expected {expected}")]
+    Setting {
+        /// The setting.
+        key: &'static str,
+        /// Its value.
+        got: String,
+        /// What it must be.
+        expected: &'static str,
+    },
+    /// An operation failed.
+    #[error(transparent)]
+    Ops(#[from] pmetal_ops::Error),
+    /// A file could not be read or written.
+    #[error(transparent)]
+    File(#[from] pmetal_core::Error),
+    /// The tensor library failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// Results of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub(crate) fn broken(path: &Path, reason: impl std::fmt::Display) -> Self {
+        Self::Broken { path: path.to_path_buf(), reason: reason.to_string() }
+    }
+}

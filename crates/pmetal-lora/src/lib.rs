@@ -1,0 +1,15 @@
+//! LoRA adapters: which layers get one, how they start, and the files they live in.
+//!
+//! An adapter is a property of a linear layer, whatever model the layer belongs to: [`attach`] walks a model's linear layers and gives
+//! each target an A and a B from one arena; [`AdapterFile`] reads what PEFT or [`save`] wrote, and [`attach_file`] puts it on a model,
+//! strictly: a tensor too many, too few or of another shape is an error.
+
+mod attach;
+mod config;
+mod error;
+mod peft;
+
+pub use attach::{Use, attach, attach_file};
+pub use config::{LoraConfig, TargetModules};
+pub use error::{Error, Result};
+pub use peft::{AdapterFile, SINGLE_FILE, save};

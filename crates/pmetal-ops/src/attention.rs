@@ -1,0 +1,218 @@
+//! Causal attention over rows of different lengths that lie behind one another.
+//!
+//! For each row and head: `out = softmax(scale * q kᵀ + mask) v`, query `i` of a row seeing its keys `0 ..= kv_len - q_len + i`;
+//! `heads / kv_heads` query heads share a key head. The score matrix is never stored: the forward keeps the log-sum-exp of each query.
+//! Source: Vaswani et al., 2017; Dao et al., "FlashAttention", 2022; Ainslie et al., "GQA", 2023.
+
+use std::sync::Arc;
+
+use candle_core::{D, DType, Tensor};
+pub use pmetal_cpu::Segment;
+use pmetal_cpu::{AttentionShape, attention_forward};
+use pmetal_cpu::attention_backward;
+
+use crate::{
+    Error, Result,
+    autograd::{Value, composite, keep, one, only},
+    kernel::{View, for_dtype, has_cpu_kernel, room, tensor},
+};
+
+const OP: &str = "attention";
+
+/// Where each row of a batch lies among the queries and among the keys.
+#[derive(Clone, Debug)]
+pub struct Rows(Arc<[Segment]>);
+
+impl Rows {
+    /// Rows that lie behind one another without a cache: queries and keys are the same tokens.
+    pub fn packed(lengths: &[usize]) -> Self {
+        let mut start = 0;
+        let segments = lengths.iter().map(|&len| {
+            let segment = Segment { q_start: start, q_len: len, kv_start: start, kv_len: len };
+            start += len;
+            segment
+        });
+        Self(segments.collect())
+    }
+
+    /// Rows whose keys lie in a cache with `capacity` places per row.
+    pub fn cached(q_lens: &[usize], kv_lens: &[usize], capacity: usize) -> Self {
+        let mut q_start = 0;
+        let segments = q_lens.iter().zip(kv_lens).enumerate().map(|(row, (&q_len, &kv_len))| {
+            let segment = Segment { q_start, q_len, kv_start: row * capacity, kv_len };
+            q_start += q_len;
+            segment
+        });
+        Self(segments.collect())
+    }
+
+    fn fit(&self, queries: usize, keys: usize) -> Result<()> {
+        let mut next = 0;
+        for s in self.0.iter() {
+            if s.q_start != next || s.q_len > s.kv_len || s.kv_start + s.kv_len > keys {
+                return Err(Error::Lengths { op: OP, reason: format!("row {s:?} does not fit {queries} queries and {keys} keys") });
+            }
+            next += s.q_len;
+        }
+        if next != queries {
+            return Err(Error::Lengths { op: OP, reason: format!("rows hold {next} queries, there are {queries}") });
+        }
+        Ok(())
+    }
+}
+
+/// What is constant over the rows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Factor on the scores, as a rule `1 / sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+impl AttentionSpec {
+    fn shape(&self) -> AttentionShape {
+        AttentionShape { heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim, scale: self.scale }
+    }
+}
+
+/// Attention of `q [tokens, heads, head_dim]` over `k` and `v [kv_tokens, kv_heads, head_dim]`; returns `[tokens, heads, head_dim]`.
+pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSpec) -> Result<Value> {
+    check(q.tensor(), k.tensor(), v.tensor(), rows, &spec)?;
+    let rows = rows.clone();
+    if !has_cpu_kernel(q.tensor()) {
+        return Ok(one(composite(&[q, k, v], move |t| Ok(vec![reference(&t[0], &t[1], &t[2], &rows, &spec)?]))?));
+    }
+    let (q_t, k_t, v_t) = (q.tensor().contiguous()?, k.tensor().contiguous()?, v.tensor().contiguous()?);
+    let mut results = keep(OP, || forward(&q_t, &k_t, &v_t, &rows, &spec))?.into_iter();
+    let (Some(out), Some(lse)) = (results.next(), results.next()) else {
+        return Err(Error::Lengths { op: OP, reason: "a kept result is missing".into() });
+    };
+    let saved = out.clone();
+    Ok(one(Value::record(vec![out], &[q, k, v], move |grads| {
+        let dout = only(grads, OP)?;
+        let (dq, dk, dv) = backward(&dout, &q_t, &k_t, &v_t, &saved, &lse, &rows, &spec)?;
+        Ok(vec![Some(dq), Some(dk), Some(dv)])
+    })))
+}
+
+fn check(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) -> Result<()> {
+    let (tokens, keys) = (q.dim(0)?, k.dim(0)?);
+    for (what, t, len, heads) in [("q", q, tokens, spec.heads), ("k", k, keys, spec.kv_heads), ("v", v, keys, spec.kv_heads)] {
+        if t.dims() != [len, heads, spec.head_dim] {
+            return Err(Error::operand(OP, what, [len, heads, spec.head_dim], t.dims()));
+        }
+        if t.dtype() != q.dtype() {
+            return Err(Error::operand(OP, what, q.dtype(), t.dtype()));
+        }
+    }
+    if spec.kv_heads == 0 || !spec.heads.is_multiple_of(spec.kv_heads) {
+        return Err(Error::operand(OP, "heads", format!("a multiple of {}", spec.kv_heads), spec.heads));
+    }
+    rows.fit(tokens, keys)
+}
+
+/// The result and the log-sum-exp of each query and head.
+fn forward(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) -> Result<Vec<Tensor>> {
+    let (qv, kv, vv) = (View::of_tensor(q, OP)?, View::of_tensor(k, OP)?, View::of_tensor(v, OP)?);
+    let mut lse = vec![0f32; q.dim(0)? * spec.heads];
+    for_dtype!(OP, q.dtype(), T => {
+        let mut out = room::<T>(q.elem_count());
+        let (q_s, k_s, v_s) = (qv.slice::<T>()?, kv.slice::<T>()?, vv.slice::<T>()?);
+        attention_forward(q_s, k_s, v_s, &rows.0, &spec.shape(), &mut out, &mut lse);
+        Ok(vec![tensor(out, q.shape().clone())?, tensor(lse, (q.dim(0)?, spec.heads))?])
+    })
+}
+
+#[allow(clippy::too_many_arguments, reason = "what the formula needs")]
+fn backward(
+    dout: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    out: &Tensor,
+    lse: &Tensor,
+    rows: &Rows,
+    spec: &AttentionSpec,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let dout = dout.contiguous()?;
+    let (dv_, qv, kv, vv) = (View::of_tensor(&dout, OP)?, View::of_tensor(q, OP)?, View::of_tensor(k, OP)?, View::of_tensor(v, OP)?);
+    let (ov, lv) = (View::of_tensor(out, OP)?, View::of_tensor(lse, OP)?);
+    for_dtype!(OP, q.dtype(), T => {
+        let (mut dq, mut dk, mut dv) =
+            (room::<T>(q.elem_count()), room::<T>(k.elem_count()), room::<T>(v.elem_count()));
+        attention_backward(
+            dv_.slice::<T>()?, qv.slice::<T>()?, kv.slice::<T>()?, vv.slice::<T>()?, ov.slice::<T>()?, lv.slice::<f32>()?,
+            &rows.0, &spec.shape(), &mut dq, &mut dk, &mut dv,
+        );
+        Ok((tensor(dq, q.shape().clone())?, tensor(dk, k.shape().clone())?, tensor(dv, v.shape().clone())?))
+    })
+}
+
+/// The formula in plain candle, row by row.
+fn reference(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) -> candle_core::Result<Tensor> {
+    let wide = if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let group = spec.heads / spec.kv_heads;
+    let mut outs = Vec::new();
+    for s in rows.0.iter() {
+        // [heads, len, head_dim]; each key head repeated for its group of query heads
+        let q = q.narrow(0, s.q_start, s.q_len)?.to_dtype(wide)?.transpose(0, 1)?.contiguous()?;
+        let spread = |t: &Tensor| {
+            let t = t.narrow(0, s.kv_start, s.kv_len)?.to_dtype(wide)?.transpose(0, 1)?.unsqueeze(1)?;
+            t.expand((spec.kv_heads, group, s.kv_len, spec.head_dim))?.reshape((spec.heads, s.kv_len, spec.head_dim))
+        };
+        let (k, v) = (spread(k)?, spread(v)?);
+        let mask: Vec<f32> = (0..s.q_len)
+            .flat_map(|i| (0..s.kv_len).map(move |j| if j <= s.kv_len - s.q_len + i { 0.0 } else { f32::NEG_INFINITY }))
+            .collect();
+        let mask = Tensor::from_vec(mask, (1, s.q_len, s.kv_len), q.device())?.to_dtype(wide)?;
+        let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * f64::from(spec.scale))?.broadcast_add(&mask)?;
+        let top = scores.max_keepdim(D::Minus1)?.detach();
+        let weights = scores.broadcast_sub(&top)?.exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        outs.push(weights.matmul(&v.contiguous()?)?.transpose(0, 1)?);
+    }
+    Tensor::cat(&outs, 0)?.to_dtype(q.dtype())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, check_op, random};
+
+    const SPEC: AttentionSpec = AttentionSpec { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.4 };
+
+    #[test]
+    fn packed_rows_and_their_gradients() {
+        let rows = Rows::packed(&[3, 1, 5]);
+        let reference_rows = rows.clone();
+        check_op(
+            &[random(&[9, 4, 6], 1), random(&[9, 2, 6], 2), random(&[9, 2, 6], 3)],
+            move |t| Ok(vec![reference(&t[0], &t[1], &t[2], &reference_rows, &SPEC)?]),
+            |v| Ok(vec![attention(&v[0], &v[1], &v[2], &rows, SPEC)?]),
+        );
+    }
+
+    #[test]
+    fn a_cached_row_continues_where_it_stopped() {
+        let (capacity, kv_len) = (8, 7);
+        let [k, v] = [2, 3].map(|seed| random(&[2 * capacity, 2, 6], seed).to_dtype(DType::F32).unwrap());
+        let q = random(&[3, 4, 6], 1).to_dtype(DType::F32).unwrap();
+        let rows = Rows::cached(&[2, 1], &[5, kv_len], capacity);
+        let want = reference(&q, &k, &v, &rows, &SPEC).unwrap();
+        let [q, k, v] = [q, k, v].map(Value::constant);
+        let got = attention(&q, &k, &v, &rows, SPEC).unwrap();
+        assert_close(&want, got.tensor(), 1e-5, "cached");
+    }
+
+    #[test]
+    fn rows_that_do_not_add_up_are_refused() {
+        let [q, k, v] = [(4, 1), (2, 2), (2, 3)].map(|(h, s)| Value::constant(random(&[5, h, 6], s)));
+        assert!(attention(&q, &k, &v, &Rows::packed(&[3, 3]), SPEC).is_err());
+        assert!(attention(&q, &k, &v, &Rows::packed(&[4]), SPEC).is_err());
+    }
+}

@@ -1,0 +1,56 @@
+//! Autograd over candle's tensors and the fused operations of PMetal.
+//!
+//! One file per operation holds its formula, forward, backward, the choice of path, the plain-candle reference, and the tests.
+//! A fused kernel is an optimisation of the reference and never the only way: a device or dtype without one runs the reference through
+//! [`composite`].
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use pmetal_ops::{Value, gradients, rms_norm};
+//!
+//! # fn main() -> pmetal_ops::Result<()> {
+//! let x = Value::variable(Tensor::new(&[[3f32, 4.0]], &Device::Cpu)?);
+//! let weight = Value::constant(Tensor::new(&[1f32, 1.0], &Device::Cpu)?);
+//! let y = rms_norm(&x, &weight, 0.0)?;
+//! let dy = y.tensor().ones_like()?;
+//! let dx = gradients(vec![(y, dy)], &[&x])?;
+//! assert!(dx[0].is_some());
+//! # Ok(())
+//! # }
+//! ```
+
+mod adamw;
+mod attention;
+pub mod autograd;
+mod elementwise;
+mod embedding;
+mod error;
+mod gated_activation;
+mod kernel;
+mod linear;
+mod linear_cross_entropy;
+mod param;
+mod rms_norm;
+mod rope;
+#[cfg(test)]
+mod testing;
+mod weight;
+
+pub use adamw::{AdamW, adamw, grad_norm};
+pub use attention::{AttentionSpec, Rows, attention};
+pub use autograd::{Policy, Value, backward, checkpoint, composite, gradients, no_grad};
+pub use embedding::embedding;
+pub use error::{Error, Result};
+pub use gated_activation::swiglu;
+pub use linear::{Adapter, LinearGroup, LinearMember};
+pub use linear_cross_entropy::{CrossEntropy, linear_cross_entropy};
+pub use param::{Arena, Param};
+pub use rms_norm::{add_rms_norm, rms_norm};
+pub use rope::{RopeTable, rope};
+pub use weight::{MappedFile, MappedWeight, Weight};
+
+/// Counter-based randomness: numbers are functions of a seed and a place, so nothing has to be restored on resume and the
+/// number of threads does not matter.
+pub mod random {
+    pub use pmetal_cpu::{mix, normal, uniform};
+}

@@ -1,0 +1,207 @@
+//! Several projections of one input, each with or without an adapter.
+//!
+//! For each member: `y = x Wᵀ + bias + scale * dropout(x) Aᵀ Bᵀ`, with `x [tokens, in]`, `W [out, in]`, `A [r, in]`, `B [out, r]`.
+//! Source of the low-rank term: Hu et al., "LoRA", 2021. A frozen weight never gets a gradient; trained weights and adapters
+//! accumulate theirs straight into the arena.
+
+mod kernel;
+mod reference;
+
+use crate::{
+    Error, Result, Value, Weight,
+    autograd::{composite, recording},
+    kernel::has_cpu_kernel,
+};
+
+const OP: &str = "linear";
+
+/// The low-rank update of one linear layer.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// `[r, in]` f32.
+    pub a: Weight,
+    /// `[out, r]` f32.
+    pub b: Weight,
+    /// `alpha / r`, or `alpha / sqrt(r)` for rank-stabilised LoRA.
+    pub scale: f32,
+    /// Share of the input's elements zeroed in training, in `[0, 1)`.
+    pub dropout: f32,
+    /// Tells this adapter's dropout from all others.
+    pub place: u64,
+}
+
+/// One projection.
+#[derive(Clone, Debug)]
+pub struct LinearMember {
+    /// `[out, in]`.
+    pub weight: Weight,
+    /// `[out]`.
+    pub bias: Option<Weight>,
+    /// The low-rank update, where there is one.
+    pub adapter: Option<Adapter>,
+}
+
+impl LinearMember {
+    /// Width of its result.
+    pub fn out_features(&self) -> usize {
+        self.weight.shape().dims().first().copied().unwrap_or(0)
+    }
+
+    /// Width of its input.
+    pub fn in_features(&self) -> usize {
+        self.weight.shape().dims().get(1).copied().unwrap_or(0)
+    }
+
+    fn trainable(&self) -> bool {
+        let adapter = self.adapter.iter().flat_map(|a| [&a.a, &a.b]);
+        std::iter::once(&self.weight).chain(&self.bias).chain(adapter).any(|w| w.param().is_some())
+    }
+}
+
+/// Projections that read the same input: q, k and v; gate and up; or one alone.
+#[derive(Clone, Debug)]
+pub struct LinearGroup {
+    /// The projections, in the order of the results.
+    pub members: Vec<LinearMember>,
+}
+
+impl LinearGroup {
+    /// Projects `x [tokens, in]` and returns `[tokens, out]` for each member, in the dtype of `x`.
+    ///
+    /// `noise` seeds the adapters' dropout; without it (evaluation, generation) there is none.
+    pub fn forward(&self, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
+        self.check(x)?;
+        if has_cpu_kernel(x.tensor()) {
+            return self.fused(x, noise);
+        }
+        let (inputs, plan) = reference::plan(self, x, noise)?;
+        composite(&inputs.iter().collect::<Vec<_>>(), move |t| reference::run(t, &plan))
+    }
+
+    fn check(&self, x: &Value) -> Result<()> {
+        let (_, width) = x.tensor().dims2()?;
+        for member in &self.members {
+            let out = member.out_features();
+            let operand = |what: &str, weight: &Weight, want: Vec<usize>| {
+                if weight.shape().dims() == want { Ok(()) } else { Err(Error::operand(OP, what, want, weight.shape().dims())) }
+            };
+            operand("weight", &member.weight, vec![out, width])?;
+            if let Some(bias) = &member.bias {
+                operand("bias", bias, vec![out])?;
+            }
+            if let Some(adapter) = &member.adapter {
+                let r = adapter.a.shape().dims().first().copied().unwrap_or(0);
+                operand("adapter's A", &adapter.a, vec![r, width])?;
+                operand("adapter's B", &adapter.b, vec![out, r])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn fused(&self, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
+        let x_t = x.tensor().contiguous()?;
+        let needs_dx = x.requires_grad();
+        let trainable = self.members.iter().any(LinearMember::trainable);
+        let mut outputs = Vec::with_capacity(self.members.len());
+        let mut low_ranks = Vec::with_capacity(self.members.len());
+        for member in &self.members {
+            let (y, low_rank) = kernel::forward(member, &x_t, noise)?;
+            outputs.push(y);
+            low_ranks.push(low_rank);
+        }
+        if !recording() {
+            return Ok(outputs.into_iter().map(Value::constant).collect());
+        }
+        let group = self.clone();
+        Ok(Value::record_if(trainable, outputs, &[x], move |grads| {
+            kernel::backward(&group, &x_t, grads, &low_ranks, noise, needs_dx).map(|dx| vec![dx])
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Tensor};
+
+    use super::*;
+    use crate::{
+        Arena, gradients,
+        testing::{assert_close, check_op, random},
+    };
+
+    fn group_of(arena: &Arena, dropout: f32) -> LinearGroup {
+        let weight = |name: &str| Weight::Trainable(arena.param(name).unwrap());
+        let adapter = Adapter { a: weight("a"), b: weight("b"), scale: 1.5, dropout, place: 9 };
+        LinearGroup {
+            members: vec![
+                LinearMember { weight: weight("w0"), bias: Some(weight("bias")), adapter: Some(adapter) },
+                LinearMember { weight: weight("w1"), bias: None, adapter: None },
+            ],
+        }
+    }
+
+    /// Outputs, gradient of x, and gradients of the parameters.
+    fn run(inputs: &[Tensor], names: &[&str], dtype: DType, dropout: f32) -> (Vec<Tensor>, Vec<Tensor>) {
+        let shapes: Vec<_> = names.iter().zip(&inputs[1..]).map(|(n, t)| (n.to_string(), t.shape().clone())).collect();
+        let arena = Arena::new(&shapes, DType::F32, &Device::Cpu).unwrap();
+        for (name, t) in names.iter().zip(&inputs[1..]) {
+            arena.param(name).unwrap().set(&t.to_dtype(DType::F32).unwrap()).unwrap();
+        }
+        let x = Value::variable(inputs[0].to_dtype(dtype).unwrap());
+        let ys = group_of(&arena, dropout).forward(&x, Some(3)).unwrap();
+        let outputs: Vec<Tensor> = ys.iter().map(|y| y.tensor().clone()).collect();
+        let roots = ys.into_iter().enumerate().map(|(i, y)| {
+            let dy = random(y.tensor().dims(), 90 + i as u64).to_dtype(dtype).unwrap();
+            (y, dy)
+        });
+        let mut grads: Vec<Tensor> =
+            gradients(roots.collect(), &[&x]).unwrap().into_iter().map(Option::unwrap).collect();
+        grads.extend(arena.params().map(|p| p.grad().unwrap()));
+        (outputs, grads)
+    }
+
+    #[test]
+    fn products_adapters_and_their_gradients() {
+        let names = ["w0", "bias", "a", "b", "w1"];
+        let shapes: [&[usize]; 6] = [&[5, 12], &[7, 12], &[7], &[3, 12], &[7, 3], &[4, 12]];
+        let inputs: Vec<Tensor> = shapes.iter().zip(1..).map(|(shape, seed)| random(shape, seed)).collect();
+        for dropout in [0.0, 0.4] {
+            // x in f64 has no kernel, so the first run goes the reference path
+            let (want, want_grads) = run(&inputs, &names, DType::F64, dropout);
+            for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 3e-2)] {
+                let (got, got_grads) = run(&inputs, &names, dtype, dropout);
+                for (want, got) in want.iter().chain(&want_grads).zip(got.iter().chain(&got_grads)) {
+                    assert_close(want, got, tolerance, &format!("{dtype:?}, dropout {dropout}"));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_reference_against_central_differences() {
+        let shapes: [&[usize]; 4] = [&[3, 5], &[4, 5], &[2, 5], &[4, 2]];
+        let inputs: Vec<Tensor> = shapes.iter().zip(1..).map(|(shape, seed)| random(shape, seed)).collect();
+        let formula = |t: &[Tensor]| {
+            let low = t[0].matmul(&t[2].t()?)?.matmul(&t[3].t()?)?;
+            Ok(vec![(t[0].matmul(&t[1].t()?)? + (low * 0.5)?)?])
+        };
+        check_op(&inputs, formula, |v| {
+            let weight = |i: usize| Weight::Frozen(v[i].tensor().to_dtype(DType::F32).unwrap());
+            let adapter = Adapter { a: weight(2), b: weight(3), scale: 0.5, dropout: 0.0, place: 0 };
+            let group = LinearGroup { members: vec![LinearMember { weight: weight(1), bias: None, adapter: Some(adapter) }] };
+            // frozen here: the gradients of weights are proved above, so the oracle's are let through
+            let reference = composite(&v.iter().collect::<Vec<_>>(), formula)?;
+            let y = group.forward(&v[0], None)?;
+            assert_close(reference[0].tensor(), y[0].tensor(), 2e-2, "group");
+            Ok(reference)
+        });
+    }
+
+    #[test]
+    fn a_frozen_group_on_a_constant_records_nothing() {
+        let weight = Weight::Frozen(random(&[4, 6], 1).to_dtype(DType::F32).unwrap());
+        let group = LinearGroup { members: vec![LinearMember { weight, bias: None, adapter: None }] };
+        let x = Value::constant(random(&[2, 6], 2).to_dtype(DType::F32).unwrap());
+        assert!(!group.forward(&x, None).unwrap()[0].requires_grad());
+    }
+}

@@ -1,0 +1,211 @@
+//! Trainable parameters as ranges of flat arenas.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use candle_core::{DType, Device, Shape, Tensor};
+
+use crate::{
+    Error, Result, elementwise,
+    kernel::{View, with_slice_mut},
+};
+
+/// Rows of [`Arena::state`]: the value and AdamW's two moments.
+const STATES: usize = 3;
+
+/// All trainable parameters of a run, side by side.
+///
+/// Values, optimizer states (f32) and gradients (f32) are flat tensors, so that clipping and the optimizer are one pass and a
+/// data-parallel bucket is a range. Where the model computes in another dtype (full fine-tuning in bf16), a copy of the values
+/// in that dtype is what the model reads, and the f32 values are the master.
+#[derive(Clone)]
+pub struct Arena(Arc<Inner>);
+
+struct Inner {
+    /// `[3, n]` f32: values, first moments, second moments.
+    state: Tensor,
+    /// `[n]` f32.
+    grad: Tensor,
+    /// `[n]` in the dtype of the model, where that is not f32.
+    copy: Option<Tensor>,
+    slots: Vec<Slot>,
+    by_name: HashMap<String, usize>,
+}
+
+struct Slot {
+    name: String,
+    value: Tensor,
+    master: Tensor,
+    grad: Tensor,
+    /// Whether this step has written the gradient; until then what lies there is of the step before.
+    written: AtomicBool,
+}
+
+impl Arena {
+    /// Room for parameters of the given names and shapes, all zero. `dtype` is what the model computes with them in.
+    pub fn new(params: &[(String, Shape)], dtype: DType, device: &Device) -> Result<Self> {
+        let n = params.iter().map(|(_, shape)| shape.elem_count()).sum();
+        let state = Tensor::zeros((STATES, n), DType::F32, device)?;
+        let grad = Tensor::zeros(n, DType::F32, device)?;
+        let copy = if dtype == DType::F32 { None } else { Some(Tensor::zeros(n, dtype, device)?) };
+        let master = state.get(0)?;
+        let mut slots = Vec::with_capacity(params.len());
+        let mut by_name = HashMap::with_capacity(params.len());
+        let mut offset = 0;
+        for (name, shape) in params {
+            let len = shape.elem_count();
+            let part = |flat: &Tensor| flat.narrow(0, offset, len)?.reshape(shape.clone());
+            slots.push(Slot {
+                name: name.clone(),
+                value: part(copy.as_ref().unwrap_or(&master))?,
+                master: part(&master)?,
+                grad: part(&grad)?,
+                written: AtomicBool::new(false),
+            });
+            by_name.insert(name.clone(), slots.len() - 1);
+            offset += len;
+        }
+        Ok(Self(Arc::new(Inner { state, grad, copy, slots, by_name })))
+    }
+
+    /// The parameter called `name`.
+    pub fn param(&self, name: &str) -> Option<Param> {
+        self.0.by_name.get(name).map(|&slot| Param { arena: self.clone(), slot })
+    }
+
+    /// Every parameter, in the order of the arena.
+    pub fn params(&self) -> impl Iterator<Item = Param> + '_ {
+        (0..self.0.slots.len()).map(|slot| Param { arena: self.clone(), slot })
+    }
+
+    /// Number of trainable values.
+    pub fn len(&self) -> usize {
+        self.0.grad.elem_count()
+    }
+
+    /// Whether there is nothing to train.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The gradients of this step, `[n]` f32: zero where no operation wrote one.
+    pub fn grads(&self) -> Result<&Tensor> {
+        for slot in &self.0.slots {
+            if !slot.written.swap(true, Ordering::Relaxed) {
+                with_slice_mut::<f32, _>(&slot.grad, "zero_grad", |g| g.fill(0.0))?;
+            }
+        }
+        Ok(&self.0.grad)
+    }
+
+    /// Forgets the gradients: the next one written replaces them.
+    pub fn clear_grads(&self) {
+        for slot in &self.0.slots {
+            slot.written.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Values and optimizer states, `[3, n]` f32.
+    pub(crate) fn state(&self) -> &Tensor {
+        &self.0.state
+    }
+
+    /// Rounds the masters into the copy the model reads, after an update.
+    pub(crate) fn refresh_copy(&self) -> Result<()> {
+        match &self.0.copy {
+            Some(copy) => elementwise::convert_into(&self.0.state.get(0)?, copy),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A trainable leaf with a dotted name. Clones are the same parameter.
+#[derive(Clone)]
+pub struct Param {
+    arena: Arena,
+    slot: usize,
+}
+
+impl Param {
+    fn get(&self) -> &Slot {
+        &self.arena.0.slots[self.slot]
+    }
+
+    /// The dotted name.
+    pub fn name(&self) -> &str {
+        &self.get().name
+    }
+
+    /// The value in the dtype the model computes in.
+    pub fn value(&self) -> &Tensor {
+        &self.get().value
+    }
+
+    /// The f32 value the optimizer updates.
+    pub fn master(&self) -> &Tensor {
+        &self.get().master
+    }
+
+    /// The gradient of this step (f32), zero where none arrived.
+    pub fn grad(&self) -> Result<Tensor> {
+        let slot = self.get();
+        if slot.written.load(Ordering::Relaxed) { Ok(slot.grad.clone()) } else { Ok(slot.grad.zeros_like()?) }
+    }
+
+    /// Replaces the value. `tensor` has this parameter's shape and any float dtype.
+    pub fn set(&self, tensor: &Tensor) -> Result<()> {
+        let slot = self.get();
+        if tensor.shape() != slot.master.shape() {
+            return Err(Error::operand("set", slot.name.clone(), slot.master.dims(), tensor.dims()));
+        }
+        let tensor = tensor.to_device(slot.master.device())?.contiguous()?;
+        elementwise::convert_into(&tensor, &slot.master)?;
+        if slot.value.id() != slot.master.id() && self.arena.0.copy.is_some() {
+            elementwise::convert_into(&tensor, &slot.value)?;
+        }
+        Ok(())
+    }
+
+    /// Adds to the gradient; the first one of a step replaces what was there.
+    pub(crate) fn add_grad(&self, grad: &Tensor) -> Result<()> {
+        let slot = self.get();
+        if grad.shape() != slot.grad.shape() {
+            return Err(Error::operand("gradient", slot.name.clone(), slot.grad.dims(), grad.dims()));
+        }
+        let grad = grad.contiguous()?;
+        if slot.written.swap(true, Ordering::Relaxed) {
+            elementwise::add_assign(&slot.grad, &grad)
+        } else {
+            elementwise::convert_into(&grad, &slot.grad)
+        }
+    }
+
+    /// Hands the gradient (f32, row-major) to a kernel that accumulates into it; it starts as zeros.
+    pub(crate) fn accumulate_grad<R>(&self, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        let slot = self.get();
+        let fresh = !slot.written.swap(true, Ordering::Relaxed);
+        with_slice_mut::<f32, _>(&slot.grad, "accumulate_grad", |g| {
+            if fresh {
+                g.fill(0.0);
+            }
+            f(g)
+        })
+    }
+
+    /// The value as a slice, on the CPU.
+    pub(crate) fn view(&self) -> Result<View<'_>> {
+        View::of_tensor(self.value(), "param")
+    }
+}
+
+impl fmt::Debug for Param {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "Param({} {:?})", self.name(), self.value().dims())
+    }
+}
