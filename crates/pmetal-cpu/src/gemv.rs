@@ -1,11 +1,12 @@
 //! Products with few rows, as in decoding: the weight streams past once, in its own dtype.
 
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::Element;
 use crate::gemm::{Mat, finish_row};
 use crate::scratch::with_scratch;
-use crate::simd::{LANES, simd_fn, sum_lanes};
+use crate::simd::arch;
 
 /// The most rows of the left operand that go this way.
 pub(crate) const MAX_ROWS: usize = 4;
@@ -34,12 +35,7 @@ pub(crate) fn few_rows<A: Element, B: Element, C: Element>(
         let x = &*x;
         let run = |(task, sums): (usize, &mut [f32])| {
             let weight = &b.data[task * TASK_COLUMNS * b.col_stride..];
-            match m {
-                1 => dots_1(x, weight, b.col_stride, sums),
-                2 => dots_2(x, weight, b.col_stride, sums),
-                3 => dots_3(x, weight, b.col_stride, sums),
-                _ => dots_4(x, weight, b.col_stride, sums),
-            }
+            arch().dispatch(Dots { rows: m, x, weight, stride: b.col_stride, sums });
         };
         if n * k <= SMALL {
             sums.chunks_mut(TASK_COLUMNS * m).enumerate().for_each(run);
@@ -58,43 +54,78 @@ pub(crate) fn few_rows<A: Element, B: Element, C: Element>(
     });
 }
 
-macro_rules! dots {
-    ($($name:ident $rows:literal),*) => { $(
-        simd_fn! {
-            fn $name['a; B](x: &'a [f32], weight: &'a [B], stride: usize, sums: &'a mut [f32]) -> () {
-                dots::<B, $rows>(x, weight, stride, sums);
-            }
-        }
-    )* };
+/// Rows of the left operand against some columns of the right one.
+struct Dots<'a, B> {
+    rows: usize,
+    /// `[rows, k]`.
+    x: &'a [f32],
+    /// Columns, `stride` elements apart.
+    weight: &'a [B],
+    stride: usize,
+    /// `[columns, rows]`.
+    sums: &'a mut [f32],
 }
-dots!(dots_1 1, dots_2 2, dots_3 3, dots_4 4);
 
-/// `sums[j][i] = x[i] . weight[j]` for every row of the weight.
-#[inline(always)]
-fn dots<B: Element, const M: usize>(x: &[f32], weight: &[B], stride: usize, sums: &mut [f32]) {
-    let k = x.len() / M;
-    let mut rows = [x; M];
-    for (i, row) in rows.iter_mut().enumerate() {
-        *row = &x[i * k..][..k];
-    }
-    let (sums, _) = sums.as_chunks_mut::<M>();
-    for (j, sums) in sums.iter_mut().enumerate() {
-        let (chunks, tail) = weight[j * stride..][..k].as_chunks::<LANES>();
-        let mut lanes = [[0.0f32; LANES]; M];
-        for (l, w) in chunks.iter().enumerate() {
-            for i in 0..M {
-                let x = &rows[i][l * LANES..][..LANES];
-                for lane in 0..LANES {
-                    lanes[i][lane] = w[lane].to_f32().mul_add(x[lane], lanes[i][lane]);
+/// Elements of the weight that are widened at a time.
+const WIDENED: usize = 256;
+
+impl<B: Element> Dots<'_, B> {
+    #[inline(always)]
+    fn run<S: Simd, const M: usize>(self, simd: S) {
+        let k = self.x.len() / M;
+        let (sums, _) = self.sums.as_chunks_mut::<M>();
+        let mut widened = [0.0f32; WIDENED];
+        for (j, sums) in sums.iter_mut().enumerate() {
+            let column = &self.weight[j * self.stride..][..k];
+            let mut lanes = [[simd.splat_f32s(0.0); 4]; M];
+            *sums = [0.0; M];
+            for (c, weight) in column.chunks(WIDENED).enumerate() {
+                for (y, w) in widened.iter_mut().zip(weight) {
+                    *y = w.to_f32();
+                }
+                let (vectors, tail) = S::as_simd_f32s(&widened[..weight.len()]);
+                for i in 0..M {
+                    let x = &self.x[i * k + c * WIDENED..][..weight.len()];
+                    let (x, x_tail) = S::as_simd_f32s(x);
+                    add_products(simd, &mut lanes[i], vectors, x);
+                    for (w, x) in tail.iter().zip(x_tail) {
+                        sums[i] = w.mul_add(*x, sums[i]);
+                    }
                 }
             }
-        }
-        for i in 0..M {
-            let x = &rows[i][chunks.len() * LANES..];
-            for ((lane, w), x) in lanes[i].iter_mut().zip(tail).zip(x) {
-                *lane = w.to_f32().mul_add(*x, *lane);
+            for i in 0..M {
+                let [a, b, c, d] = lanes[i];
+                sums[i] += simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)));
             }
-            sums[i] = sum_lanes(lanes[i]);
+        }
+    }
+}
+
+/// `lanes += w * x`, vector `v` into sum `v % 4`.
+#[inline(always)]
+fn add_products<S: Simd>(simd: S, lanes: &mut [S::f32s; 4], w: &[S::f32s], x: &[S::f32s]) {
+    let (w, w_rest) = w.as_chunks::<4>();
+    let (x, x_rest) = x.as_chunks::<4>();
+    for (w, x) in w.iter().zip(x) {
+        for lane in 0..4 {
+            lanes[lane] = simd.mul_add_e_f32s(w[lane], x[lane], lanes[lane]);
+        }
+    }
+    for ((lane, &w), &x) in lanes.iter_mut().zip(w_rest).zip(x_rest) {
+        *lane = simd.mul_add_e_f32s(w, x, *lane);
+    }
+}
+
+impl<B: Element> WithSimd for Dots<'_, B> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match self.rows {
+            1 => self.run::<S, 1>(simd),
+            2 => self.run::<S, 2>(simd),
+            3 => self.run::<S, 3>(simd),
+            _ => self.run::<S, 4>(simd),
         }
     }
 }
