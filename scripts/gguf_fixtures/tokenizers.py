@@ -61,8 +61,15 @@ def write_real(folder, path):
         dump(folder / "smollm2-ids.json", texts_with_ids(server, TEXTS + CORPUS))
 
 
-def dump(path, value):
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=0) + "\n")
+def dump(path, ids):
+    """One text per line."""
+    def lines(rows):
+        return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]"
+
+    if isinstance(ids, list):
+        path.write_text(lines(ids) + "\n")
+    else:
+        path.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {lines(rows)}" for name, rows in ids.items()) + "\n}\n")
 
 
 def texts_with_ids(server, texts):
