@@ -9,8 +9,8 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::Element;
-use crate::gemm_kernel::{Tile, product, tile, tile_of};
-use crate::gemm_pack::{Operand, pack_panel};
+use crate::gemm_kernel::{DEPTH, LeftLayout, PITCH, Tile, product, tile, tile_of};
+use crate::gemm_pack::{Operand, Part, pack_panels, pack_row_panels};
 use crate::scratch::with_scratch;
 use crate::simd::{arch, for_each_task, simd_fn};
 
@@ -51,14 +51,14 @@ impl<'a, T: Element> Mat<'a, T> {
     }
 }
 
-/// Depth of a packed slice: a panel of it and the tile's rows stay in the first-level cache.
-const DEPTH: usize = 256;
 /// Rows and columns of a block of the result: bounds the packed slices and the f32 copy of a bf16 block.
 const BLOCK_ROWS: usize = 1536;
 const BLOCK_COLUMNS: usize = 2048;
 /// Panels that one task multiplies: rows that stay in the second-level cache, and columns.
 const TASK_ROW_PANELS: usize = 8;
 const TASK_COLUMN_PANELS: usize = 16;
+/// Panels that one task packs.
+const PACK_PANELS: usize = 8;
 /// Multiplications below which threads cost more than they bring.
 const SMALL: usize = 1 << 19;
 
@@ -147,62 +147,57 @@ impl Block {
         let tile = tile();
         let slices = self.depth.div_ceil(DEPTH).max(1);
         let depth = self.depth.div_ceil(slices);
-        let row_panels = self.rows.div_ceil(tile.rows);
-        let column_panels = self.columns.div_ceil(tile.columns);
-        let a_len = row_panels * tile.rows * depth;
-        let b_len = column_panels * tile.columns * depth;
+        let (row_panel, column_panel) = (tile.rows * PITCH, tile.columns * depth);
+        let layout = if a.depth_stride == 1 { LeftLayout::Rows } else { LeftLayout::Interleaved };
+        let a_len = self.rows.div_ceil(tile.rows) * row_panel;
+        let b_len = self.columns.div_ceil(tile.columns) * column_panel;
         with_scratch(a_len + b_len, |packed| {
             let (packed_a, packed_b) = packed.split_at_mut(a_len);
             for slice in 0..slices {
                 let from = slice * depth;
                 let depths = depth.min(self.depth - from);
-                let packed_a = &mut packed_a[..row_panels * tile.rows * depths];
-                let packed_b = &mut packed_b[..column_panels * tile.columns * depths];
-                self.pack(a, self.i, self.rows, from, depths, tile.rows, packed_a);
-                self.pack(b, self.j, self.columns, from, depths, tile.columns, packed_b);
+                let rows = Part { lane: self.i, lanes: self.rows, depth: from, depths };
+                self.pack(rows, tile.rows, row_panel, packed_a, |part, panels| match layout {
+                    LeftLayout::Rows => pack_row_panels(a, part, panels),
+                    LeftLayout::Interleaved => pack_panels(a, part, tile.rows, row_panel, panels),
+                });
+                let columns = Part { lane: self.j, lanes: self.columns, depth: from, depths };
+                self.pack(columns, tile.columns, column_panel, packed_b, |part, panels| {
+                    pack_panels(b, part, tile.columns, column_panel, panels);
+                });
                 let beta = if slice == 0 { beta } else { 1.0 };
-                self.multiply(c, c_row_stride, packed_a, packed_b, depths, tile, alpha, beta);
+                let sources = Sources { layout, a: packed_a, row_panel, b: packed_b, column_panel, depths };
+                self.multiply(c, c_row_stride, &sources, tile, alpha, beta);
             }
         });
     }
 
-    /// Packs `lanes` rows or columns from `first` on, depths `from..from + depths`, into panels of `width`.
-    #[allow(clippy::too_many_arguments)]
-    fn pack<T: Element>(
+    /// Cuts a part into groups of panels and packs them side by side with `pack(part of the group, its panels)`.
+    fn pack(
         self,
-        operand: Operand<T>,
-        first: usize,
-        lanes: usize,
-        from: usize,
-        depths: usize,
+        all: Part,
         width: usize,
+        panel_len: usize,
         packed: &mut [f32],
+        pack: impl Fn(Part, &mut [f32]) + Send + Sync,
     ) {
-        let run = |(p, panel): (usize, &mut [f32])| {
-            let lane = p * width;
-            pack_panel(operand, first + lane, width.min(lanes - lane), from, depths, width, panel);
+        if panel_len == 0 {
+            return;
+        }
+        let group = PACK_PANELS * width;
+        let run = |(g, panels): (usize, &mut [f32])| {
+            let lanes = group.min(all.lanes - g * group);
+            pack(Part { lane: all.lane + g * group, lanes, ..all }, panels);
         };
-        if depths == 0 {
-        } else if self.is_small() {
-            packed.chunks_exact_mut(depths * width).enumerate().for_each(run);
+        if self.is_small() {
+            packed.chunks_mut(PACK_PANELS * panel_len).enumerate().for_each(run);
         } else {
-            packed.par_chunks_exact_mut(depths * width).enumerate().for_each(run);
+            packed.par_chunks_mut(PACK_PANELS * panel_len).enumerate().for_each(run);
         }
     }
 
     /// Multiplies packed slices, tasks side by side.
-    #[allow(clippy::too_many_arguments)]
-    fn multiply(
-        self,
-        c: &mut [f32],
-        c_row_stride: usize,
-        packed_a: &[f32],
-        packed_b: &[f32],
-        depths: usize,
-        tile: Tile,
-        alpha: f32,
-        beta: f32,
-    ) {
+    fn multiply(self, c: &mut [f32], c_row_stride: usize, sources: &Sources, tile: Tile, alpha: f32, beta: f32) {
         assert!(c.len() >= (self.rows - 1) * c_row_stride + self.columns, "matmul: block outside C");
         let (task_rows, task_columns) = (TASK_ROW_PANELS * tile.rows, TASK_COLUMN_PANELS * tile.columns);
         let (down, across) = (self.rows.div_ceil(task_rows), self.columns.div_ceil(task_columns));
@@ -215,9 +210,7 @@ impl Block {
                 j,
                 rows: task_rows.min(self.rows - i),
                 columns: task_columns.min(self.columns - j),
-                a: &packed_a[i * depths..],
-                b: &packed_b[j * depths..],
-                depths,
+                sources,
                 alpha,
                 beta,
             });
@@ -269,16 +262,24 @@ impl Target {
     }
 }
 
-/// A rectangle of the block: the packed rows and columns that make it.
+/// The packed slices of both operands.
+struct Sources<'a> {
+    layout: LeftLayout,
+    a: &'a [f32],
+    row_panel: usize,
+    b: &'a [f32],
+    column_panel: usize,
+    depths: usize,
+}
+
+/// A rectangle of the block.
 struct Task<'a> {
     target: Target,
     i: usize,
     j: usize,
     rows: usize,
     columns: usize,
-    a: &'a [f32],
-    b: &'a [f32],
-    depths: usize,
+    sources: &'a Sources<'a>,
     alpha: f32,
     beta: f32,
 }
@@ -298,12 +299,12 @@ impl WithSimd for Task<'_> {
 impl Task<'_> {
     #[inline(always)]
     fn run<S: Simd, const R: usize>(self, simd: S) {
-        let width = 2 * S::F32_LANES;
+        let (width, from) = (2 * S::F32_LANES, self.sources);
         for j in (0..self.columns).step_by(width) {
-            let b = &self.b[j * self.depths..][..width * self.depths];
+            let b = &from.b[(self.j + j) / width * from.column_panel..][..width * from.depths];
             for i in (0..self.rows).step_by(R) {
-                let a = &self.a[i * self.depths..][..R * self.depths];
-                let sums = product::<S, R>(simd, a, b);
+                let a = &from.a[(self.i + i) / R * from.row_panel..][..from.row_panel];
+                let sums = product::<S, R>(simd, from.layout, a, b);
                 let columns = width.min(self.columns - j);
                 for (r, sums) in sums.iter().enumerate().take(self.rows - i) {
                     // SAFETY: row and columns lie inside this task's rectangle, which `Block::multiply` cut out of the

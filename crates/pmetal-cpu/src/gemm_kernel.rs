@@ -30,20 +30,57 @@ pub(crate) fn tile() -> Tile {
     arch.dispatch(Ask)
 }
 
-/// `sum over k of a[k][i] * b[k][j]` for a panel of `R` rows (`[depth][R]`) and one of two vectors of columns
-/// (`[depth][2 * lanes]`).
+/// The longest sum a tile computes at a time.
+pub(crate) const DEPTH: usize = 512;
+
+/// Distance of the rows of a left panel that lies row by row. Not a power of two, so that the rows do not share places in
+/// the cache.
+pub(crate) const PITCH: usize = DEPTH + 16;
+
+/// Where a left panel of `R` rows keeps element `(i, k)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LeftLayout {
+    /// At `i * PITCH + k`.
+    Rows,
+    /// At `k * R + i`.
+    Interleaved,
+}
+
+/// `sum over k of a(i, k) * b[k][j]` for a panel of `R` rows and one of two vectors of columns (`[depth][2 * lanes]`).
 #[inline(always)]
-pub(crate) fn product<S: Simd, const R: usize>(simd: S, a: &[f32], b: &[f32]) -> [[S::f32s; 2]; R] {
+pub(crate) fn product<S: Simd, const R: usize>(simd: S, layout: LeftLayout, a: &[f32], b: &[f32]) -> [[S::f32s; 2]; R] {
     let mut sums = [[simd.splat_f32s(0.0); 2]; R];
-    let (a, _) = a.as_chunks::<R>();
     let (b, _) = S::as_simd_f32s(b);
     let (b, _) = b.as_chunks::<2>();
-    for (a, &[b0, b1]) in a.iter().zip(b) {
-        for i in 0..R {
-            let a = simd.splat_f32s(a[i]);
-            sums[i][0] = simd.mul_add_e_f32s(a, b0, sums[i][0]);
-            sums[i][1] = simd.mul_add_e_f32s(a, b1, sums[i][1]);
+    match layout {
+        LeftLayout::Rows => {
+            let (a, _) = a.as_chunks::<PITCH>();
+            let Some((a, _)) = a.split_first_chunk::<R>() else { return sums };
+            for (k, b) in b.iter().enumerate().take(PITCH) {
+                let column = std::array::from_fn(|i| a[i][k]);
+                multiply_add(simd, &mut sums, &column, b);
+            }
+        }
+        LeftLayout::Interleaved => {
+            let (a, _) = a.as_chunks::<R>();
+            for (a, b) in a.iter().zip(b) {
+                multiply_add(simd, &mut sums, a, b);
+            }
         }
     }
     sums
+}
+
+#[inline(always)]
+fn multiply_add<S: Simd, const R: usize>(
+    simd: S,
+    sums: &mut [[S::f32s; 2]; R],
+    a: &[f32; R],
+    &[b0, b1]: &[S::f32s; 2],
+) {
+    for i in 0..R {
+        let a = simd.splat_f32s(a[i]);
+        sums[i][0] = simd.mul_add_e_f32s(a, b0, sums[i][0]);
+        sums[i][1] = simd.mul_add_e_f32s(a, b1, sums[i][1]);
+    }
 }

@@ -1,9 +1,11 @@
 //! Packing: the order in which the inner loop of a product reads its operands.
 //!
 //! A panel holds `P` consecutive rows (of the left operand) or columns (of the right one) as `[depth][P]` f32, zeros
-//! where the operand ends. Widening from bf16 or f16 happens here, once per element, so the inner loop is f32 only.
+//! where the operand ends. A left panel may also lie row by row, which needs no transposition where the operand does. Widening from bf16 or f16 happens here, once per element, so the inner loop is f32 only.
 
 use crate::Element;
+use crate::elementwise::convert_slice;
+use crate::gemm_kernel::PITCH;
 use crate::simd::simd_fn;
 
 /// An operand seen from its panels: element `(i, k)` of the operand is `data[i * lane_stride + k * depth_stride]`,
@@ -15,23 +17,36 @@ pub(crate) struct Operand<'a, T> {
     pub depth_stride: usize,
 }
 
-/// Packs lanes `lane..lane + lanes` (at most the panel's width), depths `depth..depth + depths`, into
-/// `panel[..depths * width]`.
-pub(crate) fn pack_panel<T: Element>(
+/// The part of an operand that goes into some neighbouring panels.
+#[derive(Clone, Copy)]
+pub(crate) struct Part {
+    /// First lane.
+    pub lane: usize,
+    /// Lanes; panels beyond the last one are filled up with zeros.
+    pub lanes: usize,
+    /// First depth.
+    pub depth: usize,
+    /// Depths.
+    pub depths: usize,
+}
+
+/// Packs a part of an operand into panels of `width` lanes that start `panel_len` apart in `panels`.
+pub(crate) fn pack_panels<T: Element>(
     operand: Operand<T>,
-    lane: usize,
-    lanes: usize,
-    depth: usize,
-    depths: usize,
+    part: Part,
     width: usize,
-    panel: &mut [f32],
+    panel_len: usize,
+    panels: &mut [f32],
 ) {
-    let start = lane * operand.lane_stride + depth * operand.depth_stride;
-    let data = &operand.data[start..];
-    let panel = &mut panel[..depths * width];
-    if operand.lane_stride == 1 {
-        pack_rows(data, operand.depth_stride, lanes, width, panel);
-    } else {
+    if operand.lane_stride == 1 && part.lanes > 0 {
+        let data = &operand.data[part.lane + part.depth * operand.depth_stride..];
+        return pack_rows(data, operand.depth_stride, part, width, panel_len, panels);
+    }
+    for (p, panel) in panels.chunks_exact_mut(panel_len).enumerate() {
+        let lane = p * width;
+        let lanes = width.min(part.lanes - lane);
+        let data = &operand.data[(part.lane + lane) * operand.lane_stride + part.depth * operand.depth_stride..];
+        let panel = &mut panel[..part.depths * width];
         match width {
             32 => pack_columns_32(data, operand, lanes, panel),
             16 => pack_columns_16(data, operand, lanes, panel),
@@ -45,21 +60,47 @@ pub(crate) fn pack_panel<T: Element>(
     }
 }
 
+/// Packs left panels of `width` rows row by row, [`PITCH`] apart. The depths lie side by side in memory.
+pub(crate) fn pack_row_panels<T: Element>(operand: Operand<T>, part: Part, panels: &mut [f32]) {
+    for (i, row) in panels.chunks_exact_mut(PITCH).enumerate() {
+        let row = &mut row[..part.depths];
+        if i < part.lanes {
+            let start = (part.lane + i) * operand.lane_stride + part.depth;
+            convert_slice(&operand.data[start..start + part.depths], row);
+        } else {
+            row.fill(0.0);
+        }
+    }
+}
+
 simd_fn! {
-    /// The lanes lie side by side in memory: every depth is a copy.
-    fn pack_rows['a; T](data: &'a [T], depth_stride: usize, lanes: usize, width: usize, panel: &'a mut [f32]) -> () {
-        for (k, row) in panel.chunks_exact_mut(width).enumerate() {
-            let source = &data[k * depth_stride..][..lanes];
-            for (y, x) in row.iter_mut().zip(source) {
-                *y = x.to_f32();
+    /// The lanes lie side by side in memory: every depth is a copy, cut into panels. Reading whole rows of the operand
+    /// before the next depth keeps to few pages of memory.
+    fn pack_rows['a; T](
+        data: &'a [T], depth_stride: usize, part: Part, width: usize, panel_len: usize, panels: &'a mut [f32],
+    ) -> () {
+        for k in 0..part.depths {
+            let row = &data[k * depth_stride..][..part.lanes];
+            for (source, panel) in row.chunks(width).zip(panels.chunks_exact_mut(panel_len)) {
+                let target = &mut panel[k * width..][..width];
+                match (source.as_array::<32>(), target.as_mut_array::<32>()) {
+                    (Some(source), Some(target)) => {
+                        *target = std::array::from_fn(|lane| source[lane].to_f32());
+                    }
+                    _ => {
+                        for (y, x) in target.iter_mut().zip(source) {
+                            *y = x.to_f32();
+                        }
+                        target[source.len()..].fill(0.0);
+                    }
+                }
             }
-            row[lanes..].fill(0.0);
         }
     }
 }
 
 /// Depths that [`pack_columns`] transposes at a time.
-const BLOCK: usize = 16;
+const BLOCK: usize = 64;
 
 macro_rules! pack_columns {
     ($($name:ident $width:literal),*) => { $(
@@ -80,13 +121,13 @@ pack_columns!(
 #[inline(always)]
 fn pack_columns<T: Element, const P: usize>(data: &[T], operand: Operand<T>, lanes: usize, panel: &mut [f32]) {
     let (lane_stride, depth_stride) = (operand.lane_stride, operand.depth_stride);
-    let mut block = [[0.0f32; BLOCK]; P];
     let (rows, _) = panel.as_chunks_mut::<P>();
+    let mut block = [[0.0f32; BLOCK]; P];
     for (b, rows) in rows.chunks_mut(BLOCK).enumerate() {
         for (lane, buffer) in block.iter_mut().enumerate().take(lanes) {
             let source = &data[lane * lane_stride + b * BLOCK * depth_stride..];
-            if depth_stride == 1 && rows.len() == BLOCK {
-                for (y, x) in buffer.iter_mut().zip(&source[..BLOCK]) {
+            if depth_stride == 1 {
+                for (y, x) in buffer.iter_mut().zip(source).take(rows.len()) {
                     *y = x.to_f32();
                 }
             } else {
@@ -96,8 +137,8 @@ fn pack_columns<T: Element, const P: usize>(data: &[T], operand: Operand<T>, lan
             }
         }
         for (k, row) in rows.iter_mut().enumerate() {
-            for lane in 0..P {
-                row[lane] = block[lane][k];
+            for (y, buffer) in row.iter_mut().zip(&block) {
+                *y = buffer[k];
             }
         }
     }
@@ -111,18 +152,21 @@ mod tests {
 
     #[test]
     fn panels_hold_every_element_where_the_kernel_looks() {
-        let data: Vec<bf16> = (0..40 * 50).map(|i| <bf16 as Element>::from_f32((i % 251) as f32)).collect();
-        for (lane_stride, depth_stride) in [(50, 1), (1, 50), (50, 2)] {
+        let data: Vec<bf16> = (0..110 * 110).map(|i| <bf16 as Element>::from_f32((i % 251) as f32)).collect();
+        for (lane_stride, depth_stride) in [(110, 1), (1, 110), (60, 2)] {
             let operand = Operand { data: &data, lane_stride, depth_stride };
-            for width in [2, 4, 6, 8, 12, 16, 32] {
-                for (lanes, depths) in [(width, 16), (width - 1, 19), (1, 3)] {
-                    let mut panel = vec![f32::NAN; depths * width];
-                    pack_panel(operand, 3, lanes, 2, depths, width, &mut panel);
+            for width in [2usize, 4, 6, 8, 12, 16, 32] {
+                for (lanes, depths) in [(3 * width, 16), (2 * width - 1, 19), (1, 3)] {
+                    let panel_len = depths * width + 5;
+                    let mut panels = vec![f32::NAN; lanes.div_ceil(width) * panel_len];
+                    let part = Part { lane: 3, lanes, depth: 2, depths };
+                    pack_panels(operand, part, width, panel_len, &mut panels);
                     for k in 0..depths {
-                        for lane in 0..width {
+                        for lane in 0..lanes.next_multiple_of(width) {
                             let at = (3 + lane) * lane_stride + (2 + k) * depth_stride;
                             let expected = if lane < lanes { data[at].to_f32() } else { 0.0 };
-                            assert_eq!(panel[k * width + lane], expected, "{width} {lanes} {depths} {k} {lane}");
+                            let actual = panels[lane / width * panel_len + k * width + lane % width];
+                            assert_eq!(actual, expected, "width {width}, {lanes} lanes: depth {k}, lane {lane}");
                         }
                     }
                 }
