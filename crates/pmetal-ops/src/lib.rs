@@ -27,6 +27,7 @@ mod embedding;
 mod error;
 mod gated_activation;
 mod kernel;
+mod kv_cache;
 mod linear;
 mod linear_cross_entropy;
 mod param;
@@ -42,12 +43,18 @@ pub use autograd::{Policy, Value, backward, checkpoint, composite, gradients, no
 pub use embedding::embedding;
 pub use error::{Error, Result};
 pub use gated_activation::swiglu;
+pub use kv_cache::write_rows;
 pub use linear::{Adapter, LinearGroup, LinearMember};
 pub use linear_cross_entropy::{CrossEntropy, linear_cross_entropy};
 pub use param::{Arena, Param};
 pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rope::{RopeTable, rope};
 pub use weight::{MappedFile, MappedWeight, Weight};
+
+/// Bytes that live and lived, where the program installs [`pmetal_cpu`]'s allocator.
+pub mod memory {
+    pub use pmetal_cpu::{PoolAllocator, live_bytes, peak_bytes, reset_peak};
+}
 
 /// Counter-based randomness: numbers are functions of a seed and a place, so nothing has to be restored on resume and the
 /// number of threads does not matter.

@@ -26,6 +26,21 @@ impl MappedFile {
     pub fn bytes(&self) -> &[u8] {
         &self.0
     }
+
+    /// Lets go of the pages of `range`, which has been copied and will hardly be read again: a hint that loading a model is not
+    /// the model twice in memory.
+    pub fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if self.0.get(range.clone()).is_some_and(|bytes| !bytes.is_empty()) {
+            // SAFETY: the mapping is read-only and backed by its file: a page that went is read again when it is needed.
+            // A system that refuses the hint changes nothing.
+            let _ = unsafe {
+                self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
 }
 
 /// A frozen weight inside a mapped file: row-major little-endian elements.
@@ -48,6 +63,11 @@ impl MappedWeight {
 
     fn bytes(&self) -> &[u8] {
         &self.file.bytes()[self.range.clone()]
+    }
+
+    /// Lets go of its pages, once it has been copied.
+    pub fn release(&self) {
+        self.file.release(self.range.clone());
     }
 }
 

@@ -1,0 +1,281 @@
+//! A model on disk.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use candle_core::{DType, Shape};
+use pmetal_gguf::GgufFile;
+use pmetal_ops::Weight;
+use serde_json::{Value, json};
+
+use crate::{
+    DecoderSpec, Error, GenerationConfig, Result, gguf_config,
+    names::{EMBEDDING, HEAD, LAYERS},
+    safetensors_folder::SafetensorsFolder,
+    spec_of, tensors_of,
+};
+
+const CONFIG: &str = "config.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
+
+/// A model on disk: a Hugging Face folder, a GGUF file, or a folder around one GGUF file.
+///
+/// Opening reads and checks the configuration and the tensors' headers, not their data. The files must not change while it is open.
+pub struct Checkpoint {
+    path: PathBuf,
+    config: Value,
+    spec: DecoderSpec,
+    generation: GenerationConfig,
+    weights: Weights,
+}
+
+enum Weights {
+    Folder(SafetensorsFolder),
+    Gguf { file: Box<GgufFile>, path: PathBuf },
+}
+
+/// A tensor's place, as strictness needs it.
+struct Found<'a> {
+    path: &'a Path,
+    dims: &'a [usize],
+}
+
+impl Checkpoint {
+    /// Opens a model.
+    ///
+    /// # Errors
+    /// Where there is no model, a file is truncated or broken, the architecture is not known, or tensors are missing, of the wrong shape, or
+    /// without a place in the architecture.
+    pub fn open(path: &Path) -> Result<Self> {
+        if path.is_dir() {
+            if path.join(CONFIG).exists() {
+                return Self::open_folder(path);
+            }
+            return match only_gguf_in(path)? {
+                Some(file) => Self::open_gguf(path, &file),
+                None => Err(not_a_model(path)),
+            };
+        }
+        if !path.exists() {
+            return Err(Error::NotFound { path: path.to_path_buf() });
+        }
+        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+            return Self::open_gguf(path, path);
+        }
+        Err(Error::NotAModel { path: path.to_path_buf(), found: "a file of another kind".into() })
+    }
+
+    fn open_folder(folder: &Path) -> Result<Self> {
+        let config_path = folder.join(CONFIG);
+        let mut config = read_json(&config_path)?;
+        let mut spec = spec_of(&config).map_err(|e| at(e, &config_path))?;
+        let Some(weights) = SafetensorsFolder::open(folder)? else { return Err(not_a_model(folder)) };
+        if spec.tie_word_embeddings && has_its_own_head(&weights) {
+            spec.tie_word_embeddings = false;
+            config["tie_word_embeddings"] = json!(false);
+        }
+        let generation_path = folder.join(GENERATION_CONFIG);
+        let generation = if generation_path.exists() { Some(read_json(&generation_path)?) } else { None };
+        let generation = GenerationConfig::read(generation.as_ref(), &config).map_err(|e| at(e, &generation_path))?;
+        let checkpoint =
+            Self { path: folder.to_path_buf(), config, spec, generation, weights: Weights::Folder(weights) };
+        checkpoint.check_tensors()?;
+        Ok(checkpoint)
+    }
+
+    fn open_gguf(path: &Path, file: &Path) -> Result<Self> {
+        let gguf = GgufFile::open(file)?;
+        let config = gguf_config::standard(gguf.hf_config()?);
+        let spec = spec_of(&config).map_err(|e| at(e, file))?;
+        let mut generation = GenerationConfig::read(None, &config).map_err(|e| at(e, file))?;
+        let ends: Vec<u32> = gguf.special_tokens()?.end_of_generation.iter().map(|token| token.id).collect();
+        if !ends.is_empty() {
+            generation.eos_token_ids = ends;
+        }
+        let weights = Weights::Gguf { file: Box::new(gguf), path: file.to_path_buf() };
+        let checkpoint = Self { path: path.to_path_buf(), config, spec, generation, weights };
+        checkpoint.check_tensors()?;
+        Ok(checkpoint)
+    }
+
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The decoder.
+    pub fn spec(&self) -> &DecoderSpec {
+        &self.spec
+    }
+
+    /// The configuration under Hugging Face's keys; a GGUF file's metadata are translated.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// How the model wants to be sampled from, and where it stops.
+    pub fn generation(&self) -> &GenerationConfig {
+        &self.generation
+    }
+
+    /// The GGUF file, which also holds the tokenizer and the chat template; none for a folder of safetensors.
+    pub fn gguf(&self) -> Option<&GgufFile> {
+        match &self.weights {
+            Weights::Gguf { file, .. } => Some(file),
+            Weights::Folder(_) => None,
+        }
+    }
+
+    /// Every tensor of the decoder by its Hugging Face name, in the order of [`tensors_of`].
+    pub fn tensors(&self) -> Vec<(String, Shape)> {
+        tensors_of(&self.spec)
+    }
+
+    /// The dtype to compute in unless something else is asked for: that of the matrices, bf16 where they are mixed or quantized.
+    pub fn stored_dtype(&self) -> DType {
+        self.common_dtype().unwrap_or(DType::BF16)
+    }
+
+    /// The dtype of every matrix, where they share one that is a plain number.
+    fn common_dtype(&self) -> Option<DType> {
+        let mut dtypes: Box<dyn Iterator<Item = Option<DType>>> = match &self.weights {
+            Weights::Folder(folder) => {
+                Box::new(folder.iter().filter(|(_, entry)| entry.shape.rank() > 1).map(|(_, entry)| entry.dtype()))
+            }
+            Weights::Gguf { file, .. } => {
+                let matrices = file.tensors().iter().filter(|tensor| tensor.shape.len() > 1);
+                Box::new(matrices.map(|tensor| plain_dtype(tensor.block_type())))
+            }
+        };
+        let first = dtypes.next()??;
+        dtypes.all(|dtype| dtype == Some(first)).then_some(first)
+    }
+
+    /// A weight as it is stored; a quantized one decoded into `dtype`.
+    pub(crate) fn weight(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Weight> {
+        let missing = || Error::MissingTensor {
+            path: self.path.clone(),
+            tensor: name.to_owned(),
+            expected: shape.dims().to_vec(),
+        };
+        match &self.weights {
+            Weights::Folder(folder) => folder.get(name).ok_or_else(missing)?.weight(name),
+            Weights::Gguf { file, .. } => {
+                let half = self.common_dtype().filter(|&stored| stored != DType::F32);
+                Ok(Weight::Frozen(file.hf_tensor(name, half.unwrap_or(dtype))?))
+            }
+        }
+    }
+
+    /// Lets go of a weight's pages in the file, once it has been copied.
+    pub(crate) fn release(&self, name: &str) {
+        // a GGUF file lets go by itself when it decodes
+        if let Weights::Folder(folder) = &self.weights
+            && let Some(entry) = folder.get(name)
+        {
+            entry.release();
+        }
+    }
+
+    fn found(&self) -> Result<Vec<(String, Found<'_>)>> {
+        Ok(match &self.weights {
+            Weights::Folder(folder) => folder
+                .iter()
+                .map(|(name, entry)| (name.to_owned(), Found { path: &entry.path, dims: entry.shape.dims() }))
+                .collect(),
+            Weights::Gguf { file, path } => {
+                file.hf_tensors()?.into_iter().map(|(name, dims)| (name, Found { path, dims })).collect()
+            }
+        })
+    }
+
+    /// Every tensor of the decoder is there in its shape, and no other is.
+    fn check_tensors(&self) -> Result<()> {
+        let mut found: std::collections::HashMap<String, Found> = self.found()?.into_iter().collect();
+        for (tensor, shape) in self.tensors() {
+            let expected = shape.dims().to_vec();
+            match found.remove(&tensor) {
+                None => return Err(Error::MissingTensor { path: self.path.clone(), tensor, expected }),
+                Some(f) if f.dims != expected => {
+                    return Err(Error::TensorShape { path: f.path.into(), tensor, expected, found: f.dims.to_vec() });
+                }
+                Some(_) => {}
+            }
+        }
+        let mut extra: Vec<_> = found.into_iter().filter(|(name, _)| !self.is_ignored(name)).collect();
+        extra.sort_by(|a, b| a.0.cmp(&b.0));
+        match extra.into_iter().next() {
+            None => Ok(()),
+            Some((tensor, f)) => {
+                Err(Error::ExtraTensor { path: f.path.into(), tensor, model_type: self.spec.model_type.clone() })
+            }
+        }
+    }
+
+    /// Tensors that files carry and the decoder has no use for: frequencies of rope, layers that predict further tokens, the copy
+    /// of a tied head.
+    fn is_ignored(&self, name: &str) -> bool {
+        let layer = name.strip_prefix(LAYERS).and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
+        name.ends_with("rotary_emb.inv_freq")
+            || layer.is_some_and(|layer| layer >= self.spec.num_hidden_layers)
+            || (name == HEAD && self.spec.tie_word_embeddings)
+    }
+}
+
+/// Whether a file holds a head that differs from the embedding.
+fn has_its_own_head(folder: &SafetensorsFolder) -> bool {
+    let (Some(head), Some(embedding)) = (folder.get(HEAD), folder.get(EMBEDDING)) else { return false };
+    let same = head.stored == embedding.stored && head.bytes() == embedding.bytes();
+    head.release();
+    !same
+}
+
+/// The dtype of a block type that is a plain number.
+fn plain_dtype(block_type: &str) -> Option<DType> {
+    match block_type {
+        "F32" => Some(DType::F32),
+        "F16" => Some(DType::F16),
+        "BF16" => Some(DType::BF16),
+        _ => None,
+    }
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = fs::read(path).map_err(pmetal_core::Error::io("read", path))?;
+    let json: Value = serde_json::from_slice(&text).map_err(|e| Error::broken(path, e))?;
+    if json.is_object() { Ok(json) } else { Err(Error::broken(path, "expected an object")) }
+}
+
+/// The error with the file that a configuration came from.
+fn at(error: Error, path: &Path) -> Error {
+    match error {
+        Error::Config { key, reason, .. } => Error::Config { path: path.to_path_buf(), key, reason },
+        other => other,
+    }
+}
+
+fn names_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).map_err(pmetal_core::Error::io("read", folder))?;
+    let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    paths.sort();
+    Ok(paths)
+}
+
+fn only_gguf_in(folder: &Path) -> Result<Option<PathBuf>> {
+    let is_gguf = |path: &PathBuf| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    let mut files: Vec<PathBuf> = names_in(folder)?.into_iter().filter(is_gguf).collect();
+    if files.len() > 1 {
+        let found = format!("{} .gguf files: name one of them", files.len());
+        return Err(Error::NotAModel { path: folder.to_path_buf(), found });
+    }
+    Ok(files.pop())
+}
+
+fn not_a_model(folder: &Path) -> Error {
+    let names = names_in(folder).unwrap_or_default();
+    let names: Vec<_> = names.iter().filter_map(|path| path.file_name()?.to_str()).take(8).collect();
+    let found = if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
+    Error::NotAModel { path: folder.to_path_buf(), found }
+}

@@ -1,0 +1,63 @@
+use candle_core::{DType, Device};
+use pmetal_ops::Arena;
+use serde_json::Value;
+
+use crate::{
+    CausalLMModel, Checkpoint, DecoderSpec, Error, Result,
+    decoder::Decoder,
+    keys::Keys,
+    known_architectures,
+    registry::{FAMILIES, Family},
+    weights::{FromCheckpoint, FromSeed},
+};
+
+/// The family of a configuration: by `model_type`, or where that is absent by its class in `architectures`.
+pub(crate) fn family_of(config: &Value) -> Result<&'static Family> {
+    let keys = Keys::new(config);
+    let (model_type, classes) = (keys.text("model_type")?, keys.texts("architectures")?.unwrap_or_default());
+    let found = FAMILIES.iter().find(|family| match model_type {
+        Some(model_type) => family.model_type == model_type,
+        None => classes.contains(&family.architecture),
+    });
+    found.ok_or_else(|| Error::UnknownArchitecture {
+        name: model_type.or(classes.first().copied()).unwrap_or("(no model_type)").to_owned(),
+        known: known_architectures(),
+    })
+}
+
+/// What a `config.json` describes.
+///
+/// # Errors
+/// Where the family is not known, a key is missing or impossible, or it asks for something that is not supported.
+pub fn spec_of(config: &Value) -> Result<DecoderSpec> {
+    let family = family_of(config)?;
+    Ok(DecoderSpec { model_type: family.model_type.to_owned(), ..(family.spec)(&Keys::new(config))? })
+}
+
+/// Loads a model.
+///
+/// `dtype` is that of the activations. Weights stored as bf16 or f16 stay as they are, on the CPU where they lie in the file; others
+/// become `dtype`, one at a time. A weight whose name `trainable` has is copied there and trained.
+pub fn load(
+    checkpoint: &Checkpoint,
+    dtype: DType,
+    device: &Device,
+    trainable: Option<&Arena>,
+) -> Result<Box<dyn CausalLMModel>> {
+    let source = FromCheckpoint { checkpoint, dtype, device };
+    Ok(Box::new(Decoder::new(checkpoint.spec().clone(), &source, trainable, dtype, device)?))
+}
+
+/// A model of fresh weights: normal around zero with the configuration's `initializer_range`, norms one, biases zero. Each value is a
+/// function of the seed, its tensor's name and its place.
+pub fn random(
+    config: &Value,
+    dtype: DType,
+    device: &Device,
+    seed: u64,
+    trainable: Option<&Arena>,
+) -> Result<Box<dyn CausalLMModel>> {
+    let spec = spec_of(config)?;
+    let source = FromSeed { seed, std: spec.initializer_range, dtype, device };
+    Ok(Box::new(Decoder::new(spec, &source, trainable, dtype, device)?))
+}

@@ -1,0 +1,117 @@
+//! A configuration's keys, typed, with errors that name the key.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// The largest size a configuration may state: beyond any model there is, and small enough that products of two do not overflow.
+const LARGEST: u64 = 1 << 26;
+
+/// An object of a configuration. A key that is absent or null is none: where a family tells the two apart, it asks [`Keys::has`].
+#[derive(Clone, Copy)]
+pub(crate) struct Keys<'a> {
+    object: &'a Value,
+    /// The key this object stands under, for messages.
+    under: &'static str,
+}
+
+impl<'a> Keys<'a> {
+    pub(crate) fn new(object: &'a Value) -> Self {
+        Self { object, under: "" }
+    }
+
+    /// The object under a key, where there is one.
+    pub(crate) fn object(&self, key: &'static str) -> Result<Option<Self>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(object) if object.is_object() => Ok(Some(Keys { object, under: key })),
+            Some(other) => Err(self.refuse(key, format!("expected an object, found {other}"))),
+        }
+    }
+
+    /// Whether the key is there, be it null.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.object.get(key).is_some()
+    }
+
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.object.get(key).filter(|v| !v.is_null())
+    }
+
+    /// An error about a key.
+    pub(crate) fn refuse(&self, key: &str, reason: impl Into<String>) -> Error {
+        let key = if self.under.is_empty() { key.to_owned() } else { format!("{}.{key}", self.under) };
+        Error::Config { path: PathBuf::from("config.json"), key, reason: reason.into() }
+    }
+
+    fn typed<T>(&self, key: &str, expected: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        read(value).map(Some).ok_or_else(|| self.refuse(key, format!("expected {expected}, found {value}")))
+    }
+
+    fn required<T>(&self, key: &str, found: Option<T>) -> Result<T> {
+        found.ok_or_else(|| self.refuse(key, "is missing"))
+    }
+
+    /// A number of things: at least one.
+    pub(crate) fn size(&self, key: &str) -> Result<Option<usize>> {
+        let sensible = |v: &Value| v.as_u64().filter(|n| (1..=LARGEST).contains(n)).map(|n| n as usize);
+        self.typed(key, &format!("a whole number from 1 to {LARGEST}"), sensible)
+    }
+
+    /// A number of things that must be there.
+    pub(crate) fn required_size(&self, key: &str) -> Result<usize> {
+        self.required(key, self.size(key)?)
+    }
+
+    /// A whole number from zero on.
+    pub(crate) fn whole(&self, key: &str) -> Result<Option<u64>> {
+        self.typed(key, "a whole number", Value::as_u64)
+    }
+
+    /// A finite number.
+    pub(crate) fn number(&self, key: &str) -> Result<Option<f64>> {
+        self.typed(key, "a number", |v| v.as_f64().filter(|x| x.is_finite()))
+    }
+
+    /// A number above zero.
+    pub(crate) fn positive(&self, key: &str) -> Result<Option<f64>> {
+        self.typed(key, "a number above 0", |v| v.as_f64().filter(|x| x.is_finite() && *x > 0.0))
+    }
+
+    /// A number above zero that must be there.
+    pub(crate) fn required_positive(&self, key: &str) -> Result<f64> {
+        self.required(key, self.positive(key)?)
+    }
+
+    pub(crate) fn boolean(&self, key: &str) -> Result<Option<bool>> {
+        self.typed(key, "true or false", Value::as_bool)
+    }
+
+    pub(crate) fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        self.typed(key, "a text", Value::as_str)
+    }
+
+    /// A list of numbers above zero that must be there.
+    pub(crate) fn required_positives(&self, key: &str) -> Result<Vec<f64>> {
+        let positive = |v: &Value| v.as_f64().filter(|x| x.is_finite() && *x > 0.0);
+        let list = self.typed(key, "numbers above 0", |v| v.as_array()?.iter().map(positive).collect())?;
+        self.required(key, list)
+    }
+
+    /// A list of texts.
+    pub(crate) fn texts(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
+        self.typed(key, "a list of texts", |v| v.as_array()?.iter().map(Value::as_str).collect())
+    }
+
+    /// Token ids: one, or a list.
+    pub(crate) fn ids(&self, key: &str) -> Result<Option<Vec<u32>>> {
+        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+        self.typed(key, "a token id or a list of them", |v| match v {
+            Value::Array(list) => list.iter().map(id).collect(),
+            one => Some(vec![id(one)?]),
+        })
+    }
+}

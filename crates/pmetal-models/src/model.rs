@@ -1,0 +1,62 @@
+use candle_core::{DType, Device, Tensor};
+use pmetal_ops::{LinearGroup, LinearMember, Policy, Value, Weight, no_grad};
+
+use crate::{DecoderSpec, KvCache, Result};
+
+/// What a forward reads: token ids of several rows behind one another, without padding.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// The ids of all rows.
+    pub ids: &'a [u32],
+    /// Tokens of each row. Positions start at 0 in each, or behind what the cache holds of it.
+    pub q_lens: &'a [usize],
+    /// The seed of dropout, in training.
+    pub noise: Option<u64>,
+    /// Whether layers run again in backward instead of keeping what they computed.
+    pub checkpointing: Option<Policy>,
+}
+
+impl<'a> Input<'a> {
+    /// Rows without dropout and without checkpointing.
+    pub fn rows(ids: &'a [u32], q_lens: &'a [usize]) -> Self {
+        Self { ids, q_lens, noise: None, checkpointing: None }
+    }
+}
+
+/// A causal language model.
+pub trait CausalLMModel: Send {
+    /// What it is made of.
+    fn spec(&self) -> &DecoderSpec;
+
+    /// The dtype of its activations.
+    fn dtype(&self) -> DType;
+
+    /// Where it computes.
+    fn device(&self) -> Device;
+
+    /// The hidden states behind the last norm, `[tokens, hidden_size]` in the model's dtype.
+    ///
+    /// With a cache the rows continue where it stands, their keys and values are added to it, and no gradient is recorded.
+    ///
+    /// # Errors
+    /// Where lengths do not add up, an id is outside the vocabulary, or the cache is full.
+    fn forward(&self, input: &Input, cache: Option<&mut KvCache>) -> Result<Value>;
+
+    /// The head, `[vocab_size, hidden_size]`: the embedding where they are tied.
+    fn head(&self) -> &Weight;
+
+    /// Visits every linear layer of attention and MLP under its module name, `model.layers.0.self_attn.q_proj` and so on.
+    fn for_each_linear(&mut self, f: &mut dyn FnMut(&str, &mut LinearMember));
+
+    /// Every weight under its Hugging Face name, in the order of [`crate::tensors_of`].
+    fn named_weights(&self) -> Vec<(String, Weight)>;
+
+    /// The logits of `hidden [n, hidden_size]`, `[n, vocab_size]` f32.
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        // the product's result has its input's dtype: logits are f32 whatever the activations are
+        let hidden = Value::constant(hidden.to_dtype(DType::F32)?);
+        let head = LinearMember { weight: self.head().clone(), bias: None, adapter: None };
+        let logits = no_grad(|| LinearGroup { members: vec![head] }.forward(&hidden, None))?;
+        Ok(logits.into_iter().map(|v| v.tensor().clone()).next().unwrap_or_else(|| hidden.tensor().clone()))
+    }
+}
