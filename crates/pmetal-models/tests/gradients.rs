@@ -1,0 +1,64 @@
+//! Losses and gradients of adapters and of all weights against PEFT and transformers.
+
+mod common;
+
+use candle_core::DType;
+use common::{Fixture, adapt, assert_close, labels, pack};
+use pmetal_models::{CausalLMModel, Checkpoint, Input, tensors_of};
+use pmetal_ops::{Arena, Policy, backward, linear_cross_entropy};
+
+/// Backpropagates the mean loss of the fixture's rows and returns it.
+fn loss(model: &dyn CausalLMModel, fixture: &Fixture, checkpointing: Option<Policy>) -> f64 {
+    let rows = fixture.rows();
+    let ((ids, q_lens), labels) = (pack(&rows), labels(&rows));
+    let counted = labels.iter().filter(|&&label| label >= 0).count();
+    let hidden = model.forward(&Input { checkpointing, ..Input::rows(&ids, &q_lens) }, None).unwrap();
+    let entropy = linear_cross_entropy(&hidden, model.head(), &labels, 1.0 / counted as f32).unwrap();
+    let loss = entropy.loss.tensor().to_scalar::<f32>().unwrap();
+    backward(entropy.loss).unwrap();
+    f64::from(loss)
+}
+
+fn expected_loss(fixture: &Fixture, name: &str) -> f64 {
+    f64::from(fixture.expected[name].to_scalar::<f32>().unwrap())
+}
+
+const WAYS: [Option<Policy>; 3] = [None, Some(Policy::KeepNothing), Some(Policy::KeepAttention)];
+
+#[test]
+fn gradients_of_adapters() {
+    for fixture in Fixture::all() {
+        let mut model = fixture.model(DType::F32, None);
+        let arena = adapt(&mut *model, &fixture.path.join("adapter"));
+        for checkpointing in WAYS {
+            arena.clear_grads();
+            let (want, got) = (expected_loss(&fixture, "loss"), loss(&*model, &fixture, checkpointing));
+            assert!((want - got).abs() <= 1e-5 * want, "{}: loss {got}, wanted {want}", fixture.name);
+            for param in arena.params() {
+                let want = &fixture.expected[&format!("grad.{}", param.name())];
+                let what = format!("{} {} {checkpointing:?}", fixture.name, param.name());
+                assert_close(want, &param.grad().unwrap(), 1e-4, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_all_weights() {
+    let with_gradients = Fixture::all().into_iter().filter(|f| f.expected.contains_key("full_loss"));
+    for fixture in with_gradients {
+        let spec = Checkpoint::open(&fixture.path).unwrap().spec().clone();
+        let arena = Arena::new(&tensors_of(&spec), DType::F32, &candle_core::Device::Cpu).unwrap();
+        let model = fixture.model(DType::F32, Some(&arena));
+        for checkpointing in WAYS {
+            arena.clear_grads();
+            let (want, got) = (expected_loss(&fixture, "full_loss"), loss(&*model, &fixture, checkpointing));
+            assert!((want - got).abs() <= 1e-5 * want, "{}: loss {got}, wanted {want}", fixture.name);
+            for param in arena.params() {
+                let want = &fixture.expected[&format!("full_grad.{}", param.name())];
+                let what = format!("{} {} {checkpointing:?}", fixture.name, param.name());
+                assert_close(want, &param.grad().unwrap(), 1e-4, &what);
+            }
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Logits and greedy continuations against transformers, for every fixture.
+
+mod common;
+
+use std::ops::ControlFlow;
+
+use candle_core::{DType, Tensor};
+use common::{Fixture, adapt, assert_close, packed_logits, relative_error};
+use pmetal_models::{Input, KvCache, SamplingParams, StopReason, generate};
+use pmetal_ops::{Policy, no_grad};
+
+#[test]
+fn logits_of_packed_rows_and_of_each_row_alone() {
+    for fixture in Fixture::all() {
+        let model = fixture.model(DType::F32, None);
+        let rows = fixture.rows();
+        let together = packed_logits(&*model, &rows, None);
+        let checkpointed = packed_logits(&*model, &rows, Some(Policy::KeepAttention));
+        for (i, row) in rows.iter().enumerate() {
+            let want = &fixture.expected[&format!("logits.{i}")];
+            let alone = packed_logits(&*model, std::slice::from_ref(row), None);
+            for (how, got) in [("packed", &together[i]), ("alone", &alone[0]), ("checkpointed", &checkpointed[i])] {
+                assert_close(want, got, 1e-4, &format!("{} row {i} {how}", fixture.name));
+            }
+        }
+    }
+}
+
+#[test]
+fn logits_with_adapters() {
+    for fixture in Fixture::all() {
+        for (folder, prefix) in [("adapter", "lora_logits"), ("adapter-rslora", "rslora_logits")] {
+            if !fixture.path.join(folder).exists() {
+                continue;
+            }
+            let mut model = fixture.model(DType::F32, None);
+            adapt(&mut *model, &fixture.path.join(folder));
+            for (i, got) in packed_logits(&*model, &fixture.rows(), None).iter().enumerate() {
+                let want = &fixture.expected[&format!("{prefix}.{i}")];
+                assert_close(want, got, 1e-4, &format!("{} {folder} row {i}", fixture.name));
+            }
+        }
+    }
+}
+
+#[test]
+fn logits_in_half_precision() {
+    for fixture in Fixture::all() {
+        for (dtype, tolerance) in [(DType::BF16, 6e-2), (DType::F16, 8e-3)] {
+            let model = fixture.model(dtype, None);
+            for (i, got) in packed_logits(&*model, &fixture.rows(), None).iter().enumerate() {
+                let want = &fixture.expected[&format!("logits.{i}")];
+                assert_close(want, got, tolerance, &format!("{} row {i} {dtype:?}", fixture.name));
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_continuation() {
+    for fixture in Fixture::all() {
+        let (model, want) = (fixture.model(DType::F32, None), fixture.ids("greedy.0"));
+        let params = SamplingParams { max_tokens: want.len(), ..SamplingParams::default() };
+        let mut streamed = Vec::new();
+        let mut on_token = |token| {
+            streamed.push(token);
+            ControlFlow::Continue(())
+        };
+        let got = generate(&*model, &fixture.rows()[0], &params, &[], &mut on_token).unwrap();
+        assert_eq!(got.tokens, want, "{}", fixture.name);
+        assert_eq!(streamed, want, "{}", fixture.name);
+        assert_eq!(got.stop, StopReason::Length);
+    }
+}
+
+/// Rows of different lengths share a cache: read in pieces of different sizes, they give what one forward gives.
+#[test]
+fn a_cache_read_in_pieces() {
+    for fixture in Fixture::all() {
+        let (model, rows) = (fixture.model(DType::F32, None), fixture.rows());
+        let longest = rows.iter().map(Vec::len).max().unwrap();
+        let mut cache = KvCache::new(model.spec(), rows.len(), longest, DType::F32, &model.device()).unwrap();
+        let mut got: Vec<Vec<Tensor>> = vec![Vec::new(); rows.len()];
+        for end in [3, 4, 9, longest] {
+            let pieces: Vec<&[u32]> = rows.iter().zip(cache.lens()).map(|(row, &at)| &row[at..end.min(row.len())]).collect();
+            let q_lens: Vec<usize> = pieces.iter().map(|piece| piece.len()).collect();
+            let hidden = model.forward(&Input::rows(&pieces.concat(), &q_lens), Some(&mut cache)).unwrap();
+            let logits = model.logits(hidden.tensor()).unwrap();
+            let mut start = 0;
+            for (row, &len) in got.iter_mut().zip(&q_lens) {
+                row.push(logits.narrow(0, start, len).unwrap());
+                start += len;
+            }
+        }
+        for (i, pieces) in got.iter().enumerate() {
+            let got = Tensor::cat(pieces, 0).unwrap();
+            assert_close(&fixture.expected[&format!("logits.{i}")], &got, 1e-4, &format!("{} row {i}", fixture.name));
+        }
+    }
+}
+
+#[test]
+fn a_truncated_cache_continues_where_it_was_cut() {
+    let fixture = Fixture::open("qwen3");
+    let (model, row) = (fixture.model(DType::F32, None), &fixture.rows()[1]);
+    let mut cache = KvCache::new(model.spec(), 1, row.len(), DType::F32, &model.device()).unwrap();
+    let mut read = |ids: &[u32], keep: usize| {
+        cache.truncate(0, keep);
+        no_grad(|| model.forward(&Input::rows(ids, &[ids.len()]), Some(&mut cache))).map(|hidden| hidden.tensor().clone())
+    };
+    read(&[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], 0).unwrap();
+    read(&row[..6], 0).unwrap();
+    read(&[90, 91], 6).unwrap();
+    let hidden = read(&row[6..], 6).unwrap();
+    let want = fixture.expected["logits.1"].narrow(0, 6, row.len() - 6).unwrap();
+    assert!(relative_error(&want, &model.logits(&hidden).unwrap()) <= 1e-4);
+    let error = read(&[1], row.len()).unwrap_err().to_string();
+    assert!(error.contains("row 0 would hold 14 tokens, the cache has room for 13"), "{error}");
+}
