@@ -1,6 +1,19 @@
 //! Causal attention over packed rows of different lengths, with grouped key-value heads.
+//!
+//! The scores never exist beyond a tile: for a panel of queries the softmax is carried along the keys with a running
+//! maximum and sum (Milakov and Gimelshein, 2018; Dao et al., "FlashAttention", 2022).
+
+use pulp::{Simd, WithSimd};
 
 use crate::Element;
+use crate::attention_decode::decode;
+use crate::attention_tiles::{
+    HeadRows, KEYS, MAX_HEAD_DIM, head_products, key_products, pitch, tile_queries, tile_rows, write_column,
+};
+use crate::math::exp;
+use crate::scratch::with_scratch;
+use crate::shared::Shared;
+use crate::simd::{arch, for_each_task};
 
 /// One row of the batch. Causal and aligned at the end: query `i` of the row sees keys `0..=kv_len - q_len + i`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,6 +26,14 @@ pub struct Segment {
     pub kv_start: usize,
     /// Keys and values of the row, at least `q_len`.
     pub kv_len: usize,
+}
+
+impl Segment {
+    /// Keys that query `i` of the row sees: the mask of this kernel, in one place.
+    #[inline(always)]
+    pub(crate) fn visible(&self, i: usize) -> usize {
+        self.kv_len - self.q_len + i + 1
+    }
 }
 
 /// The sizes that all rows share.
@@ -28,7 +49,43 @@ pub struct AttentionShape {
     pub scale: f32,
 }
 
+impl AttentionShape {
+    /// Query heads per key-value head.
+    pub(crate) fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Asserts that everything fits together, naming the kernel.
+    pub(crate) fn check(&self, name: &str, segments: &[Segment], q: usize, lse: usize, k: usize, v: usize) {
+        let Self { heads, kv_heads, head_dim, .. } = *self;
+        assert!(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "{name}: {heads} heads, {kv_heads} for keys");
+        assert!((1..=MAX_HEAD_DIM).contains(&head_dim), "{name}: head_dim {head_dim} is not in 1..={MAX_HEAD_DIM}");
+        assert!(q % (heads * head_dim) == 0 && lse * head_dim == q, "{name}: q and lse");
+        assert!(k % (kv_heads * head_dim) == 0 && k == v, "{name}: k and v");
+        assert!(segments.iter().all(|s| s.q_len <= s.kv_len), "{name}: a row has more queries than keys");
+        let q_ranges = segments.iter().map(|s| (s.q_start, s.q_len)).collect();
+        assert!(disjoint(q_ranges, q / (heads * head_dim)), "{name}: rows overlap or exceed the queries");
+        let kv_ranges = segments.iter().map(|s| (s.kv_start, s.kv_len)).collect();
+        assert!(disjoint(kv_ranges, k / (kv_heads * head_dim)), "{name}: rows overlap or exceed the keys");
+    }
+}
+
+fn disjoint(mut ranges: Vec<(usize, usize)>, total: usize) -> bool {
+    ranges.retain(|&(_, len)| len > 0);
+    ranges.sort_unstable();
+    ranges.windows(2).all(|w| w[0].0 + w[0].1 <= w[1].0)
+        && ranges.last().is_none_or(|&(start, len)| start + len <= total)
+}
+
+/// Queries that share one packing of the keys and values; more than this are split into tasks.
+const TASK_QUERIES: usize = 512;
+
 /// `out = softmax(scale * q k^T) v`, row by row and head by head.
+///
+/// `q` and `out` are `[tokens, heads, head_dim]`, `k` and `v` `[kv_tokens, kv_heads, head_dim]`. `lse` (`[tokens, heads]`)
+/// receives the logarithm of the sum of exponentials of the scaled scores, for the backward. Rows do not overlap; tokens
+/// that belong to no row are left as they are.
+#[allow(clippy::too_many_arguments)]
 pub fn attention_forward<T: Element>(
     q: &[T],
     k: &[T],
@@ -38,24 +95,207 @@ pub fn attention_forward<T: Element>(
     out: &mut [T],
     lse: &mut [f32],
 ) {
-    let (h, d, group) = (shape.heads, shape.head_dim, shape.heads / shape.kv_heads);
-    for s in segments {
-        for i in 0..s.q_len {
-            for head in 0..h {
-                let at = ((s.q_start + i) * h + head) * d;
-                let kv = |j: usize| ((s.kv_start + j) * shape.kv_heads + head / group) * d;
-                let keys = s.kv_len - s.q_len + i + 1;
-                let scores: Vec<f32> = (0..keys)
-                    .map(|j| (0..d).map(|e| q[at + e].to_f32() * k[kv(j) + e].to_f32()).sum::<f32>() * shape.scale)
-                    .collect();
-                let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                let sum: f32 = scores.iter().map(|x| (x - max).exp()).sum();
-                lse[(s.q_start + i) * h + head] = max + sum.ln();
-                for e in 0..d {
-                    let y: f32 = (0..keys).map(|j| (scores[j] - max).exp() / sum * v[kv(j) + e].to_f32()).sum();
-                    out[at + e] = T::from_f32(y);
-                }
+    shape.check("attention_forward", segments, q.len(), lse.len(), k.len(), v.len());
+    assert_eq!(q.len(), out.len(), "attention_forward: out");
+    let (out, lse) = (Shared::new(out), Shared::new(lse));
+    let mut tasks = Vec::new();
+    for segment in segments {
+        for kv_head in 0..shape.kv_heads {
+            // The last queries have the most keys: they start first.
+            for first in (0..segment.q_len).step_by(TASK_QUERIES).rev() {
+                let count = TASK_QUERIES.min(segment.q_len - first);
+                tasks.push(Forward { q, k, v, segment, shape, kv_head, first, count, out: &out, lse: &lse });
             }
         }
     }
+    for_each_task(tasks.len(), |i| tasks[i].run());
+}
+
+/// Some queries of a row, for the query heads of one key-value head.
+pub(crate) struct Forward<'a, T> {
+    pub q: &'a [T],
+    pub k: &'a [T],
+    pub v: &'a [T],
+    pub segment: &'a Segment,
+    pub shape: &'a AttentionShape,
+    pub kv_head: usize,
+    pub first: usize,
+    pub count: usize,
+    pub out: &'a Shared<'a, T>,
+    pub lse: &'a Shared<'a, f32>,
+}
+
+impl<T: Element> Forward<'_, T> {
+    fn run(&self) {
+        if self.count == 1 { decode(self) } else { arch().dispatch(Tiles(self)) }
+    }
+
+    /// The keys or values of the row.
+    pub(crate) fn row_of<'b>(&self, x: &'b [T]) -> HeadRows<'b, T> {
+        let (s, shape) = (self.segment, self.shape);
+        HeadRows::new(x, s.kv_start, s.kv_len, shape.kv_heads, self.kv_head, shape.head_dim)
+    }
+
+    /// The queries of the task, of head `g` of the group.
+    pub(crate) fn queries(&self, g: usize) -> HeadRows<'_, T> {
+        let (shape, head) = (self.shape, self.head(g));
+        HeadRows::new(self.q, self.segment.q_start + self.first, self.count, shape.heads, head, shape.head_dim)
+    }
+
+    fn head(&self, g: usize) -> usize {
+        self.kv_head * self.shape.group() + g
+    }
+
+    /// Where the result and the statistic of one query of the task go.
+    pub(crate) fn targets(&self, g: usize, query: usize) -> (&mut [T], &mut f32) {
+        let at = (self.segment.q_start + self.first + query) * self.shape.heads + self.head(g);
+        let d = self.shape.head_dim;
+        // SAFETY: a query and a head belong to one task, because rows are disjoint (`check`), and a task asks for each once
+        // at a time.
+        unsafe { (self.out.part(at * d, d), &mut self.lse.part(at, 1)[0]) }
+    }
+}
+
+/// The path for many queries.
+struct Tiles<'a, T>(&'a Forward<'a, T>);
+
+impl<T: Element> WithSimd for Tiles<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match tile_rows::<S>() {
+            8 => forward::<T, S, 8>(simd, self.0),
+            _ => forward::<T, S, 4>(simd, self.0),
+        }
+    }
+}
+
+#[inline(always)]
+fn forward<T: Element, S: Simd, const R: usize>(simd: S, task: &Forward<T>) {
+    let lanes = tile_queries::<S>();
+    let d = task.shape.head_dim;
+    let (pitch, panels) = (pitch(d), d.div_ceil(R));
+    let keys = task.segment.visible(task.first + task.count - 1);
+    let panel_len = keys * R;
+    let sizes = [keys.next_multiple_of(R) * pitch, panels * panel_len, d * lanes, panels * R * lanes, KEYS * lanes];
+    with_scratch(sizes.iter().sum(), |scratch| {
+        let [rows, values, queries, result, tile] = split(scratch, sizes);
+        task.row_of(task.k).part(0, keys).pack_rows(pitch, rows);
+        task.row_of(task.v).part(0, keys).pack_lanes(R, panel_len, values);
+        let packed = Packed { rows, pitch, values, panel_len };
+        for g in 0..task.shape.group() {
+            for first in (0..task.count).step_by(lanes) {
+                let panel = task.queries(g).part(first, lanes);
+                panel.pack_transposed(lanes, queries);
+                let state = panel_forward::<S, R>(simd, task, first, panel.tokens, &packed, queries, result, tile);
+                for i in 0..panel.tokens {
+                    let (out, lse) = task.targets(g, first + i);
+                    write_column(result, lanes, i, 1.0 / state.sum[i], out);
+                    *lse = state.max[i] + state.sum[i].ln();
+                }
+            }
+        }
+    });
+}
+
+/// Cuts a buffer into parts of the given sizes.
+pub(crate) fn split<const N: usize>(mut buffer: &mut [f32], sizes: [usize; N]) -> [&mut [f32]; N] {
+    sizes.map(|size| {
+        let (part, rest) = std::mem::take(&mut buffer).split_at_mut(size);
+        buffer = rest;
+        part
+    })
+}
+
+/// Keys and values of a task.
+struct Packed<'a> {
+    rows: &'a [f32],
+    pitch: usize,
+    values: &'a [f32],
+    panel_len: usize,
+}
+
+/// Lanes of the widest panel.
+pub(crate) const MAX_LANES: usize = 32;
+
+/// The softmax of a panel of queries as far as its keys are known.
+struct Running {
+    max: [f32; MAX_LANES],
+    sum: [f32; MAX_LANES],
+}
+
+/// Runs a panel of queries along its keys. `result` becomes `[head_dim][lanes]`, not yet divided by the sums.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn panel_forward<S: Simd, const R: usize>(
+    simd: S,
+    task: &Forward<impl Element>,
+    first: usize,
+    count: usize,
+    packed: &Packed,
+    queries: &[f32],
+    result: &mut [f32],
+    tile: &mut [f32],
+) -> Running {
+    let lanes = tile_queries::<S>();
+    let first = task.first + first;
+    let keys = task.segment.visible(first + count - 1);
+    let mut state = Running { max: [f32::NEG_INFINITY; MAX_LANES], sum: [0.0; MAX_LANES] };
+    result.fill(0.0);
+    for key in (0..keys).step_by(KEYS) {
+        let here = KEYS.min(keys - key);
+        head_products::<S, R>(simd, &packed.rows[key * packed.pitch..], packed.pitch, here, queries, tile);
+        let tile = &mut tile[..here * lanes];
+        mask(task.segment, first, lanes, key, tile, f32::NEG_INFINITY);
+        let factors = softmax_step(&mut state, lanes, task.shape.scale, tile);
+        let factors = column_pair::<S>(&factors);
+        key_products::<S, R>(simd, packed.values, packed.panel_len, key, here, tile, &factors, result);
+    }
+    state
+}
+
+/// The first two vectors of an array with a number per lane.
+#[inline(always)]
+pub(crate) fn column_pair<S: Simd>(x: &[f32; MAX_LANES]) -> [S::f32s; 2] {
+    let (vectors, _) = S::as_simd_f32s(x);
+    [vectors[0], vectors[1]]
+}
+
+/// Replaces what a query does not see in a tile `[keys][lanes]` that starts at key `key` and query `first`.
+#[inline(always)]
+pub(crate) fn mask(segment: &Segment, first: usize, lanes: usize, key: usize, tile: &mut [f32], hidden: f32) {
+    let always = segment.visible(first);
+    for (i, row) in tile.chunks_exact_mut(lanes).enumerate().skip(always.saturating_sub(key)) {
+        // Key `key + i` is the last one that query `first + n` sees; lanes before it do not see it.
+        let n = (key + i + 1 - always).min(lanes);
+        row[..n].fill(hidden);
+    }
+}
+
+/// Turns scores into exponentials relative to the new maximum of each query and returns what earlier sums shrink by.
+#[inline(always)]
+fn softmax_step(state: &mut Running, lanes: usize, scale: f32, tile: &mut [f32]) -> [f32; MAX_LANES] {
+    let old = state.max;
+    let mut max = old;
+    for row in tile.chunks_exact_mut(lanes) {
+        for (x, max) in row.iter_mut().zip(&mut max) {
+            *x *= scale;
+            *max = if *x > *max { *x } else { *max };
+        }
+    }
+    let mut sum = [0.0f32; MAX_LANES];
+    for row in tile.chunks_exact_mut(lanes) {
+        for ((x, max), sum) in row.iter_mut().zip(&max).zip(&mut sum) {
+            *x = exp(*x - max);
+            *sum += *x;
+        }
+    }
+    let mut factors = [0.0f32; MAX_LANES];
+    for lane in 0..MAX_LANES {
+        factors[lane] = exp(old[lane] - max[lane]);
+        state.sum[lane] = state.sum[lane] * factors[lane] + sum[lane];
+    }
+    state.max = max;
+    factors
 }

@@ -12,6 +12,7 @@ use crate::Element;
 use crate::gemm_kernel::{DEPTH, LeftLayout, PITCH, Tile, product, tile, tile_of};
 use crate::gemm_pack::{Operand, Part, pack_panels, pack_row_panels};
 use crate::scratch::with_scratch;
+use crate::shared::Shared;
 use crate::simd::{arch, for_each_task, simd_fn};
 
 /// A view of a matrix in a slice.
@@ -198,14 +199,14 @@ impl Block {
 
     /// Multiplies packed slices, tasks side by side.
     fn multiply(self, c: &mut [f32], c_row_stride: usize, sources: &Sources, tile: Tile, alpha: f32, beta: f32) {
-        assert!(c.len() >= (self.rows - 1) * c_row_stride + self.columns, "matmul: block outside C");
         let (task_rows, task_columns) = (TASK_ROW_PANELS * tile.rows, TASK_COLUMN_PANELS * tile.columns);
         let (down, across) = (self.rows.div_ceil(task_rows), self.columns.div_ceil(task_columns));
-        let target = Target { c: c.as_mut_ptr(), row_stride: c_row_stride };
+        let target = Shared::new(c);
         let run = |task: usize| {
             let (i, j) = (task % down * task_rows, task / down * task_columns);
             arch().dispatch(Task {
-                target,
+                target: &target,
+                row_stride: c_row_stride,
                 i,
                 j,
                 rows: task_rows.min(self.rows - i),
@@ -238,30 +239,6 @@ simd_fn! {
     }
 }
 
-/// The f32 block that tasks write to, each to rows and columns of its own.
-#[derive(Clone, Copy)]
-struct Target {
-    c: *mut f32,
-    row_stride: usize,
-}
-
-// SAFETY: tasks on different threads write disjoint parts of the block, see `Target::row`.
-unsafe impl Send for Target {}
-// SAFETY: as above.
-unsafe impl Sync for Target {}
-
-impl Target {
-    /// Columns `j..j + len` of row `i`.
-    ///
-    /// # Safety
-    /// They lie inside the block, and nobody else holds them.
-    #[inline(always)]
-    unsafe fn row<'a>(self, i: usize, j: usize, len: usize) -> &'a mut [f32] {
-        // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.c.add(i * self.row_stride + j), len) }
-    }
-}
-
 /// The packed slices of both operands.
 struct Sources<'a> {
     layout: LeftLayout,
@@ -274,7 +251,8 @@ struct Sources<'a> {
 
 /// A rectangle of the block.
 struct Task<'a> {
-    target: Target,
+    target: &'a Shared<'a, f32>,
+    row_stride: usize,
     i: usize,
     j: usize,
     rows: usize,
@@ -307,9 +285,10 @@ impl Task<'_> {
                 let sums = product::<S, R>(simd, from.layout, a, b);
                 let columns = width.min(self.columns - j);
                 for (r, sums) in sums.iter().enumerate().take(self.rows - i) {
+                    let start = (self.i + i + r) * self.row_stride + self.j + j;
                     // SAFETY: row and columns lie inside this task's rectangle, which `Block::multiply` cut out of the
-                    // block for this task alone.
-                    let c = unsafe { self.target.row(self.i + i + r, self.j + j, columns) };
+                    // block for this task alone; rows do not overlap, because `matmul` checked the stride.
+                    let c = unsafe { self.target.part(start, columns) };
                     self.store(simd, c, sums);
                 }
             }

@@ -49,30 +49,50 @@ pub(crate) enum LeftLayout {
 /// `sum over k of a(i, k) * b[k][j]` for a panel of `R` rows and one of two vectors of columns (`[depth][2 * lanes]`).
 #[inline(always)]
 pub(crate) fn product<S: Simd, const R: usize>(simd: S, layout: LeftLayout, a: &[f32], b: &[f32]) -> [[S::f32s; 2]; R] {
-    let mut sums = [[simd.splat_f32s(0.0); 2]; R];
-    let (b, _) = S::as_simd_f32s(b);
-    let (b, _) = b.as_chunks::<2>();
     match layout {
-        LeftLayout::Rows => {
-            let (a, _) = a.as_chunks::<PITCH>();
-            let Some((a, _)) = a.split_first_chunk::<R>() else { return sums };
-            for (k, b) in b.iter().enumerate().take(PITCH) {
-                let column = std::array::from_fn(|i| a[i][k]);
-                multiply_add(simd, &mut sums, &column, b);
-            }
-        }
-        LeftLayout::Interleaved => {
-            let (a, _) = a.as_chunks::<R>();
-            for (a, b) in a.iter().zip(b) {
-                multiply_add(simd, &mut sums, a, b);
-            }
-        }
+        LeftLayout::Rows => product_rows::<S, R, PITCH>(simd, a, b),
+        LeftLayout::Interleaved => product_interleaved(simd, a, b),
+    }
+}
+
+/// [`product`] where the left panel is `[depth][R]`.
+#[inline(always)]
+pub(crate) fn product_interleaved<S: Simd, const R: usize>(simd: S, a: &[f32], b: &[f32]) -> [[S::f32s; 2]; R] {
+    let mut sums = [[simd.splat_f32s(0.0); 2]; R];
+    let (a, _) = a.as_chunks::<R>();
+    for (a, b) in a.iter().zip(column_vectors::<S>(b)) {
+        multiply_add(simd, &mut sums, a, b);
     }
     sums
 }
 
+/// [`product`] where the left panel is `[R][P]` and at most `P` deep.
 #[inline(always)]
-fn multiply_add<S: Simd, const R: usize>(
+pub(crate) fn product_rows<S: Simd, const R: usize, const P: usize>(
+    simd: S,
+    a: &[f32],
+    b: &[f32],
+) -> [[S::f32s; 2]; R] {
+    let mut sums = [[simd.splat_f32s(0.0); 2]; R];
+    let (a, _) = a.as_chunks::<P>();
+    let Some((a, _)) = a.split_first_chunk::<R>() else { return sums };
+    for (k, b) in column_vectors::<S>(b).iter().enumerate().take(P) {
+        let column = std::array::from_fn(|i| a[i][k]);
+        multiply_add(simd, &mut sums, &column, b);
+    }
+    sums
+}
+
+/// A right panel as pairs of vectors.
+#[inline(always)]
+pub(crate) fn column_vectors<S: Simd>(b: &[f32]) -> &[[S::f32s; 2]] {
+    let (vectors, _) = S::as_simd_f32s(b);
+    vectors.as_chunks::<2>().0
+}
+
+/// `sums[i][j] += a[i] * b[j]`.
+#[inline(always)]
+pub(crate) fn multiply_add<S: Simd, const R: usize>(
     simd: S,
     sums: &mut [[S::f32s; 2]; R],
     a: &[f32; R],

@@ -11,6 +11,8 @@ mod activation;
 mod alloc;
 mod attention;
 mod attention_backward;
+mod attention_decode;
+mod attention_tiles;
 mod cross_entropy;
 mod element;
 mod elementwise;
@@ -25,6 +27,7 @@ mod optimizer;
 mod random;
 mod rope;
 mod scratch;
+mod shared;
 mod simd;
 
 pub use activation::{swiglu_backward, swiglu_forward};

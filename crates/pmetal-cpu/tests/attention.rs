@@ -1,0 +1,127 @@
+//! Attention and its gradient against plain f64 loops.
+
+mod common;
+
+use common::{assert_close, numbers, rounding, same_on_any_threads, wide};
+use half::{bf16, f16};
+use pmetal_cpu::{AttentionShape, Element, Segment, attention_backward, attention_forward};
+
+fn segment(q_start: usize, q_len: usize, kv_start: usize, kv_len: usize) -> Segment {
+    Segment { q_start, q_len, kv_start, kv_len }
+}
+
+/// Results and gradients in f64.
+struct Reference {
+    out: Vec<f64>,
+    lse: Vec<f64>,
+    dq: Vec<f64>,
+    dk: Vec<f64>,
+    dv: Vec<f64>,
+}
+
+fn reference(dout: &[f64], q: &[f64], k: &[f64], v: &[f64], segments: &[Segment], shape: &AttentionShape) -> Reference {
+    let (h, d, group, scale) = (shape.heads, shape.head_dim, shape.heads / shape.kv_heads, f64::from(shape.scale));
+    let zeros = |x: &[f64]| vec![0.0; x.len()];
+    let mut r = Reference { out: zeros(q), lse: vec![0.0; q.len() / d], dq: zeros(q), dk: zeros(k), dv: zeros(v) };
+    for s in segments {
+        for (i, head) in (0..s.q_len).flat_map(|i| (0..h).map(move |head| (i, head))) {
+            let at = ((s.q_start + i) * h + head) * d;
+            let kv = |j: usize| ((s.kv_start + j) * shape.kv_heads + head / group) * d;
+            let dot = |x: &[f64], a: usize, y: &[f64], b: usize| (0..d).map(|e| x[a + e] * y[b + e]).sum::<f64>();
+            let keys = s.kv_len - s.q_len + i + 1;
+            let scores: Vec<f64> = (0..keys).map(|j| scale * dot(q, at, k, kv(j))).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let lse = max + scores.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
+            r.lse[at / d] = lse;
+            let p: Vec<f64> = scores.iter().map(|x| (x - lse).exp()).collect();
+            for (j, p) in p.iter().enumerate() {
+                (0..d).for_each(|e| r.out[at + e] += p * v[kv(j) + e]);
+            }
+            let delta: f64 = (0..d).map(|e| dout[at + e] * r.out[at + e]).sum();
+            for (j, p) in p.iter().enumerate() {
+                let ds = scale * p * (dot(dout, at, v, kv(j)) - delta);
+                for e in 0..d {
+                    r.dq[at + e] += ds * k[kv(j) + e];
+                    r.dk[kv(j) + e] += ds * q[at + e];
+                    r.dv[kv(j) + e] += p * dout[at + e];
+                }
+            }
+        }
+    }
+    r
+}
+
+fn check<T: Element>(heads: usize, kv_heads: usize, head_dim: usize, segments: &[Segment], tokens: usize, kv: usize) {
+    let shape = AttentionShape { heads, kv_heads, head_dim, scale: 1.5 / (head_dim as f32).sqrt() };
+    let (nq, nk) = (tokens * heads * head_dim, kv * kv_heads * head_dim);
+    let (dout, q) = (numbers::<T>(nq, 1), numbers::<T>(nq, 2));
+    let (k, v) = (numbers::<T>(nk, 3), numbers::<T>(nk, 4));
+    let (mut out, mut lse) = (vec![T::ZERO; nq], vec![0.0; tokens * heads]);
+    attention_forward(&q, &k, &v, segments, &shape, &mut out, &mut lse);
+    let expected = reference(&wide(&dout), &wide(&q), &wide(&k), &wide(&v), segments, &shape);
+    let tolerance = rounding::<T>(3e-6);
+    assert_close("out", &out, &expected.out, tolerance, 0.2);
+    assert_close("lse", &lse, &expected.lse, 3e-6, 1.0);
+    let garbage = T::from_f32(f32::NAN);
+    let (mut dq, mut dk, mut dv) = (vec![garbage; nq], vec![garbage; nk], vec![garbage; nk]);
+    attention_backward(&dout, &q, &k, &v, &out, &lse, segments, &shape, &mut dq, &mut dk, &mut dv);
+    assert_close("dq", &dq, &expected.dq, tolerance, 1.0);
+    assert_close("dk", &dk, &expected.dk, tolerance, 1.0);
+    assert_close("dv", &dv, &expected.dv, tolerance, 1.0);
+}
+
+#[test]
+fn one_row_of_every_length_around_a_tile() {
+    for len in [1, 2, 7, 31, 32, 33, 127, 128, 129, 200] {
+        check::<f32>(2, 2, 16, &[segment(0, len, 0, len)], len, len);
+    }
+}
+
+#[test]
+fn grouped_heads_of_common_sizes() {
+    for (heads, kv_heads, head_dim) in
+        [(4, 2, 64), (9, 3, 64), (2, 1, 128), (6, 1, 80), (1, 1, 256), (2, 1, 300), (3, 3, 5)]
+    {
+        check::<f32>(heads, kv_heads, head_dim, &[segment(0, 70, 0, 70)], 70, 70);
+    }
+}
+
+#[test]
+fn packed_rows_with_gaps_and_longer_keys() {
+    let segments = [segment(40, 13, 100, 150), segment(0, 37, 0, 37), segment(60, 1, 37, 45), segment(53, 7, 90, 7)];
+    check::<f32>(4, 2, 24, &segments, 64, 256);
+    check::<bf16>(4, 2, 64, &segments, 64, 256);
+    check::<f16>(4, 4, 32, &segments, 64, 256);
+}
+
+#[test]
+fn more_queries_than_a_task_takes() {
+    check::<f32>(1, 1, 8, &[segment(0, 700, 0, 730)], 700, 730);
+}
+
+#[test]
+fn large_scores_do_not_overflow() {
+    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 4, scale: 1.0 };
+    let q: Vec<f32> = numbers::<f32>(160, 1).iter().map(|x| x * 60.0).collect();
+    let k: Vec<f32> = numbers::<f32>(160, 2).iter().map(|x| x * 60.0).collect();
+    let v = numbers::<f32>(160, 3);
+    let (mut out, mut lse) = (vec![0.0; 160], vec![0.0; 40]);
+    let row = [segment(0, 40, 0, 40)];
+    attention_forward(&q, &k, &v, &row, &shape, &mut out, &mut lse);
+    let expected = reference(&wide(&v), &wide(&q), &wide(&k), &wide(&v), &row, &shape);
+    assert_close("out", &out, &expected.out, 1e-3, 1.0);
+}
+
+#[test]
+fn threads_do_not_matter() {
+    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, scale: 0.125 };
+    let segments = [segment(0, 150, 0, 150), segment(150, 40, 150, 60)];
+    let (q, kv) = (numbers::<bf16>(190 * 256, 1), numbers::<bf16>(210 * 128, 2));
+    same_on_any_threads(|| {
+        let (mut out, mut lse) = (q.clone(), vec![0.0; 190 * 4]);
+        attention_forward(&q, &kv, &kv, &segments, &shape, &mut out, &mut lse);
+        let (mut dq, mut dk, mut dv) = (q.clone(), kv.clone(), kv.clone());
+        attention_backward(&q, &q, &kv, &kv, &out, &lse, &segments, &shape, &mut dq, &mut dk, &mut dv);
+        (out, lse, dq, dk, dv)
+    });
+}
