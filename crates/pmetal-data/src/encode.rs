@@ -1,0 +1,218 @@
+use std::{collections::HashSet, ops::Range, sync::Arc};
+
+use crate::{
+    conversation::Conversation,
+    error::{Result, RowFault},
+    mask::{TrainOn, TurnShape, Turns},
+    row::Row,
+    template::{ChatTemplate, Prepared, Template},
+    tokenizer::Tokenizer,
+};
+
+/// The label of a token that is not trained.
+pub(crate) const IGNORE: i64 = -100;
+
+/// A tokenized row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Example {
+    /// Token ids, `[tokens]`.
+    pub input_ids: Vec<u32>,
+    /// `[tokens]`: the id at the same position where it is trained, -100 elsewhere. As in `transformers`, the shift by one
+    /// happens in the loss: nothing predicts position 0, whatever its label.
+    pub labels: Vec<i64>,
+}
+
+impl Example {
+    /// Number of trained tokens: those with a label, but for the first of the row.
+    pub(crate) fn supervised(&self) -> usize {
+        self.labels.iter().skip(1).filter(|&&label| label != IGNORE).count()
+    }
+
+    /// Cuts to the first `length` tokens.
+    pub(crate) fn truncate(&mut self, length: usize) {
+        self.input_ids.truncate(length);
+        self.labels.truncate(length);
+    }
+
+    fn all_trained(input_ids: Vec<u32>) -> Self {
+        let labels = input_ids.iter().map(|&id| i64::from(id)).collect();
+        Self { input_ids, labels }
+    }
+}
+
+/// A template and what probing it taught.
+#[derive(Debug)]
+struct Shaped {
+    template: Arc<ChatTemplate>,
+    shape: TurnShape,
+    /// Ids after which nothing more is said: the tokenizer's eos ids and the template's end of turn.
+    ends: HashSet<u32>,
+}
+
+/// Turns rows into ids and labels.
+#[derive(Debug)]
+pub(crate) struct RowEncoder<'a> {
+    /// What rows of text need.
+    rendering: Option<Rendering<'a>>,
+}
+
+#[derive(Debug)]
+struct Rendering<'a> {
+    tokenizer: &'a Tokenizer,
+    conversation: Arc<Shaped>,
+    alpaca: Arc<Shaped>,
+    train_on: TrainOn,
+}
+
+impl<'a> RowEncoder<'a> {
+    /// An encoder for rows of every format, or, without a tokenizer, for rows of ids.
+    pub(crate) fn new(tokenizer: Option<&'a Tokenizer>, template: &Template, train_on: TrainOn) -> Self {
+        let rendering = tokenizer.map(|tokenizer| {
+            let conversation = Arc::new(Shaped::new(&template.conversation, tokenizer));
+            let alpaca = if Arc::ptr_eq(&template.conversation, &template.alpaca) {
+                Arc::clone(&conversation)
+            } else {
+                Arc::new(Shaped::new(&template.alpaca, tokenizer))
+            };
+            Rendering { tokenizer, conversation, alpaca, train_on }
+        });
+        Self { rendering }
+    }
+
+    /// Ids and labels of one row, of full length. Labels that a row brings are taken as they are.
+    ///
+    /// A text row is what the tokenizer makes of the text, and eos. A rendered row is encoded as it is: the template writes
+    /// bos if it wants one. Where it ends an answer in plain text, so that nothing would teach the model to stop, eos follows.
+    pub(crate) fn encode(&self, row: &Row) -> Result<Example, RowFault> {
+        let rendering = || self.rendering.as_ref().ok_or(RowFault::NoTokenizer);
+        match row {
+            Row::Conversation(conversation) => {
+                let rendering = rendering()?;
+                rendering.conversation(&rendering.conversation, conversation).map_err(RowFault::Encode)
+            }
+            Row::Alpaca(alpaca) => {
+                let rendering = rendering()?;
+                rendering.conversation(&rendering.alpaca, &alpaca.conversation()).map_err(RowFault::Encode)
+            }
+            Row::Text(text) => rendering()?.text(text).map_err(RowFault::Encode),
+            Row::Tokens { input_ids, labels: Some(labels) } => {
+                Ok(Example { input_ids: input_ids.clone(), labels: labels.clone() })
+            }
+            Row::Tokens { input_ids, labels: None } => Ok(Example::all_trained(input_ids.clone())),
+        }
+    }
+}
+
+impl Rendering<'_> {
+    fn text(&self, text: &str) -> Result<Example> {
+        let mut ids = self.tokenizer.encode(text, true)?;
+        let eos = self.tokenizer.eos_ids();
+        if let (Some(&eos), false) = (eos.first(), ids.last().is_some_and(|last| eos.contains(last))) {
+            ids.push(eos);
+        }
+        Ok(Example::all_trained(ids))
+    }
+
+    fn conversation(&self, shaped: &Shaped, conversation: &Conversation) -> Result<Example> {
+        let template = &shaped.template;
+        let prepared = Prepared::new(conversation);
+        let text = template.render_messages(&prepared, prepared.messages(), false)?;
+        let encoding = self.tokenizer.encode_with_offsets(&text)?;
+        let mut ids = encoding.get_ids().to_vec();
+        let mut trained = if self.train_on == TrainOn::All {
+            vec![true; ids.len()]
+        } else {
+            let turns = Turns {
+                template,
+                tokenizer: self.tokenizer,
+                shape: &shaped.shape,
+                conversation,
+                prepared: &prepared,
+                text: &text,
+            };
+            let mut trained = tokens_in(encoding.get_offsets(), &turns.spans(self.train_on)?);
+            shaped.include_ends(&ids, &mut trained);
+            trained
+        };
+        let answered = conversation.messages.last().is_some_and(|message| message.role() == "assistant");
+        if answered {
+            shaped.end_row(&text, encoding.get_offsets(), self.tokenizer, &mut ids, &mut trained);
+        }
+        let label = |(&id, trained): (&u32, bool)| if trained { i64::from(id) } else { IGNORE };
+        let labels = ids.iter().zip(trained).map(label).collect();
+        Ok(Example { input_ids: ids, labels })
+    }
+}
+
+impl Shaped {
+    fn new(template: &Arc<ChatTemplate>, tokenizer: &Tokenizer) -> Self {
+        let shape = TurnShape::learn(template, tokenizer);
+        let end_of_turn = shape.end_of_turn.as_deref().and_then(|text| tokenizer.token_to_id(text));
+        let ends = tokenizer.eos_ids().iter().copied().chain(end_of_turn).collect();
+        Self { template: Arc::clone(template), shape, ends }
+    }
+
+    /// Trains the end of turn that follows a trained stretch without one: a template may mark contents only, or end a turn
+    /// only once the next begins.
+    fn include_ends(&self, ids: &[u32], trained: &mut [bool]) {
+        for at in 1..ids.len() {
+            let [before, here] = [at - 1, at].map(|i| ids.get(i).is_some_and(|id| self.ends.contains(id)));
+            if here && !before && trained.get(at - 1) == Some(&true) {
+                trained.iter_mut().skip(at).take(1).for_each(|t| *t = true);
+            }
+        }
+    }
+
+    /// Appends eos, trained, to a row whose last answer ends in plain text, and trains the white space between.
+    fn end_row(
+        &self,
+        text: &str,
+        offsets: &[(usize, usize)],
+        tokenizer: &Tokenizer,
+        ids: &mut Vec<u32>,
+        trained: &mut Vec<bool>,
+    ) {
+        let blank = |&(start, end): &(usize, usize)| text.get(start..end).is_some_and(|t| t.trim().is_empty());
+        let spoken = offsets.iter().rposition(|offset| !blank(offset));
+        let last = spoken.and_then(|at| ids.get(at)).and_then(|&id| tokenizer.token(id));
+        let Some(&eos) = tokenizer.eos_ids().first() else { return };
+        if last.is_some_and(|last| tokenizer.special_set().contains(&last)) {
+            return;
+        }
+        ids.push(eos);
+        trained.iter_mut().skip(spoken.map_or(0, |at| at + 1)).for_each(|t| *t = true);
+        trained.push(true);
+    }
+}
+
+/// Which tokens have a part in a span. Offsets of some tokenizers leave out the white space a token begins with: a token is
+/// taken to start where the one before it ended.
+fn tokens_in(offsets: &[(usize, usize)], spans: &[Range<usize>]) -> Vec<bool> {
+    let mut end_before = 0;
+    let inside = |&(start, end): &(usize, usize)| {
+        let start = start.min(end_before);
+        end_before = end_before.max(end);
+        spans.iter().any(|span| start < span.end && end > span.start)
+    };
+    offsets.iter().map(inside).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_of_a_span() {
+        // Two tokens of one character, then one whose offsets leave out the space before it, then one across the end.
+        let offsets = [(0, 4), (4, 7), (4, 7), (8, 10), (10, 12), (12, 13)];
+        assert_eq!(tokens_in(&offsets, &[4..11]), [false, true, true, true, true, false]);
+        assert_eq!(tokens_in(&offsets, &[7..8, 12..13]), [false, false, false, true, false, true]);
+        assert_eq!(tokens_in(&offsets, &[]), [false; 6]);
+    }
+
+    #[test]
+    fn the_first_label_counts_for_nothing() {
+        let example = Example { input_ids: vec![5, 6, 7], labels: vec![5, IGNORE, 7] };
+        assert_eq!(example.supervised(), 1);
+    }
+}

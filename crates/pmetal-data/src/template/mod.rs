@@ -1,0 +1,150 @@
+//! Chat templates, rendered as `transformers` renders them.
+
+mod builtin;
+mod environment;
+mod generation;
+mod python_json;
+mod strftime;
+
+use std::{ops::Range, path::Path};
+
+use minijinja::{
+    Environment, Value,
+    value::{Serde, ValueKind},
+};
+
+pub use builtin::{Template, TemplateChoice};
+use environment::Raised;
+
+use crate::{
+    conversation::{Conversation, Message},
+    error::{Error, Result},
+};
+
+const NAME: &str = "chat";
+
+/// A compiled chat template: a conversation in, the text the model sees out.
+#[derive(Debug)]
+pub(crate) struct ChatTemplate {
+    environment: Environment<'static>,
+    origin: String,
+    special_tokens: Vec<(String, String)>,
+    marks_generation: bool,
+}
+
+/// What a template is given, prepared once for several renderings of one conversation.
+pub(crate) struct Prepared {
+    messages: Vec<Value>,
+    tools: Value,
+}
+
+impl ChatTemplate {
+    /// Compiles a template. `origin` names it in errors; `special_tokens` are variables as (`bos_token`, `<s>`).
+    ///
+    /// # Errors
+    /// When it is not valid Jinja.
+    pub(crate) fn new(origin: &str, source: &str, special_tokens: &[(String, String)]) -> Result<Self> {
+        let (rewritten, marks_generation) = generation::rewrite(source);
+        let mut environment = environment::like_transformers();
+        environment.add_template_owned(NAME, rewritten).map_err(|e| template_error(origin, &e))?;
+        Ok(Self { environment, origin: origin.to_string(), special_tokens: special_tokens.to_vec(), marks_generation })
+    }
+
+    /// Compiles the template in a file.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is not valid Jinja.
+    pub(crate) fn from_file(path: &Path, special_tokens: &[(String, String)]) -> Result<Self> {
+        let source =
+            std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
+        Self::new(&path.display().to_string(), &source, special_tokens)
+    }
+
+    /// Where it comes from: a file, or `built in: chatml`.
+    pub(crate) fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// The text of a conversation, followed by the start of an assistant's turn if `add_generation_prompt`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the template's own words, [`Error::Template`] when it fails or takes too long.
+    pub(crate) fn render(&self, conversation: &Conversation, add_generation_prompt: bool) -> Result<String> {
+        let prepared = Prepared::new(conversation);
+        self.render_messages(&prepared, prepared.messages(), add_generation_prompt)
+    }
+
+    /// The text of some messages of a prepared conversation.
+    pub(crate) fn render_messages(&self, prepared: &Prepared, messages: &[Value], prompt: bool) -> Result<String> {
+        self.render_with(prepared, messages, prompt, ["", ""])
+    }
+
+    /// The text of a whole conversation and the spans (in bytes) its `{% generation %}` tags mark; `None` for a template
+    /// without such tags, or that uses what is between them otherwise than by writing it.
+    pub(crate) fn render_marked(&self, prepared: &Prepared, text: &str) -> Result<Option<Vec<Range<usize>>>> {
+        if !self.marks_generation || text.contains(generation::MARKS) {
+            return Ok(None);
+        }
+        let marks = generation::MARKS.map(String::from);
+        let marked = self.render_with(prepared, prepared.messages(), false, [&marks[0], &marks[1]])?;
+        Ok(generation::spans(&marked, text))
+    }
+
+    fn render_with(&self, prepared: &Prepared, messages: &[Value], prompt: bool, marks: [&str; 2]) -> Result<String> {
+        let fixed = [
+            ("messages", Value::from(messages)),
+            ("tools", prepared.tools.clone()),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", Value::from(prompt)),
+            (generation::BEGIN, Value::from(marks[0])),
+            (generation::END, Value::from(marks[1])),
+        ];
+        let fixed = fixed.into_iter().map(|(name, value)| (name.to_string(), value));
+        let special = self.special_tokens.iter().map(|(name, text)| (name.clone(), Value::from(text)));
+        let context = Value::from_pairs(special.chain(fixed));
+        let rendered = self.environment.get_template(NAME).and_then(|template| template.render(context));
+        rendered.map_err(|e| template_error(&self.origin, &e))
+    }
+}
+
+impl Prepared {
+    pub(crate) fn new(conversation: &Conversation) -> Self {
+        let tools = conversation.tools.as_ref().filter(|tools| !tools.is_null());
+        Self {
+            messages: conversation.messages.iter().map(message_value).collect(),
+            tools: tools.map_or(Value::from(()), |tools| Value::from(Serde(tools))),
+        }
+    }
+
+    pub(crate) fn messages(&self) -> &[Value] {
+        &self.messages
+    }
+}
+
+/// A message as a template sees it. Reasoning goes by three names: like `transformers`, the one given fills the others that
+/// templates read.
+pub(crate) fn message_value(message: &Message) -> Value {
+    let object = message.object();
+    let given = ["reasoning_content", "thinking", "reasoning"].into_iter().filter_map(|key| object.get(key));
+    let Some(reasoning) = given.into_iter().find(|value| !value.is_null()) else { return Value::from(Serde(object)) };
+    let mut filled = object.clone();
+    if !filled.contains_key("thinking") {
+        filled.insert("thinking".to_string(), reasoning.clone());
+    }
+    filled.insert("reasoning_content".to_string(), reasoning.clone());
+    let value = Value::from(Serde(filled));
+    debug_assert_eq!(value.kind(), ValueKind::Map);
+    value
+}
+
+fn template_error(origin: &str, error: &minijinja::Error) -> Error {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(current) = cause {
+        if let Some(Raised(message)) = current.downcast_ref() {
+            return Error::Refused { template: origin.to_string(), message: message.clone() };
+        }
+        cause = current.source();
+    }
+    let detail = error.detail().map(|detail| format!(": {detail}")).unwrap_or_default();
+    Error::Template { template: origin.to_string(), line: error.line(), reason: format!("{}{detail}", error.kind()) }
+}
