@@ -38,6 +38,23 @@ impl KvCache {
         }
     }
 
+    /// Makes room for `capacity` tokens per row; what is held stays.
+    pub fn grow(&mut self, capacity: usize) -> Result<()> {
+        if capacity <= self.capacity {
+            return Ok(());
+        }
+        let held: Vec<(usize, usize)> = self.lens.iter().enumerate().map(|(row, &len)| (row * capacity, len)).collect();
+        let moved = |old: &Tensor| {
+            let new = Tensor::zeros(with_rows(old, held.len() * capacity), old.dtype(), old.device())?;
+            let rows = self.lens.iter().enumerate().map(|(row, &len)| old.narrow(0, row * self.capacity, len));
+            write_rows(&Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?, &new, &held)?;
+            Ok::<_, Error>(new)
+        };
+        let layers = self.layers.iter().map(|(k, v)| Ok((moved(k)?, moved(v)?))).collect::<Result<_>>()?;
+        (self.layers, self.capacity) = (layers, capacity);
+        Ok(())
+    }
+
     /// The rows' lengths once `q_lens` more tokens are in.
     pub(crate) fn lens_with(&self, q_lens: &[usize]) -> Result<Vec<usize>> {
         if q_lens.len() != self.lens.len() {
@@ -55,7 +72,9 @@ impl KvCache {
     /// the layer's places. The lengths stay until [`KvCache::advance`].
     pub(crate) fn extend(&self, layer: usize, k: &Tensor, v: &Tensor, q_lens: &[usize]) -> Result<(Tensor, Tensor)> {
         let Some((keys, values)) = self.layers.get(layer) else {
-            return Err(Error::Input { reason: format!("the cache has {} layers, not {}", self.layers.len(), layer + 1) });
+            return Err(Error::Input {
+                reason: format!("the cache has {} layers, not {}", self.layers.len(), layer + 1),
+            });
         };
         let starts = self.lens.iter().enumerate().map(|(row, held)| row * self.capacity + held);
         let runs: Vec<(usize, usize)> = starts.zip(q_lens.iter().copied()).collect();
@@ -68,4 +87,9 @@ impl KvCache {
     pub(crate) fn advance(&mut self, lens: Vec<usize>) {
         self.lens = lens;
     }
+}
+
+/// A tensor's dimensions with another number of rows.
+fn with_rows(tensor: &Tensor, rows: usize) -> Vec<usize> {
+    std::iter::once(rows).chain(tensor.dims().iter().skip(1).copied()).collect()
 }

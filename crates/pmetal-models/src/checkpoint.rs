@@ -1,6 +1,7 @@
 //! A model on disk.
 
 use std::{
+    collections::HashMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -11,7 +12,9 @@ use pmetal_ops::Weight;
 use serde_json::{Value, json};
 
 use crate::{
-    DecoderSpec, Error, GenerationConfig, Result, gguf_config,
+    DecoderSpec, Error, GenerationConfig, Result,
+    config::read_object,
+    gguf_config,
     names::{EMBEDDING, HEAD, LAYERS},
     safetensors_folder::SafetensorsFolder,
     spec_of, tensors_of,
@@ -69,7 +72,7 @@ impl Checkpoint {
 
     fn open_folder(folder: &Path) -> Result<Self> {
         let config_path = folder.join(CONFIG);
-        let mut config = read_json(&config_path)?;
+        let mut config = read_object(&config_path)?;
         let mut spec = spec_of(&config).map_err(|e| at(e, &config_path))?;
         let Some(weights) = SafetensorsFolder::open(folder)? else { return Err(not_a_model(folder)) };
         if spec.tie_word_embeddings && has_its_own_head(&weights) {
@@ -77,7 +80,7 @@ impl Checkpoint {
             config["tie_word_embeddings"] = json!(false);
         }
         let generation_path = folder.join(GENERATION_CONFIG);
-        let generation = if generation_path.exists() { Some(read_json(&generation_path)?) } else { None };
+        let generation = if generation_path.exists() { Some(read_object(&generation_path)?) } else { None };
         let generation = GenerationConfig::read(generation.as_ref(), &config).map_err(|e| at(e, &generation_path))?;
         let checkpoint =
             Self { path: folder.to_path_buf(), config, spec, generation, weights: Weights::Folder(weights) };
@@ -193,7 +196,7 @@ impl Checkpoint {
 
     /// Every tensor of the decoder is there in its shape, and no other is.
     fn check_tensors(&self) -> Result<()> {
-        let mut found: std::collections::HashMap<String, Found> = self.found()?.into_iter().collect();
+        let mut found: HashMap<String, Found> = self.found()?.into_iter().collect();
         for (tensor, shape) in self.tensors() {
             let expected = shape.dims().to_vec();
             match found.remove(&tensor) {
@@ -240,12 +243,6 @@ fn plain_dtype(block_type: &str) -> Option<DType> {
         "BF16" => Some(DType::BF16),
         _ => None,
     }
-}
-
-fn read_json(path: &Path) -> Result<Value> {
-    let text = fs::read(path).map_err(pmetal_core::Error::io("read", path))?;
-    let json: Value = serde_json::from_slice(&text).map_err(|e| Error::broken(path, e))?;
-    if json.is_object() { Ok(json) } else { Err(Error::broken(path, "expected an object")) }
 }
 
 /// The error with the file that a configuration came from.

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use pmetal_ops::{Arena, LinearMember, Policy, RopeTable, Rows, Value, Weight, checkpoint, embedding, no_grad, rms_norm};
+use pmetal_ops::{
+    Arena, LinearMember, Policy, RopeTable, Rows, Value, Weight, checkpoint, embedding, no_grad, rms_norm,
+};
 
 use crate::{
     CausalLMModel, DecoderSpec, Error, Input, KvCache, Result,

@@ -54,7 +54,8 @@ mod tests {
     #[test]
     fn end_tokens_come_from_the_generation_config_first() {
         let config = json!({"eos_token_id": 2});
-        let ends = |generation: Option<Value>| GenerationConfig::read(generation.as_ref(), &config).unwrap().eos_token_ids;
+        let ends =
+            |generation: Option<Value>| GenerationConfig::read(generation.as_ref(), &config).unwrap().eos_token_ids;
         assert_eq!(ends(None), [2]);
         assert_eq!(ends(Some(json!({"temperature": 0.6}))), [2]);
         assert_eq!(ends(Some(json!({"eos_token_id": [7, 8]}))), [7, 8]);

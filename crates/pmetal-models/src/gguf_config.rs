@@ -25,7 +25,8 @@ pub(crate) fn standard(mut config: Value) -> Value {
 }
 
 fn llama3_factor(config: &Value) -> Option<f64> {
-    let factors: Vec<f64> = config["rope_scaling"]["factors"].as_array()?.iter().map(Value::as_f64).collect::<Option<_>>()?;
+    let factors: Vec<f64> =
+        config["rope_scaling"]["factors"].as_array()?.iter().map(Value::as_f64).collect::<Option<_>>()?;
     let theta = config["rope_theta"].as_f64()?;
     // the slowest pairs are divided by all of it
     let factor = factors.iter().copied().fold(1.0, f64::max);
@@ -52,7 +53,8 @@ mod tests {
         let bands = Llama3 { factor: 32.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original: 8192.0 };
         let frequencies: Vec<f64> = (0..32).map(|i| 500_000f64.powf(-f64::from(i) / 32.0)).collect();
         let factors: Vec<f32> = frequencies.iter().map(|&f| (f / bands.scale(f)) as f32).collect();
-        let config = json!({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "pmetal_factors", "factors": factors}});
+        let config =
+            json!({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "pmetal_factors", "factors": factors}});
         let standard = super::standard(config.clone());
         assert_eq!(standard["rope_scaling"]["rope_type"], "llama3");
         assert_eq!(standard["rope_scaling"]["factor"], 32.0);

@@ -1,6 +1,7 @@
 use candle_core::Shape;
 use pmetal_ops::{
-    AttentionSpec, LinearGroup, LinearMember, RopeTable, Rows, Value, Weight, add_rms_norm, attention, rms_norm, rope, swiglu,
+    AttentionSpec, LinearGroup, LinearMember, RopeTable, Rows, Value, Weight, add_rms_norm, attention, rms_norm, rope,
+    swiglu,
 };
 
 use crate::{
@@ -153,7 +154,7 @@ impl Layer {
 }
 
 /// The results of a group of `N` projections.
-fn take<const N: usize>(values: Vec<Value>) -> Result<[Value; N]> {
+pub(crate) fn take<const N: usize>(values: Vec<Value>) -> Result<[Value; N]> {
     let found = values.len();
     values.try_into().map_err(|_| Error::Input { reason: format!("a group of {N} projections returned {found}") })
 }

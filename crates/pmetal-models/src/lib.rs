@@ -24,6 +24,7 @@
 
 mod cache;
 mod checkpoint;
+mod config;
 mod decoder;
 mod dispatcher;
 mod error;
@@ -45,6 +46,7 @@ mod weights;
 
 pub use cache::KvCache;
 pub use checkpoint::Checkpoint;
+pub use config::{dtype_of, read_config};
 pub use dispatcher::{load, random, spec_of};
 pub use error::{Error, Result};
 pub use generation::{Generation, StopReason, generate};

@@ -1,7 +1,7 @@
 use candle_core::{DType, Device, Tensor};
 use pmetal_ops::{LinearGroup, LinearMember, Policy, Value, Weight, no_grad};
 
-use crate::{DecoderSpec, KvCache, Result};
+use crate::{DecoderSpec, KvCache, Result, layer::take};
 
 /// What a forward reads: token ids of several rows behind one another, without padding.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +56,7 @@ pub trait CausalLMModel: Send {
         // the product's result has its input's dtype: logits are f32 whatever the activations are
         let hidden = Value::constant(hidden.to_dtype(DType::F32)?);
         let head = LinearMember { weight: self.head().clone(), bias: None, adapter: None };
-        let logits = no_grad(|| LinearGroup { members: vec![head] }.forward(&hidden, None))?;
-        Ok(logits.into_iter().map(|v| v.tensor().clone()).next().unwrap_or_else(|| hidden.tensor().clone()))
+        let [logits] = take(no_grad(|| LinearGroup { members: vec![head] }.forward(&hidden, None))?)?;
+        Ok(logits.tensor().clone())
     }
 }

@@ -137,7 +137,10 @@ mod tests {
         // the theta inside wins, and rope_scaling stands in for rope_parameters
         close(json!({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 1e6}}), millions);
         close(json!({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "yarn"}}), PLAIN);
-        close(json!({"rope_scaling": {"rope_type": "pmetal_factors", "factors": [1, 1, 2, 4]}}), [1.0, 0.1, 0.005, 0.00025]);
+        close(
+            json!({"rope_scaling": {"rope_type": "pmetal_factors", "factors": [1, 1, 2, 4]}}),
+            [1.0, 0.1, 0.005, 0.00025],
+        );
     }
 
     // transformers 5.23, ROPE_INIT_FUNCTIONS["llama3"] with head_dim 8, theta 10000
@@ -153,12 +156,18 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_named() {
         for kind in ["yarn", "dynamic", "longrope"] {
-            let error = frequencies(&json!({"rope_scaling": {"rope_type": kind, "factor": 2.0}})).unwrap_err().to_string();
+            let error =
+                frequencies(&json!({"rope_scaling": {"rope_type": kind, "factor": 2.0}})).unwrap_err().to_string();
             assert!(error.contains("rope_scaling.rope_type") && error.contains(kind), "{error}");
         }
         let partial = json!({"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5});
         assert!(frequencies(&partial).unwrap_err().to_string().contains("partial_rotary_factor"));
-        assert!(frequencies(&json!({"rope_scaling": {"type": "linear"}})).unwrap_err().to_string().contains("factor: is missing"));
+        assert!(
+            frequencies(&json!({"rope_scaling": {"type": "linear"}}))
+                .unwrap_err()
+                .to_string()
+                .contains("factor: is missing")
+        );
         assert!(frequencies(&json!({"rope_theta": 0})).is_err());
         assert!(frequencies(&json!({"rope_scaling": {"rope_type": "pmetal_factors", "factors": [1]}})).is_err());
     }

@@ -46,7 +46,9 @@ impl Sampler {
     /// # Errors
     /// Where a setting is outside its range.
     pub fn new(params: &SamplingParams) -> Result<Self> {
-        let check = |key, got: f64, fits: bool, expected| if fits { Ok(()) } else { Err(Error::Setting { key, got, expected }) };
+        let check = |key, got: f64, fits: bool, expected| {
+            if fits { Ok(()) } else { Err(Error::Setting { key, got, expected }) }
+        };
         let p = params;
         check("temperature", p.temperature, p.temperature >= 0.0 && p.temperature.is_finite(), "a number from 0 on")?;
         check("top_p", p.top_p, p.top_p > 0.0 && p.top_p <= 1.0, "above 0 and at most 1")?;
@@ -157,4 +159,90 @@ fn draw(candidates: &[Candidate], likelihood: f64) -> Option<u32> {
         left < 0.0
     });
     chosen.map(|(candidate, _)| candidate).or(candidates.last()).map(|&(id, _)| id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 6] = [2.0, -1.0, 1.5, 0.0, 1.5, -3.0];
+
+    fn sampler(change: impl FnOnce(&mut SamplingParams)) -> Sampler {
+        let mut params = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
+        change(&mut params);
+        Sampler::new(&params).unwrap()
+    }
+
+    /// How often each token comes up in 20,000 draws.
+    fn shares(sampler: &Sampler, seen: &[u32]) -> Vec<f64> {
+        let mut counts = [0u32; LOGITS.len()];
+        for step in 0..20_000 {
+            counts[sampler.sample(&LOGITS, seen, step).unwrap() as usize] += 1;
+        }
+        counts.iter().map(|&n| f64::from(n) / 20_000.0).collect()
+    }
+
+    fn assert_shares(sampler: &Sampler, seen: &[u32], want: [f64; 6]) {
+        let got = shares(sampler, seen);
+        assert!(
+            got.iter().zip(want).all(|(g, w)| (g - w).abs() < 0.012 && (w > 0.0 || *g == 0.0)),
+            "{got:?}, wanted {want:?}"
+        );
+    }
+
+    // transformers 5.23: torch.softmax of what each LogitsWarper or LogitsProcessor makes of LOGITS
+    #[test]
+    fn shares_are_those_of_the_processors_of_transformers() {
+        assert_shares(&sampler(|_| ()), &[], PLAIN);
+        assert_shares(&sampler(|p| p.temperature = 0.5), &[], TEMPERATURE_HALF);
+        assert_shares(&sampler(|p| p.top_k = 2), &[], TOP_2);
+        assert_shares(&sampler(|p| p.top_p = 0.7), &[], TOP_P_07);
+        assert_shares(&sampler(|p| p.min_p = 0.1), &[], MIN_P_01);
+        assert_shares(&sampler(|p| p.repetition_penalty = 1.5), &[0, 1, 1], PENALTY_15);
+    }
+
+    const PLAIN: [f64; 6] = [0.415_81, 0.020_7, 0.252_2, 0.056_27, 0.252_2, 0.002_8];
+    const TEMPERATURE_HALF: [f64; 6] = [0.569_28, 0.001_41, 0.209_43, 0.010_43, 0.209_43, 0.000_03];
+    const TOP_2: [f64; 6] = [0.451_86, 0.0, 0.274_07, 0.0, 0.274_07, 0.0];
+    const TOP_P_07: [f64; 6] = TOP_2;
+    const MIN_P_01: [f64; 6] = [0.425_82, 0.0, 0.258_27, 0.057_63, 0.258_27, 0.0];
+    const PENALTY_15: [f64; 6] = [0.270_4, 0.015_9, 0.319_44, 0.071_28, 0.319_44, 0.003_55];
+
+    #[test]
+    fn greedy_takes_the_likeliest_and_of_equals_the_first() {
+        let greedy = sampler(|p| p.temperature = 0.0);
+        assert_eq!(greedy.sample(&LOGITS, &[], 0).unwrap(), 0);
+        assert_eq!(greedy.sample(&[1.0, 3.0, 3.0], &[], 0).unwrap(), 1);
+        let penalised = sampler(|p| (p.temperature, p.repetition_penalty) = (0.0, 2.0));
+        assert_eq!(penalised.sample(&LOGITS, &[0], 0).unwrap(), 2);
+    }
+
+    #[test]
+    fn the_same_seed_draws_the_same_tokens() {
+        let draw = |seed: u64| {
+            let sampler = sampler(|p| p.seed = seed);
+            (0..50).map(|step| sampler.sample(&LOGITS, &[], step).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(draw(3), draw(3));
+        assert_ne!(draw(3), draw(4));
+    }
+
+    #[test]
+    fn settings_and_logits_that_make_no_sense_are_errors() {
+        for change in [
+            |p: &mut SamplingParams| p.temperature = -1.0,
+            |p: &mut SamplingParams| p.top_p = 0.0,
+            |p: &mut SamplingParams| p.min_p = 2.0,
+            |p: &mut SamplingParams| p.repetition_penalty = 0.0,
+        ] {
+            let mut params = SamplingParams::default();
+            change(&mut params);
+            assert!(Sampler::new(&params).is_err(), "{params:?}");
+        }
+        for temperature in [0.0, 1.0] {
+            let sampler = sampler(|p| p.temperature = temperature);
+            assert!(sampler.sample(&[0.0, f32::NAN], &[], 0).is_err());
+            assert!(sampler.sample(&[f32::NEG_INFINITY; 2], &[], 0).is_err());
+        }
+    }
 }

@@ -2,27 +2,29 @@
 
 use candle_core::{DType, Device, Shape, Tensor};
 use half::{bf16, f16};
-use pmetal_ops::{Arena, Weight, random};
+use pmetal_ops::{Arena, Param, Weight, random};
 use rayon::prelude::*;
 
 use crate::{Checkpoint, Result};
 
 /// A source of weights by Hugging Face name.
 pub(crate) trait WeightSource {
-    /// The frozen weight.
-    fn weight(&self, name: &str, shape: &Shape) -> Result<Weight>;
+    /// The weight to compute with where it is not trained.
+    fn frozen(&self, name: &str, shape: &Shape) -> Result<Weight>;
 
-    /// Called when the weight has been copied and will not be read again.
-    fn release(&self, name: &str);
+    /// Hands the weight over as exactly as it is known: the start of an f32 master.
+    fn copy_to(&self, param: &Param) -> Result<()>;
 }
 
 /// The weight, trained where the arena has its name.
 pub(crate) fn fetch(source: &dyn WeightSource, trainable: Option<&Arena>, name: &str, shape: &Shape) -> Result<Weight> {
-    let weight = source.weight(name, shape)?;
-    let Some(param) = trainable.and_then(|arena| arena.param(name)) else { return Ok(weight) };
-    param.set(&weight.tensor()?)?;
-    source.release(name);
-    Ok(Weight::Trainable(param))
+    match trainable.and_then(|arena| arena.param(name)) {
+        Some(param) => {
+            source.copy_to(&param)?;
+            Ok(Weight::Trainable(param))
+        }
+        None => source.frozen(name, shape),
+    }
 }
 
 /// Weights of a model on disk.
@@ -33,25 +35,24 @@ pub(crate) struct FromCheckpoint<'a> {
 }
 
 impl WeightSource for FromCheckpoint<'_> {
-    fn weight(&self, name: &str, shape: &Shape) -> Result<Weight> {
+    fn frozen(&self, name: &str, shape: &Shape) -> Result<Weight> {
         let stored = self.checkpoint.weight(name, shape, self.dtype)?;
+        let keeps = matches!(stored.dtype(), DType::BF16 | DType::F16) || stored.dtype() == self.dtype;
         // short vectors are read in every forward: in memory they need no copy
-        let stays = shape.rank() > 1 && matches!(self.device, Device::Cpu);
-        if let Weight::Mapped(mapped) = &stored {
-            let keeps = matches!(stored.dtype(), DType::BF16 | DType::F16) || stored.dtype() == self.dtype;
-            if stays && keeps {
-                return Ok(stored);
-            }
-            let dtype = if keeps { stored.dtype() } else { self.dtype };
-            let tensor = stored.tensor()?.to_dtype(dtype)?.to_device(self.device)?;
-            mapped.release();
-            return Ok(Weight::Frozen(tensor));
+        if keeps && shape.rank() > 1 && matches!(self.device, Device::Cpu) {
+            return Ok(stored);
         }
-        Ok(Weight::Frozen(stored.tensor()?.to_device(self.device)?))
+        let dtype = if keeps { stored.dtype() } else { self.dtype };
+        let tensor = stored.tensor()?.to_dtype(dtype)?.to_device(self.device)?;
+        self.checkpoint.release(name);
+        Ok(Weight::Frozen(tensor))
     }
 
-    fn release(&self, name: &str) {
-        self.checkpoint.release(name);
+    fn copy_to(&self, param: &Param) -> Result<()> {
+        let stored = self.checkpoint.weight(param.name(), param.value().shape(), DType::F32)?;
+        param.set(&stored.tensor()?)?;
+        self.checkpoint.release(param.name());
+        Ok(())
     }
 }
 
@@ -64,27 +65,30 @@ pub(crate) struct FromSeed<'a> {
 }
 
 impl WeightSource for FromSeed<'_> {
-    fn weight(&self, name: &str, shape: &Shape) -> Result<Weight> {
-        let tensor = if name.ends_with(".bias") {
-            Tensor::zeros(shape, self.dtype, self.device)?
-        } else if shape.rank() == 1 {
-            Tensor::ones(shape, self.dtype, self.device)?
-        } else {
-            self.normal(name, shape)?.to_device(self.device)?
-        };
-        Ok(Weight::Frozen(tensor))
+    fn frozen(&self, name: &str, shape: &Shape) -> Result<Weight> {
+        Ok(Weight::Frozen(self.fresh(name, shape, self.dtype)?.to_device(self.device)?))
     }
 
-    fn release(&self, _: &str) {}
+    fn copy_to(&self, param: &Param) -> Result<()> {
+        Ok(param.set(&self.fresh(param.name(), param.value().shape(), DType::F32)?)?)
+    }
 }
 
 impl FromSeed<'_> {
-    fn normal(&self, name: &str, shape: &Shape) -> Result<Tensor> {
+    fn fresh(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Tensor> {
+        if shape.rank() > 1 {
+            return self.normal(name, shape, dtype);
+        }
+        let constant = if name.ends_with(".bias") { Tensor::zeros } else { Tensor::ones };
+        Ok(constant(shape, dtype, &Device::Cpu)?)
+    }
+
+    fn normal(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Tensor> {
         let words: Vec<u64> = name.bytes().map(u64::from).collect();
         let (seed, std) = (random::mix(self.seed, &words), self.std as f32);
         let value = move |i: usize| random::normal(seed, i as u64) * std;
         let n = shape.elem_count();
-        Ok(match self.dtype {
+        Ok(match dtype {
             DType::BF16 => Tensor::from_vec(fill(n, |i| bf16::from_f32(value(i))), shape, &Device::Cpu)?,
             DType::F16 => Tensor::from_vec(fill(n, |i| f16::from_f32(value(i))), shape, &Device::Cpu)?,
             other => Tensor::from_vec(fill(n, value), shape, &Device::Cpu)?.to_dtype(other)?,

@@ -12,7 +12,8 @@ fn loss(model: &dyn CausalLMModel, fixture: &Fixture, checkpointing: Option<Poli
     let rows = fixture.rows();
     let ((ids, q_lens), labels) = (pack(&rows), labels(&rows));
     let counted = labels.iter().filter(|&&label| label >= 0).count();
-    let hidden = model.forward(&Input { checkpointing, ..Input::rows(&ids, &q_lens) }, None).unwrap();
+    let input = Input { checkpointing, noise: Some(17), ..Input::rows(&ids, &q_lens) };
+    let hidden = model.forward(&input, None).unwrap();
     let entropy = linear_cross_entropy(&hidden, model.head(), &labels, 1.0 / counted as f32).unwrap();
     let loss = entropy.loss.tensor().to_scalar::<f32>().unwrap();
     backward(entropy.loss).unwrap();
@@ -60,5 +61,26 @@ fn gradients_of_all_weights() {
                 assert_close(want, &param.grad().unwrap(), 1e-4, &what);
             }
         }
+    }
+}
+
+/// Dropout is a function of seed and place, so a layer that runs again drops the same elements.
+#[test]
+fn dropout_is_the_same_when_layers_run_again() {
+    let fixture = Fixture::open("llama");
+    let mut model = fixture.model(DType::F32, None);
+    let arena = adapt(&mut *model, &fixture.path.join("adapter"));
+    let without = loss(&*model, &fixture, None);
+    model.for_each_linear(&mut |_, member| member.adapter.iter_mut().for_each(|adapter| adapter.dropout = 0.3));
+    let run = |checkpointing| {
+        arena.clear_grads();
+        (loss(&*model, &fixture, checkpointing), arena.grads().unwrap().copy().unwrap())
+    };
+    let (want_loss, want) = run(None);
+    assert!((want_loss - without).abs() > 1e-3);
+    for checkpointing in &WAYS[1..] {
+        let (loss, got) = run(*checkpointing);
+        assert_eq!(loss, want_loss);
+        assert_close(&want, &got, 1e-6, "gradients");
     }
 }

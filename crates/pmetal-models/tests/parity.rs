@@ -43,14 +43,17 @@ fn logits_with_adapters() {
     }
 }
 
+/// Root mean square of the error over that of the logits. transformers' own, run in these dtypes on these fixtures: up to 0.046 and 0.0051.
 #[test]
 fn logits_in_half_precision() {
     for fixture in Fixture::all() {
-        for (dtype, tolerance) in [(DType::BF16, 6e-2), (DType::F16, 8e-3)] {
+        for (dtype, tolerance) in [(DType::BF16, 0.046), (DType::F16, 0.0051)] {
             let model = fixture.model(dtype, None);
             for (i, got) in packed_logits(&*model, &fixture.rows(), None).iter().enumerate() {
                 let want = &fixture.expected[&format!("logits.{i}")];
-                assert_close(want, got, tolerance, &format!("{} row {i} {dtype:?}", fixture.name));
+                let mean_square = |t: Tensor| t.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
+                let error = (mean_square((want - got).unwrap()) / mean_square(want.clone())).sqrt();
+                assert!(error <= tolerance, "{} row {i} {dtype:?}: {error}", fixture.name);
             }
         }
     }
@@ -79,11 +82,13 @@ fn a_cache_read_in_pieces() {
     for fixture in Fixture::all() {
         let (model, rows) = (fixture.model(DType::F32, None), fixture.rows());
         let longest = rows.iter().map(Vec::len).max().unwrap();
-        let mut cache = KvCache::new(model.spec(), rows.len(), longest, DType::F32, &model.device()).unwrap();
+        let mut cache = KvCache::new(model.spec(), rows.len(), 4, DType::F32, &model.device()).unwrap();
         let mut got: Vec<Vec<Tensor>> = vec![Vec::new(); rows.len()];
         for end in [3, 4, 9, longest] {
-            let pieces: Vec<&[u32]> = rows.iter().zip(cache.lens()).map(|(row, &at)| &row[at..end.min(row.len())]).collect();
+            let pieces: Vec<&[u32]> =
+                rows.iter().zip(cache.lens()).map(|(row, &at)| &row[at..end.min(row.len())]).collect();
             let q_lens: Vec<usize> = pieces.iter().map(|piece| piece.len()).collect();
+            cache.grow(end).unwrap();
             let hidden = model.forward(&Input::rows(&pieces.concat(), &q_lens), Some(&mut cache)).unwrap();
             let logits = model.logits(hidden.tensor()).unwrap();
             let mut start = 0;
@@ -106,7 +111,8 @@ fn a_truncated_cache_continues_where_it_was_cut() {
     let mut cache = KvCache::new(model.spec(), 1, row.len(), DType::F32, &model.device()).unwrap();
     let mut read = |ids: &[u32], keep: usize| {
         cache.truncate(0, keep);
-        no_grad(|| model.forward(&Input::rows(ids, &[ids.len()]), Some(&mut cache))).map(|hidden| hidden.tensor().clone())
+        no_grad(|| model.forward(&Input::rows(ids, &[ids.len()]), Some(&mut cache)))
+            .map(|hidden| hidden.tensor().clone())
     };
     read(&[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], 0).unwrap();
     read(&row[..6], 0).unwrap();

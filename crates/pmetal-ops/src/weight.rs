@@ -64,11 +64,6 @@ impl MappedWeight {
     fn bytes(&self) -> &[u8] {
         &self.file.bytes()[self.range.clone()]
     }
-
-    /// Lets go of its pages, once it has been copied.
-    pub fn release(&self) {
-        self.file.release(self.range.clone());
-    }
 }
 
 /// A weight of the model: `[out, in]` for linear layers, `[vocab, hidden]` for embeddings, `[n]` for norms and biases.

@@ -67,7 +67,10 @@ fn refuse_unsupported(config: &Keys) -> Result<()> {
         return Err(config.refuse("attention_dropout", "is not supported, set it to 0"));
     }
     if config.object("quantization_config")?.is_some() {
-        return Err(config.refuse("quantization_config", "quantized weights are not supported here; use the unquantized model or a GGUF file"));
+        return Err(config.refuse(
+            "quantization_config",
+            "quantized weights are not supported here; use the unquantized model or a GGUF file",
+        ));
     }
     Ok(())
 }
@@ -75,7 +78,9 @@ fn refuse_unsupported(config: &Keys) -> Result<()> {
 /// Refuses layers that see a window of the context only. Qwen's files carry the window's keys whether it is used or not: `layer_types` says
 /// which layers slide, and without it those from `max_window_layers` on do, where `use_sliding_window` is true.
 fn refuse_sliding_windows(config: &Keys, layers: usize) -> Result<()> {
-    if let Some(kind) = config.texts("layer_types")?.unwrap_or_default().into_iter().find(|&kind| kind != "full_attention") {
+    if let Some(kind) =
+        config.texts("layer_types")?.unwrap_or_default().into_iter().find(|&kind| kind != "full_attention")
+    {
         return Err(config.refuse("layer_types", format!("{kind} is not supported, only full_attention")));
     }
     let window = config.whole("sliding_window")?.or((!config.has("sliding_window")).then_some(4096));

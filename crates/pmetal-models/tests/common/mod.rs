@@ -81,7 +81,8 @@ pub fn labels(rows: &[Vec<u32>]) -> Vec<i64> {
 
 /// Puts a PEFT folder on the model by hand; its tensors go to the arena that is returned, under the names in the file.
 pub fn adapt(model: &mut dyn CausalLMModel, folder: &Path) -> Arena {
-    let config: serde_json::Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
+    let config: serde_json::Value =
+        serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
     let (alpha, r) = (config["lora_alpha"].as_f64().unwrap(), config["r"].as_f64().unwrap());
     let scale = if config["use_rslora"] == true { alpha / r.sqrt() } else { alpha / r };
     let tensors = tensors(&folder.join("adapter_model.safetensors"));
