@@ -8,7 +8,7 @@ use pulp::{Simd, WithSimd};
 use crate::Element;
 use crate::attention_decode::decode;
 use crate::attention_tiles::{
-    HeadRows, KEYS, MAX_HEAD_DIM, head_products, key_products, pitch, tile_queries, tile_rows, write_column,
+    HeadRows, KEYS, MAX_HEAD_DIM, head_products, key_products, pitch, tile, tile_queries, tile_rows, write_column,
 };
 use crate::math::exp;
 use crate::scratch::with_scratch;
@@ -127,7 +127,39 @@ pub(crate) struct Forward<'a, T> {
 
 impl<T: Element> Forward<'_, T> {
     fn run(&self) {
-        if self.count == 1 { decode(self) } else { arch().dispatch(Tiles(self)) }
+        if self.count == 1 { decode(self) } else { self.by_tiles() }
+    }
+
+    /// The path for many queries.
+    fn by_tiles(&self) {
+        let (rows, lanes) = tile();
+        let d = self.shape.head_dim;
+        let (pitch, panels) = (pitch(d), d.div_ceil(rows));
+        let keys = self.segment.visible(self.first + self.count - 1);
+        let panel_len = keys * rows;
+        let sizes =
+            [keys.next_multiple_of(rows) * pitch, panels * panel_len, d * lanes, panels * rows * lanes, KEYS * lanes];
+        with_scratch(sizes.iter().sum(), |scratch| {
+            let [keys_packed, values, queries, result, tile] = split(scratch, sizes);
+            self.row_of(self.k).part(0, keys).pack_rows(pitch, keys_packed);
+            self.row_of(self.v).part(0, keys).pack_lanes(rows, panel_len, values);
+            let packed = Packed { rows: keys_packed, pitch, values, panel_len };
+            for g in 0..self.shape.group() {
+                for first in (0..self.count).step_by(lanes) {
+                    let rows = self.queries(g).part(first, lanes);
+                    rows.pack_transposed(lanes, queries);
+                    let (first, count) = (self.first + first, rows.tokens);
+                    let (segment, scale) = (self.segment, self.shape.scale);
+                    let panel = Panel { segment, scale, first, count, packed: &packed, queries, result, tile };
+                    let state = arch().dispatch(panel);
+                    for i in 0..count {
+                        let (out, lse) = self.targets(g, first - self.first + i);
+                        write_column(result, lanes, i, 1.0 / state.sum[i], out);
+                        *lse = state.max[i] + state.sum[i].ln();
+                    }
+                }
+            }
+        });
     }
 
     /// The keys or values of the row.
@@ -156,49 +188,6 @@ impl<T: Element> Forward<'_, T> {
     }
 }
 
-/// The path for many queries.
-struct Tiles<'a, T>(&'a Forward<'a, T>);
-
-impl<T: Element> WithSimd for Tiles<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        match tile_rows::<S>() {
-            8 => forward::<T, S, 8>(simd, self.0),
-            _ => forward::<T, S, 4>(simd, self.0),
-        }
-    }
-}
-
-#[inline(always)]
-fn forward<T: Element, S: Simd, const R: usize>(simd: S, task: &Forward<T>) {
-    let lanes = tile_queries::<S>();
-    let d = task.shape.head_dim;
-    let (pitch, panels) = (pitch(d), d.div_ceil(R));
-    let keys = task.segment.visible(task.first + task.count - 1);
-    let panel_len = keys * R;
-    let sizes = [keys.next_multiple_of(R) * pitch, panels * panel_len, d * lanes, panels * R * lanes, KEYS * lanes];
-    with_scratch(sizes.iter().sum(), |scratch| {
-        let [rows, values, queries, result, tile] = split(scratch, sizes);
-        task.row_of(task.k).part(0, keys).pack_rows(pitch, rows);
-        task.row_of(task.v).part(0, keys).pack_lanes(R, panel_len, values);
-        let packed = Packed { rows, pitch, values, panel_len };
-        for g in 0..task.shape.group() {
-            for first in (0..task.count).step_by(lanes) {
-                let panel = task.queries(g).part(first, lanes);
-                panel.pack_transposed(lanes, queries);
-                let state = panel_forward::<S, R>(simd, task, first, panel.tokens, &packed, queries, result, tile);
-                for i in 0..panel.tokens {
-                    let (out, lse) = task.targets(g, first + i);
-                    write_column(result, lanes, i, 1.0 / state.sum[i], out);
-                    *lse = state.max[i] + state.sum[i].ln();
-                }
-            }
-        }
-    });
-}
-
 /// Cuts a buffer into parts of the given sizes.
 pub(crate) fn split<const N: usize>(mut buffer: &mut [f32], sizes: [usize; N]) -> [&mut [f32]; N] {
     sizes.map(|size| {
@@ -225,34 +214,51 @@ struct Running {
     sum: [f32; MAX_LANES],
 }
 
-/// Runs a panel of queries along its keys. `result` becomes `[head_dim][lanes]`, not yet divided by the sums.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn panel_forward<S: Simd, const R: usize>(
-    simd: S,
-    task: &Forward<impl Element>,
+/// A panel of queries on its way along the keys.
+struct Panel<'a> {
+    segment: &'a Segment,
+    scale: f32,
+    /// The first query, counted in its row, and how many there are.
     first: usize,
     count: usize,
-    packed: &Packed,
-    queries: &[f32],
-    result: &mut [f32],
-    tile: &mut [f32],
-) -> Running {
-    let lanes = tile_queries::<S>();
-    let first = task.first + first;
-    let keys = task.segment.visible(first + count - 1);
-    let mut state = Running { max: [f32::NEG_INFINITY; MAX_LANES], sum: [0.0; MAX_LANES] };
-    result.fill(0.0);
-    for key in (0..keys).step_by(KEYS) {
-        let here = KEYS.min(keys - key);
-        head_products::<S, R>(simd, &packed.rows[key * packed.pitch..], packed.pitch, here, queries, tile);
-        let tile = &mut tile[..here * lanes];
-        mask(task.segment, first, lanes, key, tile, f32::NEG_INFINITY);
-        let factors = softmax_step(&mut state, lanes, task.shape.scale, tile);
-        let factors = column_pair::<S>(&factors);
-        key_products::<S, R>(simd, packed.values, packed.panel_len, key, here, tile, &factors, result);
+    packed: &'a Packed<'a>,
+    queries: &'a [f32],
+    /// Becomes `[head_dim][lanes]`, not yet divided by the sums.
+    result: &'a mut [f32],
+    tile: &'a mut [f32],
+}
+
+impl WithSimd for Panel<'_> {
+    type Output = Running;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Running {
+        match tile_rows::<S>() {
+            8 => self.run::<S, 8>(simd),
+            _ => self.run::<S, 4>(simd),
+        }
     }
-    state
+}
+
+impl Panel<'_> {
+    #[inline(always)]
+    fn run<S: Simd, const R: usize>(self, simd: S) -> Running {
+        let (lanes, packed) = (tile_queries::<S>(), self.packed);
+        let keys = self.segment.visible(self.first + self.count - 1);
+        let mut state = Running { max: [f32::NEG_INFINITY; MAX_LANES], sum: [0.0; MAX_LANES] };
+        self.result.fill(0.0);
+        for key in (0..keys).step_by(KEYS) {
+            let here = KEYS.min(keys - key);
+            let rows = &packed.rows[key * packed.pitch..];
+            head_products::<S, R>(simd, rows, packed.pitch, here, self.queries, self.tile);
+            let tile = &mut self.tile[..here * lanes];
+            mask(self.segment, self.first, lanes, key, tile, f32::NEG_INFINITY);
+            let factors = softmax_step(&mut state, lanes, self.scale, tile);
+            let factors = column_pair::<S>(&factors);
+            key_products::<S, R>(simd, packed.values, packed.panel_len, key, here, tile, &factors, self.result);
+        }
+        state
+    }
 }
 
 /// The first two vectors of an array with a number per lane.

@@ -5,7 +5,7 @@ use pulp::{Simd, WithSimd};
 use crate::Element;
 use crate::attention::{AttentionShape, MAX_LANES, Segment, column_pair, mask, split};
 use crate::attention_tiles::{
-    HeadRows, KEYS, add_query_products, head_products, key_products, pitch, tile_queries, tile_rows, write_column,
+    HeadRows, KEYS, add_query_products, head_products, key_products, pitch, tile, tile_queries, tile_rows, write_column,
 };
 use crate::elementwise::convert_slice;
 use crate::math::exp;
@@ -52,7 +52,7 @@ pub fn attention_backward<T: Element>(
             tasks.push(Task { inputs, segment, shape, kv_head, dq: &dq, dk: &dk, dv: &dv });
         }
     }
-    for_each_task(tasks.len(), |i| arch().dispatch(&tasks[i]));
+    for_each_task(tasks.len(), |i| tasks[i].run());
 }
 
 #[derive(Clone, Copy)]
@@ -74,18 +74,6 @@ struct Task<'a, T> {
     dq: &'a Shared<'a, T>,
     dk: &'a Shared<'a, T>,
     dv: &'a Shared<'a, T>,
-}
-
-impl<T: Element> WithSimd for &Task<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        match tile_rows::<S>() {
-            8 => self.run::<S, 8>(simd),
-            _ => self.run::<S, 4>(simd),
-        }
-    }
 }
 
 /// Panels of queries that go through the keys together, so that sums over the queries are not too short.
@@ -126,11 +114,10 @@ struct Queries<'a> {
 }
 
 impl<T: Element> Task<'_, T> {
-    #[inline(always)]
-    fn run<S: Simd, const R: usize>(&self, simd: S) {
-        let (d, kv_len, lanes) = (self.shape.head_dim, self.segment.kv_len, tile_queries::<S>());
+    fn run(&self) {
+        let (d, kv_len, (rows, lanes)) = (self.shape.head_dim, self.segment.kv_len, tile());
         let (pitch, columns, block) = (pitch(d), d.next_multiple_of(lanes), PANELS * lanes);
-        let (padded, panel_len, d_padded) = (kv_len.next_multiple_of(R), kv_len * R, d.next_multiple_of(R));
+        let (padded, panel_len, d_padded) = (kv_len.next_multiple_of(rows), kv_len * rows, d.next_multiple_of(rows));
         let keys = [padded * pitch, padded * pitch, d_padded * kv_len, padded * columns, padded * columns];
         let queries =
             [block * d, block * d, block * columns, block * columns, block * d_padded, block * KEYS, block * KEYS];
@@ -140,7 +127,7 @@ impl<T: Element> Task<'_, T> {
             let [q, dout, q_columns, dout_columns, dq, p, ds] = split(scratch, queries);
             self.row_of(self.inputs.k).pack_rows(pitch, key_rows);
             self.row_of(self.inputs.v).pack_rows(pitch, value_rows);
-            self.row_of(self.inputs.k).pack_lanes(R, panel_len, key_lanes);
+            self.row_of(self.inputs.k).pack_lanes(rows, panel_len, key_lanes);
             dk.fill(0.0);
             dv.fill(0.0);
             let mut keys = Keys { pitch, key_rows, value_rows, key_lanes, panel_len, dk, dv, columns };
@@ -150,7 +137,8 @@ impl<T: Element> Task<'_, T> {
                 for first in (0..self.segment.q_len).step_by(block) {
                     (queries.first, queries.count) = (first, block.min(self.segment.q_len - first));
                     self.load(&mut queries, g, lanes, columns);
-                    self.sweep::<S, R>(simd, &mut keys, &mut queries);
+                    let (segment, shape) = (self.segment, self.shape);
+                    arch().dispatch(Sweep { segment, shape, keys: &mut keys, block: &mut queries });
                     self.store_queries(&queries, g, lanes);
                 }
             }
@@ -205,59 +193,6 @@ impl<T: Element> Task<'_, T> {
         }
     }
 
-    /// Takes a block of queries through all its keys.
-    #[inline(always)]
-    fn sweep<S: Simd, const R: usize>(&self, simd: S, keys: &mut Keys, block: &mut Queries) {
-        let lanes = tile_queries::<S>();
-        let last = self.segment.visible(block.first + block.count - 1);
-        for key in (0..last).step_by(KEYS) {
-            let mut counts = [0; PANELS];
-            for (p, count) in counts.iter_mut().enumerate().take(block.count.div_ceil(lanes)) {
-                let end = (block.first + (p + 1) * lanes).min(block.first + block.count);
-                *count = self.segment.visible(end - 1).saturating_sub(key).min(KEYS);
-                if *count > 0 {
-                    self.score_gradients::<S, R>(simd, keys, block, p, key, *count);
-                }
-            }
-            add_over_queries::<S, R>(simd, block.p, block.dout_columns, &counts, key, keys.columns, keys.dv);
-            add_over_queries::<S, R>(simd, block.ds, block.q_columns, &counts, key, keys.columns, keys.dk);
-        }
-    }
-
-    /// Computes the tiles `p` and `ds` of one panel and adds the panel's part of `dq`.
-    #[inline(always)]
-    fn score_gradients<S: Simd, const R: usize>(
-        &self,
-        simd: S,
-        keys: &Keys,
-        block: &mut Queries,
-        panel: usize,
-        key: usize,
-        count: usize,
-    ) {
-        let (lanes, d, pitch) = (tile_queries::<S>(), self.shape.head_dim, keys.pitch);
-        let used = count.next_multiple_of(R) * lanes;
-        let p = &mut block.p[panel * KEYS * lanes..][..used];
-        let ds = &mut block.ds[panel * KEYS * lanes..][..used];
-        let queries = panel * d * lanes..(panel + 1) * d * lanes;
-        head_products::<S, R>(simd, &keys.key_rows[key * pitch..], pitch, count, &block.q[queries.clone()], p);
-        head_products::<S, R>(simd, &keys.value_rows[key * pitch..], pitch, count, &block.dout[queries], ds);
-        let (lse, delta, scale) = (&block.lse[panel], &block.delta[panel], self.shape.scale);
-        for (p, ds) in p.chunks_exact_mut(lanes).zip(ds.chunks_exact_mut(lanes)) {
-            for (((p, ds), lse), delta) in p.iter_mut().zip(ds).zip(lse).zip(delta) {
-                *p = exp(*p * scale - lse);
-                *ds = *p * (*ds - delta) * scale;
-            }
-        }
-        let first = block.first + panel * lanes;
-        mask(self.segment, first, lanes, key, p, 0.0);
-        mask(self.segment, first, lanes, key, ds, 0.0);
-        let d_padded = d.next_multiple_of(R);
-        let dq = &mut block.dq[panel * d_padded * lanes..][..d_padded * lanes];
-        let factors = column_pair::<S>(&[1.0; MAX_LANES]);
-        key_products::<S, R>(simd, keys.key_lanes, keys.panel_len, key, count, ds, &factors, dq);
-    }
-
     /// Writes the gradients of a block of queries.
     fn store_queries(&self, block: &Queries, g: usize, lanes: usize) {
         let d = self.shape.head_dim;
@@ -269,6 +204,83 @@ impl<T: Element> Task<'_, T> {
             write_column(&block.dq[i / lanes * panel_len..][..panel_len], lanes, i % lanes, 1.0, row);
         }
     }
+}
+
+/// Takes a block of queries through all its keys.
+struct Sweep<'a, 'b> {
+    segment: &'a Segment,
+    shape: &'a AttentionShape,
+    keys: &'a mut Keys<'b>,
+    block: &'a mut Queries<'b>,
+}
+
+impl WithSimd for Sweep<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match tile_rows::<S>() {
+            8 => self.run::<S, 8>(simd),
+            _ => self.run::<S, 4>(simd),
+        }
+    }
+}
+
+impl Sweep<'_, '_> {
+    #[inline(always)]
+    fn run<S: Simd, const R: usize>(self, simd: S) {
+        let Self { segment, shape, keys, block } = self;
+        let lanes = tile_queries::<S>();
+        let last = segment.visible(block.first + block.count - 1);
+        for key in (0..last).step_by(KEYS) {
+            let mut counts = [0; PANELS];
+            for (p, count) in counts.iter_mut().enumerate().take(block.count.div_ceil(lanes)) {
+                let end = (block.first + (p + 1) * lanes).min(block.first + block.count);
+                *count = segment.visible(end - 1).saturating_sub(key).min(KEYS);
+                if *count > 0 {
+                    score_gradients::<S, R>(simd, segment, shape, keys, block, p, key, *count);
+                }
+            }
+            add_over_queries::<S, R>(simd, block.p, block.dout_columns, &counts, key, keys.columns, keys.dv);
+            add_over_queries::<S, R>(simd, block.ds, block.q_columns, &counts, key, keys.columns, keys.dk);
+        }
+    }
+}
+
+/// Computes the tiles `p` and `ds` of one panel and adds the panel's part of `dq`.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn score_gradients<S: Simd, const R: usize>(
+    simd: S,
+    segment: &Segment,
+    shape: &AttentionShape,
+    keys: &Keys,
+    block: &mut Queries,
+    panel: usize,
+    key: usize,
+    count: usize,
+) {
+    let (lanes, d, pitch) = (tile_queries::<S>(), shape.head_dim, keys.pitch);
+    let used = count.next_multiple_of(R) * lanes;
+    let p = &mut block.p[panel * KEYS * lanes..][..used];
+    let ds = &mut block.ds[panel * KEYS * lanes..][..used];
+    let queries = panel * d * lanes..(panel + 1) * d * lanes;
+    head_products::<S, R>(simd, &keys.key_rows[key * pitch..], pitch, count, &block.q[queries.clone()], p);
+    head_products::<S, R>(simd, &keys.value_rows[key * pitch..], pitch, count, &block.dout[queries], ds);
+    let (lse, delta, scale) = (&block.lse[panel], &block.delta[panel], shape.scale);
+    for (p, ds) in p.chunks_exact_mut(lanes).zip(ds.chunks_exact_mut(lanes)) {
+        for (((p, ds), lse), delta) in p.iter_mut().zip(ds).zip(lse).zip(delta) {
+            *p = exp(*p * scale - lse);
+            *ds = *p * (*ds - delta) * scale;
+        }
+    }
+    let first = block.first + panel * lanes;
+    mask(segment, first, lanes, key, p, 0.0);
+    mask(segment, first, lanes, key, ds, 0.0);
+    let d_padded = d.next_multiple_of(R);
+    let dq = &mut block.dq[panel * d_padded * lanes..][..d_padded * lanes];
+    let factors = column_pair::<S>(&[1.0; MAX_LANES]);
+    key_products::<S, R>(simd, keys.key_lanes, keys.panel_len, key, count, ds, &factors, dq);
 }
 
 simd_fn! {

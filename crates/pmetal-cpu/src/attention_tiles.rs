@@ -3,13 +3,13 @@
 //! Scores are kept transposed, `[keys][queries]` with as many queries as a tile has columns. So the softmax runs down the
 //! columns, a query per lane, and a tile of probabilities is at once the packed right operand of the next product.
 
-use pulp::Simd;
+use pulp::{Simd, WithSimd};
 
 use crate::Element;
 use crate::elementwise::convert_slice;
 use crate::gemm_kernel::{column_vectors, multiply_add, product_interleaved, product_rows};
 use crate::gemm_pack::{Operand, Part, pack_panels};
-use crate::simd::simd_fn;
+use crate::simd::{arch, simd_fn};
 
 /// Keys of a tile.
 pub(crate) const KEYS: usize = 128;
@@ -34,6 +34,19 @@ pub(crate) const fn tile_rows<S: Simd>() -> usize {
 /// Queries of a panel, one per lane of two vectors.
 pub(crate) const fn tile_queries<S: Simd>() -> usize {
     2 * S::F32_LANES
+}
+
+/// [`tile_rows`] and [`tile_queries`] of the instruction set that kernels run in.
+pub(crate) fn tile() -> (usize, usize) {
+    struct Ask;
+    impl WithSimd for Ask {
+        type Output = (usize, usize);
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> (usize, usize) {
+            (tile_rows::<S>(), tile_queries::<S>())
+        }
+    }
+    arch().dispatch(Ask)
 }
 
 /// One head of some consecutive tokens: token `i` is `data[i * stride..][..head_dim]`.
