@@ -45,6 +45,8 @@ const PROBES: [&str; 2] = ["Kestrel flew", "Wagon stood up"];
 pub(crate) struct TurnShape {
     /// The end of the text before an assistant's first word, as `<|im_start|>assistant\n`.
     header: Option<String>,
+    /// What the assistant says before the content in every turn: Mistral's space.
+    lead: String,
     /// The special token after the assistant's last word, as `<|im_end|>`.
     pub(crate) end_of_turn: Option<String>,
 }
@@ -56,15 +58,14 @@ impl TurnShape {
         let asked = Conversation { messages: vec![question.clone()], tools: None };
         let answer = Message::new("assistant", PROBES[0]);
         let answered = Conversation { messages: vec![question, answer], tools: None };
-        let header = match (template.render(&asked, true), template.render(&asked, false)) {
-            (Ok(prompted), Ok(plain)) => prompted.get(common_prefix(&prompted, &plain)..).map(str::to_string),
-            _ => None,
-        };
-        let end_of_turn = template.render(&answered, false).ok().and_then(|text| {
-            let tail = text.get(text.rfind(PROBES[0])? + PROBES[0].len()..)?.trim_start();
-            starting_special(tail, tokenizer.special_set()).map(str::to_string)
-        });
-        Self { header: header.filter(|text| !text.trim().is_empty()), end_of_turn }
+        let prompted = template.render(&asked, true).unwrap_or_default();
+        let plain = template.render(&asked, false).unwrap_or_default();
+        let answered = template.render(&answered, false).unwrap_or_default();
+        let header = prompted.get(common_prefix(&prompted, &plain)..).map(str::to_string);
+        let (before, after) = answered.rsplit_once(PROBES[0]).unwrap_or_default();
+        let end_of_turn = starting_special(after.trim_start(), tokenizer.special_set()).map(str::to_string);
+        let lead = before.strip_prefix(&prompted).unwrap_or_default().to_string();
+        Self { header: header.filter(|text| !text.trim().is_empty()), lead, end_of_turn }
     }
 }
 
@@ -146,7 +147,10 @@ impl Turns<'_> {
             let found = self.text.get(floor..content_start)?.rfind(header)?;
             Some(floor + found + header.len())
         };
-        let start = start.filter(|&start| start <= content_start).or_else(header).unwrap_or(content_start);
+        let lead =
+            || self.text.get(floor..content_start)?.strip_suffix(&self.shape.lead).map(|rest| floor + rest.len());
+        let start =
+            start.filter(|&start| start <= content_start).or_else(header).or_else(lead).unwrap_or(content_start);
         let alone = swapped(PROBES[0], turn + 1)?;
         let tail = alone.rfind(PROBES[0]).and_then(|at| alone.get(at + PROBES[0].len()..)).unwrap_or_default();
         Ok((start, content_end + self.tail_length(content_end, tail)))

@@ -1,0 +1,154 @@
+//! Rendered text, ids and masks against `transformers`, for the templates in `fixtures/templates` (made by
+//! `scripts/make-template-fixtures.py`), or those in the folder that `PMETAL_TEMPLATE_FIXTURES` names.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use pmetal_data::{Dataset, DatasetOptions, Example, Message, Template, TemplateChoice, Tokenizer, TrainOn};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const EOS: u32 = 1;
+
+fn fixtures() -> PathBuf {
+    match std::env::var_os("PMETAL_TEMPLATE_FIXTURES") {
+        Some(folder) => folder.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/templates"),
+    }
+}
+
+fn expected() -> Value {
+    serde_json::from_slice(&fs::read(fixtures().join("expected.json")).unwrap()).unwrap()
+}
+
+/// A model folder with this template and the tokenizer of the fixtures.
+struct Model(TempDir);
+
+impl Model {
+    fn new(template: Option<&str>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::copy(fixtures().join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+        let config = json!({"bos_token": {"content": "<s>"}, "eos_token": "</s>"});
+        fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        if let Some(template) = template {
+            fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+        }
+        Self(folder)
+    }
+
+    fn tokenizer(&self) -> Tokenizer {
+        Tokenizer::from_model_path(self.0.path()).unwrap()
+    }
+
+    fn encode(&self, row: &Value, train_on: TrainOn) -> Result<Example, String> {
+        let path = self.0.path().join("rows.jsonl");
+        fs::write(&path, row.to_string()).unwrap();
+        let tokenizer = self.tokenizer();
+        let template = Template::choose(&TemplateChoice::Auto, &tokenizer).unwrap();
+        let options = DatasetOptions { train_on, template, max_seq_len: 0 };
+        let mut dataset = Dataset::load(path, &tokenizer, &options).map_err(|e| e.to_string())?;
+        Ok(dataset.examples.remove(0))
+    }
+}
+
+fn trained(example: &Example) -> Vec<bool> {
+    example.labels.iter().zip(&example.input_ids).map(|(&label, &id)| label == i64::from(id)).collect()
+}
+
+/// The template with its generation tags taken out, whitespace control and all.
+fn without_tags(template: &str) -> String {
+    let mut out = template.to_string();
+    for name in ["generation", "endgeneration"] {
+        for (left, right) in [("", ""), ("-", ""), ("", "-"), ("-", "-")] {
+            out = out.replace(
+                &format!("{{%{left} {name} {right}%}}"),
+                &format!("{{%{left} if true {right}%}}{{% endif %}}"),
+            );
+        }
+    }
+    out
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+/// Calls `check` with the name, the template, the row and what is expected of it.
+fn each_case(mut check: impl FnMut(&str, &str, &Value, &Value)) {
+    let expected = expected();
+    for (name, fixture) in expected["templates"].as_object().unwrap() {
+        let template = fs::read_to_string(fixtures().join(format!("{name}.jinja"))).unwrap();
+        for (case, expected_of) in fixture["cases"].as_object().unwrap() {
+            check(&format!("{name}: {case}"), &template, &expected["conversations"][case], expected_of);
+        }
+    }
+}
+
+#[test]
+fn ids_are_those_of_transformers() {
+    let mut failures = Vec::new();
+    each_case(|name, template, row, expected| {
+        let got = Model::new(Some(template)).encode(row, TrainOn::All);
+        match (got, expected["error"].as_str()) {
+            (Err(message), Some(theirs)) if message.contains(theirs) || !theirs.contains("raise") => {}
+            (Ok(example), None) => {
+                let mut theirs = ids(&expected["ids"]);
+                // An answer that ends in plain text is followed by eos, which transformers would not add.
+                if example.input_ids.len() == theirs.len() + 1 {
+                    theirs.push(EOS);
+                }
+                if example.input_ids != theirs {
+                    failures.push(format!("{name}: other ids"));
+                }
+            }
+            (got, theirs) => failures.push(format!("{name}: {got:.0?} instead of {theirs:?}")),
+        }
+    });
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn masks_are_those_of_generation_tags_with_and_without_the_tags() {
+    let mut failures = Vec::new();
+    each_case(|name, template, row, expected| {
+        let Some(mask) = expected["mask"].as_array() else { return };
+        let mask: Vec<bool> = mask.iter().map(|m| m == 1).collect();
+        for (kind, template) in [("tagged", template.to_string()), ("plain", without_tags(template))] {
+            let example = match Model::new(Some(&template)).encode(row, TrainOn::Assistant) {
+                Ok(example) => example,
+                Err(_) if !mask.contains(&true) => continue,
+                Err(message) => {
+                    failures.push(format!("{name} ({kind}): {message}"));
+                    continue;
+                }
+            };
+            let mut mask = mask.clone();
+            if example.input_ids.len() > mask.len() {
+                // The eos that was added is trained, and the white space before it.
+                let spoken = mask.iter().rposition(|&m| m).map_or(0, |last| last + 1);
+                mask.truncate(spoken);
+                mask.resize(example.input_ids.len(), true);
+            }
+            let got = trained(&example);
+            if got != mask {
+                let side = |mask: &[bool]| mask.iter().map(|&m| if m { '#' } else { '.' }).collect::<String>();
+                let text = expected["text"].as_str().unwrap();
+                failures.push(format!("{name} ({kind}): {text:?}\n  {}\n  {}", side(&got), side(&mask)));
+            }
+        }
+    });
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn prompts_are_those_of_transformers() {
+    let expected = expected();
+    for (name, fixture) in expected["templates"].as_object().unwrap() {
+        let Some(prompt) = fixture["prompt"].as_str() else { continue };
+        let source = fs::read_to_string(fixtures().join(format!("{name}.jinja"))).unwrap();
+        let template = Template::choose(&TemplateChoice::Auto, &Model::new(Some(&source)).tokenizer()).unwrap();
+        assert_eq!(template.render(&[Message::new("user", "What is 2 + 2?")], true).unwrap(), prompt, "{name}");
+    }
+}

@@ -1,0 +1,121 @@
+"""Fixtures for chat templates and loss masks: what `transformers` renders, tokenizes and marks.
+
+    make-template-fixtures.py [--templates DIR] [--output DIR]
+
+Every `*.jinja` of DIR (default: the fixtures of pmetal-data) is rendered with the conversations below. Where a template has
+`{% generation %}` tags, `return_assistant_tokens_mask` says which tokens the assistant's are. Written are `tokenizer.json`, a
+small byte-level BPE trained on the conversations, and `expected.json`. The tests hold our rendering, our ids and our masks
+against them, once with the tags and once with the tags taken out. With another DIR (say, the `chat_templates` folder of TRL)
+and `PMETAL_TEMPLATE_FIXTURES` set to the output folder, the same test reads those.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent.parent / "crates/pmetal-data/tests/fixtures/templates"
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+           "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "[INST]", "[/INST]",
+           "<|User|>", "<|Assistant|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"]
+PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2, "exact": True, "limit": 1.5}}}]
+TOOL = [{"type": "function", "function": {"name": "weather", "description": "It's <b>the</b> weather & more",
+                                          "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+CONVERSATIONS = {
+    "one round": {"messages": [user("What is 2 + 2?"), assistant("It is 4.")]},
+    "system and three rounds": {"messages": [
+        system("Be brief."), user("Hi"), assistant("Hello!"), user("And?"), assistant("And what?\n\nTell me."), user("Bye"),
+        assistant("Bye 👋🏽, à bientôt.")]},
+    "three rounds": {"messages": [
+        user("Hi"), assistant("Hello!"), user("And?"), assistant("And what?"), user("Bye"), assistant("Bye.")]},
+    "spaces at the ends": {"messages": [user("  Hi \n"), assistant("\n Hello! \n"), user("x\n\n"), assistant("  y")]},
+    "the same words": {"messages": [user("ok"), assistant("ok"), user("ok"), assistant("ok")]},
+    "thoughts in the text": {"messages": [
+        user("1 + 1"), assistant("<think>\nOne and one.\n</think>\n\nTwo."), user("1 + 2"),
+        assistant("<think>\nOne and two.\n</think>\n\nThree.")]},
+    "thoughts apart": {"messages": [
+        user("1 + 1"), assistant("Two.", reasoning_content="One and one."), user("1 + 2"),
+        assistant("Three.", thinking="One and two.")]},
+    "an empty answer": {"messages": [user("Say nothing."), assistant(""), user("Thanks."), assistant("Sure.")]},
+    "the assistant begins": {"messages": [assistant("Welcome."), user("Hi"), assistant("What can I do?")]},
+    "the user ends": {"messages": [user("Hi"), assistant("Hello!"), user("Are you there?")]},
+    "two answers": {"messages": [user("Hi"), assistant("Hello!"), assistant("How are you?")]},
+    "tools": {"messages": [
+        user("Weather?"), assistant("Let me see.", tool_calls=CALL), {"role": "tool", "content": "12 °C"}, assistant("Cool.")],
+        "tools": TOOL},
+}
+
+
+def make_tokenizer(folder):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL,
+                                  show_progress=False)
+    text = [m["content"] for c in CONVERSATIONS.values() for m in c["messages"]]
+    tokenizer.train_from_iterator(text + ["assistant\n\nuser\nsystem\n\n:\n\n.\n\n"] * 4, trainer)
+    tokenizer.add_tokens(PLAIN)
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def expected(tokenizer, template, conversation):
+    arguments = {"chat_template": template, "tools": conversation.get("tools")}
+    try:
+        text = tokenizer.apply_chat_template(conversation["messages"], tokenize=False, **arguments)
+    except Exception as error:
+        return {"error": str(error)}
+    marked = "{%" in template and "endgeneration" in template
+    out = tokenizer.apply_chat_template(conversation["messages"], tokenize=True, return_dict=True,
+                                        return_assistant_tokens_mask=marked, **arguments)
+    assert out["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    return {"text": text, "ids": out["input_ids"], "mask": out["assistant_masks"] if marked else None}
+
+
+def prompt(tokenizer, template):
+    try:
+        return tokenizer.apply_chat_template(CONVERSATIONS["one round"]["messages"][:1], chat_template=template, tokenize=False,
+                                             add_generation_prompt=True)
+    except Exception:
+        return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--templates", type=Path, default=HERE)
+    parser.add_argument("--output", type=Path, default=HERE)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(arguments.output)
+    templates = {}
+    for path in sorted(arguments.templates.glob("*.jinja")):
+        source = path.read_text()
+        if path.parent.resolve() != arguments.output.resolve():
+            shutil.copyfile(path, arguments.output / path.name)
+        cases = {name: expected(tokenizer, source, c) for name, c in CONVERSATIONS.items()}
+        templates[path.stem] = {"prompt": prompt(tokenizer, source), "cases": cases}
+    out = json.dumps({"conversations": CONVERSATIONS, "templates": templates}, ensure_ascii=False, indent=0)
+    # One case a line keeps the file readable and diffs small.
+    (arguments.output / "expected.json").write_text(out.replace(",\n", ",").replace("[\n", "[").replace("\n]", "]") + "\n")
+
+
+if __name__ == "__main__":
+    main()
