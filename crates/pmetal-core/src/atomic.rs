@@ -1,6 +1,5 @@
 use std::{
     fs,
-    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -52,14 +51,35 @@ impl StagedDir {
     }
 }
 
-/// Writes a file beside its place, syncs it, and renames it there.
-pub fn write_file(path: &Path, contents: &[u8]) -> Result<()> {
-    let parent = parent_of(path);
-    fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-    let mut file = NamedTempFile::new_in(parent).map_err(Error::io("write to", parent))?;
-    file.write_all(contents).and_then(|()| file.as_file().sync_all()).map_err(Error::io("write", path))?;
-    file.persist(path).map_err(|e| Error::Io { action: "write", path: path.to_path_buf(), source: e.error })?;
-    Ok(())
+/// A file that is written beside its final place and takes it in one step. Dropped without [`StagedFile::commit`], it leaves nothing.
+pub struct StagedFile {
+    staged: NamedTempFile,
+    target: PathBuf,
+}
+
+impl StagedFile {
+    /// Starts a file that will become `target`. Fails where the folder cannot be written.
+    pub fn new(target: &Path) -> Result<Self> {
+        let parent = parent_of(target);
+        fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        let staged = Builder::new().prefix(".pmetal-").tempfile_in(parent).map_err(Error::io("write to", parent))?;
+        Ok(Self { staged, target: target.to_path_buf() })
+    }
+
+    /// Where to write.
+    pub fn path(&self) -> &Path {
+        self.staged.path()
+    }
+
+    /// Syncs the file and gives it its name.
+    pub fn commit(self) -> Result<()> {
+        let target = self.target;
+        self.staged.as_file().sync_all().map_err(Error::io("sync", &target))?;
+        match self.staged.persist(&target) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(Error::Io { action: "write", path: target, source: e.error }),
+        }
+    }
 }
 
 fn parent_of(path: &Path) -> &Path {
@@ -96,8 +116,12 @@ mod tests {
     fn a_file_where_the_folder_should_be_is_an_error_that_names_it() {
         let root = tempfile::tempdir().unwrap();
         let file = root.path().join("file");
-        write_file(&file, b"x").unwrap();
-        let message = write_file(&file.join("below"), b"y").unwrap_err().to_string();
+        let staged = StagedFile::new(&file).unwrap();
+        fs::write(staged.path(), "x").unwrap();
+        assert!(!file.exists());
+        staged.commit().unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "x");
+        let message = StagedFile::new(&file.join("below")).err().unwrap().to_string();
         assert!(message.contains("file"), "{message}");
     }
 }

@@ -4,6 +4,6 @@ mod atomic;
 mod device;
 mod error;
 
-pub use atomic::{write_file, StagedDir};
+pub use atomic::{StagedDir, StagedFile};
 pub use device::{DTypeChoice, DeviceChoice};
 pub use error::{Error, Result};

@@ -24,7 +24,7 @@ pub struct Example {
 
 impl Example {
     /// Number of trained tokens: those with a label, but for the first of the row.
-    pub(crate) fn supervised(&self) -> usize {
+    pub fn supervised_tokens(&self) -> usize {
         self.labels.iter().skip(1).filter(|&&label| label != IGNORE).count()
     }
 
@@ -213,6 +213,6 @@ mod tests {
     #[test]
     fn the_first_label_counts_for_nothing() {
         let example = Example { input_ids: vec![5, 6, 7], labels: vec![5, IGNORE, 7] };
-        assert_eq!(example.supervised(), 1);
+        assert_eq!(example.supervised_tokens(), 1);
     }
 }

@@ -145,7 +145,7 @@ impl Tokenizer {
     }
 
     /// The text of some ids without special tokens. Bytes that are no UTF-8 become U+FFFD.
-    fn decode(&self, ids: &[u32]) -> Result<String> {
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, true).map_err(failed)
     }
 

@@ -1,0 +1,53 @@
+//! `pmetal`: fine-tune large language models on the machine in front of you.
+
+mod progress;
+mod thinking;
+mod verbs;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use pmetal::memory::PoolAllocator;
+
+/// Keeps large blocks between steps and counts what lives.
+#[global_allocator]
+static ALLOCATOR: PoolAllocator = PoolAllocator;
+
+/// Fine-tune large language models on the machine in front of you
+#[derive(Parser)]
+#[command(name = "pmetal", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Fine-tune a model on rows of text: a LoRA adapter, or every weight
+    #[command(after_help = verbs::train::EXAMPLES)]
+    Train(Box<verbs::train::Args>),
+    /// Continue a prompt, or answer it as a chat
+    #[command(after_help = verbs::infer::EXAMPLES)]
+    Infer(verbs::infer::Args),
+    /// Write the logits of given token ids, to compare with another implementation
+    #[command(after_help = verbs::logits::EXAMPLES)]
+    Logits(verbs::logits::Args),
+    /// Measure this machine
+    Bench(verbs::bench::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().verb {
+        Verb::Train(args) => verbs::train::run(&args),
+        Verb::Infer(args) => verbs::infer::run(&args),
+        Verb::Logits(args) => verbs::logits::run(&args),
+        Verb::Bench(args) => verbs::bench::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

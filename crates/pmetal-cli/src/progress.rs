@@ -1,0 +1,90 @@
+//! What a run shows while it goes: a bar on a terminal, plain lines elsewhere.
+
+use std::{
+    io::IsTerminal,
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use pmetal::trainer::{EvalMetrics, Observer, StepMetrics};
+
+/// Shows a training run on stderr.
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    logging_steps: usize,
+    total: usize,
+    started: Instant,
+}
+
+impl Progress {
+    /// A bar where stderr is a terminal, else a line every `logging_steps` steps.
+    pub fn new(logging_steps: usize) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{bar:24} {pos}/{len} steps  {msg}  {elapsed} < {eta}");
+            ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        Self { bar, logging_steps: logging_steps.max(1), total: 0, started: Instant::now() }
+    }
+
+    fn line(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    fn eta(&self, step: usize) -> String {
+        let elapsed = self.started.elapsed().as_secs_f64();
+        let left = elapsed / step.max(1) as f64 * (self.total.saturating_sub(step)) as f64;
+        indicatif::HumanDuration(Duration::from_secs_f64(left)).to_string()
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish();
+        }
+    }
+}
+
+impl Observer for Progress {
+    fn start(&mut self, total_steps: usize) {
+        self.total = total_steps;
+        self.started = Instant::now();
+        if let Some(bar) = &self.bar {
+            bar.set_length(total_steps as u64);
+            bar.reset_eta();
+        }
+    }
+
+    fn step(&mut self, m: &StepMetrics) {
+        let figures = format!(
+            "loss {:.4}  {:.0} tok/s  peak {:.2} GiB",
+            m.loss,
+            m.tokens_per_second,
+            m.peak_memory_bytes as f64 / f64::from(1 << 30)
+        );
+        match &self.bar {
+            Some(bar) => {
+                bar.set_message(figures);
+                bar.set_position(m.step as u64);
+            }
+            None if m.step % self.logging_steps == 0 || m.step == self.total || m.step == 1 => {
+                let (lr, norm) = (m.learning_rate, m.grad_norm);
+                let eta = self.eta(m.step);
+                eprintln!("step {}/{}  {figures}  lr {lr:.2e}  grad norm {norm:.3}  ETA {eta}", m.step, self.total);
+            }
+            None => {}
+        }
+    }
+
+    fn eval(&mut self, m: &EvalMetrics) {
+        let (step, loss, tokens) = (m.step, m.eval_loss, m.eval_tokens);
+        self.line(&format!("step {step}: eval loss {loss:.4} over {tokens} tokens"));
+    }
+
+    fn note(&mut self, line: &str) {
+        self.line(line);
+    }
+}

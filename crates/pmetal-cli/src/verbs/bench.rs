@@ -1,0 +1,119 @@
+use std::{path::PathBuf, time::Instant};
+
+use candle_core::DType;
+use pmetal::{
+    core::{DTypeChoice, DeviceChoice},
+    data::Example,
+    lora::{LoraConfig, attach},
+    memory, models,
+    ops::{Policy, random},
+    trainer::{StepSettings, train_step},
+};
+
+use super::{Failure, Result};
+
+/// Flags of `pmetal bench`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Time LoRA training steps on random weights of a given shape; prints one JSON object
+    #[command(after_help = "Example:\n  pmetal bench train --model-config config.json --batch 2 --seq 512 --steps 5")]
+    Train(TrainArgs),
+}
+
+#[derive(clap::Args)]
+struct TrainArgs {
+    /// A model's config.json
+    #[arg(long, value_name = "FILE")]
+    model_config: PathBuf,
+    /// Rows of a step
+    #[arg(long, default_value_t = 2, value_name = "ROWS")]
+    batch: usize,
+    /// Tokens of a row
+    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    seq: usize,
+    /// Steps that are timed, after one that is not
+    #[arg(long, default_value_t = 5, value_name = "STEPS")]
+    steps: usize,
+    /// Keep only the inputs of each layer and run it again in backward
+    #[arg(long)]
+    gradient_checkpointing: bool,
+    /// Dtype of weights and activations: auto (the config's), bf16, f16, f32
+    #[arg(long, default_value_t, value_name = "DTYPE")]
+    dtype: DTypeChoice,
+    /// Device: auto, cpu
+    #[arg(long, default_value_t, value_name = "DEVICE")]
+    device: DeviceChoice,
+}
+
+/// Runs the benchmark that was asked for.
+pub fn run(args: &Args) -> Result<()> {
+    match &args.what {
+        What::Train(args) => train(args),
+    }
+}
+
+/// LoRA r=16, alpha=32 on every linear layer, AdamW, gradient norm clipped at 1: what the peers' scripts run.
+fn train(args: &TrainArgs) -> Result<()> {
+    if args.batch == 0 || args.seq < 2 || args.steps == 0 {
+        return Err(Failure::Usage("--batch and --steps must be at least 1, --seq at least 2".into()));
+    }
+    let config = models::read_config(&args.model_config)?;
+    let dtype = args.dtype.resolve(models::dtype_of(&config).unwrap_or(DType::BF16));
+    let device = args.device.resolve();
+    let mut model = models::random(&config, dtype, &device, 0, None)?;
+    let arena = attach(model.as_mut(), &LoraConfig::default(), 0)?;
+    let rows = random_rows(args, model.spec().vocab_size);
+    let batch = [rows.iter().collect()];
+    let settings = StepSettings {
+        max_grad_norm: 1.0,
+        weight_decay: 0.0,
+        checkpointing: args.gradient_checkpointing.then_some(Policy::KeepNothing),
+        seed: 0,
+    };
+    let mut milliseconds = Vec::with_capacity(args.steps);
+    let mut loss = 0.0;
+    for step in 0..=args.steps {
+        let started = Instant::now();
+        let result = train_step(model.as_ref(), &arena, &batch, step, 2e-4, step as u64 + 1, &settings)?;
+        loss = result.loss;
+        if step > 0 {
+            milliseconds.push(started.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    milliseconds.sort_by(f64::total_cmp);
+    let median = milliseconds[milliseconds.len() / 2];
+    let report = serde_json::json!({
+        "tok_s": round((args.batch * args.seq) as f64 / median * 1e3, 1),
+        "step_ms": round(median, 2),
+        "peak_bytes": memory::peak_bytes(),
+        "loss": loss,
+        "device": "cpu",
+        "dtype": dtype.as_str(),
+        "batch": args.batch,
+        "seq": args.seq,
+        "steps": args.steps,
+    });
+    println!("{report}");
+    Ok(())
+}
+
+fn random_rows(args: &TrainArgs, vocab_size: usize) -> Vec<Example> {
+    let row = |r: usize| {
+        let id = |i: usize| (random::uniform(r as u64, i as u64) * vocab_size as f32) as u32;
+        let input_ids: Vec<u32> = (0..args.seq).map(id).collect();
+        let labels = input_ids.iter().map(|&id| i64::from(id)).collect();
+        Example { input_ids, labels }
+    };
+    (0..args.batch).map(row).collect()
+}
+
+fn round(x: f64, digits: i32) -> f64 {
+    let unit = 10f64.powi(digits);
+    (x * unit).round() / unit
+}

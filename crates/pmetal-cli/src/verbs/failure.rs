@@ -1,0 +1,54 @@
+use pmetal::{core, data, lora, models, ops, trainer};
+
+/// Why a verb stopped: one line for the person at the terminal.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Flags that do not go together.
+    #[error("{0}")]
+    Usage(String),
+    /// A model.
+    #[error(transparent)]
+    Model(#[from] models::Error),
+    /// Rows, tokenizer, template.
+    #[error(transparent)]
+    Data(#[from] data::Error),
+    /// An adapter.
+    #[error(transparent)]
+    Lora(#[from] lora::Error),
+    /// A run.
+    #[error(transparent)]
+    Train(#[from] trainer::Error),
+    /// An operation.
+    #[error(transparent)]
+    Ops(#[from] ops::Error),
+    /// A file.
+    #[error(transparent)]
+    File(#[from] core::Error),
+    /// The tensor library.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+    /// A file that is not what it should be.
+    #[error("{}: {reason}", path.display())]
+    Content {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Printing failed: the reader of a pipe went away.
+    #[error("cannot write the result: {0}")]
+    Output(#[from] std::io::Error),
+}
+
+/// Results of verbs.
+pub type Result<T, E = Failure> = std::result::Result<T, E>;
+
+impl Failure {
+    /// 2 for bad usage, 1 for everything else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) | Self::Train(trainer::Error::Option { .. }) => 2,
+            _ => 1,
+        }
+    }
+}

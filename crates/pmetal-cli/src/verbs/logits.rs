@@ -1,0 +1,60 @@
+use std::{collections::HashMap, fs, path::PathBuf};
+
+use candle_core::Tensor;
+use pmetal::{
+    core::{DTypeChoice, DeviceChoice, Error as FileError, StagedFile},
+    models::Input,
+    ops::no_grad,
+};
+
+use super::{Failure, Result, infer::open_model};
+
+/// Examples shown under `--help`.
+pub const EXAMPLES: &str = "\
+Example:
+  echo '[[1, 2, 3], [4, 5]]' > ids.json
+  pmetal logits --model ./model --ids ids.json --dtype f32 --output out.safetensors";
+
+/// Flags of `pmetal logits`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Model: a Hugging Face folder or a GGUF file
+    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH")]
+    model: PathBuf,
+    /// Adapter to use with it
+    #[arg(long, visible_alias = "adapter", value_name = "PATH")]
+    lora: Option<PathBuf>,
+    /// JSON list of lists of token ids
+    #[arg(long, value_name = "FILE")]
+    ids: PathBuf,
+    /// Safetensors file for the tensors logits.0, logits.1, … (f32, [len, vocab])
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// Dtype of activations: auto (the checkpoint's), bf16, f16, f32
+    #[arg(long, default_value_t, value_name = "DTYPE")]
+    dtype: DTypeChoice,
+    /// Device: auto, cpu
+    #[arg(long, default_value_t, value_name = "DEVICE")]
+    device: DeviceChoice,
+}
+
+/// Writes the logits of every list of ids.
+pub fn run(args: &Args) -> Result<()> {
+    let text = fs::read(&args.ids).map_err(FileError::io("read", &args.ids))?;
+    let lists: Vec<Vec<u32>> = serde_json::from_slice(&text).map_err(|e| Failure::Content {
+        path: args.ids.clone(),
+        reason: format!("expected a list of lists of token ids: {e}"),
+    })?;
+    if let Some(i) = lists.iter().position(Vec::is_empty) {
+        return Err(Failure::Content { path: args.ids.clone(), reason: format!("list {i} is empty") });
+    }
+    let (_, model) = open_model(&args.model, args.lora.as_deref(), args.dtype, args.device)?;
+    let mut tensors: HashMap<String, Tensor> = HashMap::new();
+    for (i, ids) in lists.iter().enumerate() {
+        let hidden = no_grad(|| model.forward(&Input::rows(ids, &[ids.len()]), None))?;
+        tensors.insert(format!("logits.{i}"), model.logits(hidden.tensor())?);
+    }
+    let staged = StagedFile::new(&args.output)?;
+    candle_core::safetensors::save(&tensors, staged.path())?;
+    Ok(staged.commit()?)
+}

@@ -1,0 +1,70 @@
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use pmetal::trainer::{Outcome, SftOptions, Written, sft};
+
+use super::Result;
+use crate::progress::Progress;
+
+/// Examples shown under `--help`.
+pub const EXAMPLES: &str = "\
+Examples:
+  pmetal train --model ./SmolLM2-135M-Instruct.gguf --dataset rows.jsonl --eval-split 0.1
+  pmetal train --model ./Qwen3-0.6B --dataset rows.jsonl --max-seq-len 2048 --packing --epochs 3
+  pmetal train --model ./base --dataset rows.jsonl --fine-tune-type full --learning-rate 2e-5";
+
+/// Flags of `pmetal train`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    options: SftOptions,
+}
+
+/// Trains, writes the result, and says where it is and how to talk to it.
+pub fn run(args: &Args) -> Result<()> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    let handler = ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\ninterrupted: finishing this step, then writing what was trained (Ctrl-C again leaves at once)");
+    });
+    if let Err(e) = handler {
+        eprintln!("Ctrl-C will end the run without writing: {e}");
+    }
+    let outcome = sft(&args.options, &mut Progress::new(args.options.logging_steps), &stop)?;
+    report(&args.options, &outcome);
+    Ok(())
+}
+
+fn report(options: &SftOptions, outcome: &Outcome) {
+    let s = &outcome.summary;
+    let rate = if s.seconds > 0.0 { s.tokens as f64 / s.seconds } else { 0.0 };
+    eprintln!("{} of {} steps, {} tokens, {rate:.0} tok/s", s.steps, s.planned_steps, s.tokens);
+    if let (Some(before), Some(after)) = (s.eval_loss_before, s.eval_loss_after) {
+        eprintln!("eval loss {before:.4} before, {after:.4} after");
+    }
+    let output = shown(&options.output);
+    match &outcome.written {
+        Written::Adapter => {
+            println!("adapter: {output}");
+            eprintln!("try it: pmetal infer --model {} --lora {output} --chat --prompt \"…\"", shown(&options.model));
+        }
+        Written::Model => {
+            println!("model: {output}");
+            eprintln!("try it: pmetal infer --model {output} --chat --prompt \"…\"");
+        }
+    }
+}
+
+/// A path as one would type it.
+fn shown(path: &Path) -> String {
+    let text = path.display().to_string();
+    if text.contains(char::is_whitespace) { format!("'{text}'") } else { text }
+}

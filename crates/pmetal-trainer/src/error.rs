@@ -1,0 +1,57 @@
+use std::path::PathBuf;
+
+/// What stops a run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Loss or gradient was not finite several steps in a row.
+    #[error("loss or gradient was not finite {steps} steps in a row, the last at step {step}: lower the learning rate, or train in bf16 or f32")]
+    Diverged {
+        /// The last such step, counted from 1.
+        step: usize,
+        /// How many in a row.
+        steps: usize,
+    },
+    /// There is nothing to make a step from.
+    #[error("no step to take: {reason}")]
+    NoSteps {
+        /// Why.
+        reason: String,
+    },
+    /// Options that do not go together or are outside their range.
+    #[error("{option}: {reason}")]
+    Option {
+        /// The flag.
+        option: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// What was written does not read back as it was.
+    #[error("{} does not read back as it was trained: {reason}", path.display())]
+    ReadBack {
+        /// The file or folder.
+        path: PathBuf,
+        /// The difference.
+        reason: String,
+    },
+    /// The model could not be read, run or written.
+    #[error(transparent)]
+    Model(#[from] pmetal_models::Error),
+    /// The adapter could not be read, attached or written.
+    #[error(transparent)]
+    Lora(#[from] pmetal_lora::Error),
+    /// The rows could not be read or tokenized.
+    #[error(transparent)]
+    Data(#[from] pmetal_data::Error),
+    /// An operation failed.
+    #[error(transparent)]
+    Ops(#[from] pmetal_ops::Error),
+    /// A file could not be read or written.
+    #[error(transparent)]
+    File(#[from] pmetal_core::Error),
+    /// The tensor library failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// Results of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

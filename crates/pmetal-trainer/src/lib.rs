@@ -1,0 +1,20 @@
+//! Supervised fine-tuning: steps, schedules, evaluation, metrics, and the whole run from paths to paths.
+//!
+//! [`sft`] is the run that `pmetal train` makes. Below it, [`train`] is the loop over rows that are in memory already, and [`train_step`]
+//! one optimizer step.
+
+mod error;
+mod metrics;
+mod options;
+mod schedule;
+mod sft;
+mod step;
+mod trainer;
+
+pub use error::{Error, Result};
+pub use metrics::{EvalMetrics, MetricsFile, Observer, StepMetrics};
+pub use options::{FineTuneType, SftOptions};
+pub use schedule::{Schedule, SchedulerType};
+pub use sft::{Outcome, Written, sft};
+pub use step::{MicroBatch, StepResult, StepSettings, evaluate_rows, train_step};
+pub use trainer::{LoopSettings, Summary, TrainingData, evaluate, train};

@@ -1,0 +1,194 @@
+//! Everything that can be said about a fine-tuning run, in one place: flags, defaults, and what of them does not go together.
+
+use std::path::PathBuf;
+
+use clap::{Args, Command, FromArgMatches, ValueEnum};
+use pmetal_core::{DTypeChoice, DeviceChoice};
+use pmetal_data::{TemplateChoice, TrainOn};
+use pmetal_lora::{LoraConfig, TargetModules};
+
+use crate::{Error, Result, SchedulerType};
+
+/// What is trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum FineTuneType {
+    /// A low-rank adapter beside frozen weights.
+    #[default]
+    Lora,
+    /// Every weight.
+    Full,
+}
+
+/// Options of supervised fine-tuning.
+#[derive(Clone, Debug, Args)]
+pub struct SftOptions {
+    /// Model to start from: a Hugging Face folder or a GGUF file
+    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH", help_heading = "Input")]
+    pub model: PathBuf,
+    /// Rows to train on: .jsonl or .json with ShareGPT, Alpaca, messages, text or pre-tokenized rows
+    #[arg(long, visible_aliases = ["data", "dataset-name"], value_name = "FILE", help_heading = "Input")]
+    pub dataset: PathBuf,
+    /// Rows to evaluate on before and after training
+    #[arg(long, value_name = "FILE", conflicts_with = "eval_split", help_heading = "Input")]
+    pub eval_dataset: Option<PathBuf>,
+    /// Share of the dataset held back for evaluation, or a number of rows
+    #[arg(long, value_name = "SHARE", help_heading = "Input")]
+    pub eval_split: Option<f64>,
+    /// Which turns are trained
+    #[arg(long, default_value = "assistant", value_name = "TURNS", help_heading = "Input")]
+    pub train_on: TrainOn,
+    /// Chat template: auto (the model's own), chatml, llama-3, alpaca, or a Jinja file
+    #[arg(long, default_value = "auto", value_name = "NAME|FILE", help_heading = "Input")]
+    pub chat_template: TemplateChoice,
+    /// Rows are cut to this many tokens; 0 keeps them whole. With packing, the length of a pack
+    #[arg(long, visible_aliases = ["max-length", "max-seq-length"], default_value_t = 0, value_name = "TOKENS", help_heading = "Input")]
+    pub max_seq_len: usize,
+    /// Fill packs of --max-seq-len tokens with whole rows; rows do not see each other
+    #[arg(long, visible_alias = "packing", help_heading = "Input")]
+    pub use_sequence_packing: bool,
+    /// Keep the rows in file order
+    #[arg(long, help_heading = "Input")]
+    pub no_shuffle: bool,
+    /// Folder for the adapter or model, and metrics.jsonl
+    #[arg(long, visible_alias = "output-dir", default_value = "./output", value_name = "DIR", help_heading = "Output")]
+    pub output: PathBuf,
+    /// Evaluate every so many steps, besides before and after; 0 for never in between
+    #[arg(long, default_value_t = 0, value_name = "STEPS", help_heading = "Output")]
+    pub eval_steps: usize,
+    /// Print a line every so many steps where there is no terminal
+    #[arg(long, default_value_t = 10, value_name = "STEPS", help_heading = "Output")]
+    pub logging_steps: usize,
+    /// Train an adapter, or every weight
+    #[arg(long, value_enum, default_value_t, help_heading = "Adapter")]
+    pub fine_tune_type: FineTuneType,
+    /// Rank of the adapter
+    #[arg(long, visible_alias = "rank", value_name = "R", help_heading = "Adapter")]
+    pub lora_r: Option<usize>,
+    /// Numerator of the adapter's scale; twice the rank unless said
+    #[arg(long, value_name = "ALPHA", help_heading = "Adapter")]
+    pub lora_alpha: Option<f64>,
+    /// Share of the adapter's input zeroed in training
+    #[arg(long, value_name = "SHARE", help_heading = "Adapter")]
+    pub lora_dropout: Option<f64>,
+    /// Layers that get an adapter: names with commas between, or all-linear
+    #[arg(long, value_name = "NAMES", help_heading = "Adapter")]
+    pub lora_target_modules: Option<TargetModules>,
+    /// Scale by alpha / sqrt(rank)
+    #[arg(long, help_heading = "Adapter")]
+    pub use_rslora: bool,
+    /// Start from this adapter, with its rank, alpha and layers
+    #[arg(long, visible_alias = "adapter", value_name = "PATH", help_heading = "Adapter",
+          conflicts_with_all = ["lora_r", "lora_alpha", "lora_target_modules", "use_rslora"])]
+    pub lora: Option<PathBuf>,
+    /// Start from random weights: --model needs config.json and a tokenizer only. With --fine-tune-type full
+    #[arg(long, help_heading = "Adapter")]
+    pub from_scratch: bool,
+    /// Rows (or packs) that go through the model together
+    #[arg(long, visible_alias = "per-device-train-batch-size", default_value_t = 4, value_name = "ROWS", help_heading = "Training")]
+    pub batch_size: usize,
+    /// Batches of one optimizer step; the loss is the mean over the supervised tokens of all of them
+    #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Training")]
+    pub gradient_accumulation_steps: usize,
+    /// Passes over the data
+    #[arg(long, visible_alias = "num-train-epochs", default_value_t = 1.0, value_name = "N", help_heading = "Training")]
+    pub epochs: f64,
+    /// Steps to take, whatever --epochs says; 0 leaves it to the epochs
+    #[arg(long, visible_alias = "iters", default_value_t = 0, value_name = "STEPS", help_heading = "Training")]
+    pub max_steps: usize,
+    /// Highest learning rate
+    #[arg(long, default_value_t = 2e-4, value_name = "LR", help_heading = "Training")]
+    pub learning_rate: f64,
+    /// How the learning rate moves after warm-up
+    #[arg(long, value_enum, default_value_t, help_heading = "Training")]
+    pub lr_scheduler_type: SchedulerType,
+    /// Steps in which the learning rate rises from zero
+    #[arg(long, default_value_t = 0, value_name = "STEPS", conflicts_with = "warmup_ratio", help_heading = "Training")]
+    pub warmup_steps: usize,
+    /// The same as a share of all steps
+    #[arg(long, default_value_t = 0.0, value_name = "SHARE", help_heading = "Training")]
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay
+    #[arg(long, default_value_t = 0.0, value_name = "DECAY", help_heading = "Training")]
+    pub weight_decay: f64,
+    /// Gradients are scaled down to this norm; 0 leaves them
+    #[arg(long, default_value_t = 1.0, value_name = "NORM", help_heading = "Training")]
+    pub max_grad_norm: f64,
+    /// Keep only the inputs of each layer and run it again in backward: less memory, a third more time
+    #[arg(long, visible_alias = "grad-checkpoint", help_heading = "Training")]
+    pub gradient_checkpointing: bool,
+    /// Seed of the shuffle, the adapter's start and the dropout
+    #[arg(long, default_value_t = 42, help_heading = "Training")]
+    pub seed: u64,
+    /// Dtype of activations: auto (the checkpoint's), bf16, f16, f32
+    #[arg(long, default_value_t, value_name = "DTYPE", help_heading = "Machine")]
+    pub dtype: DTypeChoice,
+    /// Device: auto, cpu
+    #[arg(long, default_value_t, value_name = "DEVICE", help_heading = "Machine")]
+    pub device: DeviceChoice,
+}
+
+impl SftOptions {
+    /// The defaults, for a model and a file of rows.
+    pub fn new(model: impl Into<PathBuf>, dataset: impl Into<PathBuf>) -> Result<Self> {
+        let command = Self::augment_args(Command::new("sft").no_binary_name(true));
+        let (model, dataset): (PathBuf, PathBuf) = (model.into(), dataset.into());
+        let flags = ["--model".into(), model.into_os_string(), "--dataset".into(), dataset.into_os_string()];
+        let read = command.try_get_matches_from(flags).and_then(|matches| Self::from_arg_matches(&matches));
+        read.map_err(|e| Error::Option { option: "--model", reason: e.to_string() })
+    }
+
+    /// The adapter's settings; what is not said has its default.
+    pub fn lora_config(&self) -> LoraConfig {
+        let default = LoraConfig::default();
+        let r = self.lora_r.unwrap_or(default.r);
+        LoraConfig {
+            r,
+            lora_alpha: self.lora_alpha.unwrap_or(2.0 * r as f64),
+            lora_dropout: self.lora_dropout.unwrap_or(default.lora_dropout),
+            target_modules: self.lora_target_modules.clone().unwrap_or_default(),
+            use_rslora: self.use_rslora,
+        }
+    }
+
+    /// Refuses values outside their range and options that do not go together.
+    pub fn validate(&self) -> Result<()> {
+        let refuse = |option, reason: &str| Err(Error::Option { option, reason: reason.into() });
+        let finite = |x: f64| x.is_finite() && x >= 0.0;
+        if self.batch_size == 0 {
+            return refuse("--batch-size", "must be at least 1");
+        }
+        if self.gradient_accumulation_steps == 0 {
+            return refuse("--gradient-accumulation-steps", "must be at least 1");
+        }
+        if !finite(self.epochs) || (self.epochs == 0.0 && self.max_steps == 0) {
+            return refuse("--epochs", "must be a positive number");
+        }
+        if !finite(self.learning_rate) {
+            return refuse("--learning-rate", "must be a number of at least 0");
+        }
+        if !finite(self.weight_decay) {
+            return refuse("--weight-decay", "must be a number of at least 0");
+        }
+        if !finite(self.max_grad_norm) {
+            return refuse("--max-grad-norm", "must be a number of at least 0");
+        }
+        if !(0.0..=1.0).contains(&self.warmup_ratio) {
+            return refuse("--warmup-ratio", "must lie between 0 and 1");
+        }
+        if self.use_sequence_packing && self.max_seq_len == 0 {
+            return refuse("--use-sequence-packing", "needs the length of a pack: add --max-seq-len 2048");
+        }
+        if self.fine_tune_type == FineTuneType::Full && self.has_adapter_options() {
+            return refuse("--fine-tune-type full", "trains every weight, leave out the --lora options");
+        }
+        if self.from_scratch && self.fine_tune_type != FineTuneType::Full {
+            return refuse("--from-scratch", "needs every weight trained: add --fine-tune-type full");
+        }
+        Ok(())
+    }
+
+    fn has_adapter_options(&self) -> bool {
+        let given = [self.lora_r.is_some(), self.lora_alpha.is_some(), self.lora_dropout.is_some(), self.use_rslora];
+        given.contains(&true) || self.lora.is_some() || self.lora_target_modules.is_some()
+    }
+}

@@ -1,0 +1,258 @@
+//! The loop: epochs of micro-batches, steps, evaluations, and when to stop.
+
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Instant,
+};
+
+use pmetal_data::Example;
+use pmetal_models::CausalLMModel;
+use pmetal_ops::{Arena, memory};
+
+use crate::{
+    Error, EvalMetrics, MetricsFile, Observer, Result, Schedule, StepMetrics,
+    step::{MicroBatch, StepSettings, evaluate_rows, train_step},
+};
+
+/// Steps in a row with a loss or gradient that is not finite, after which a run stops.
+const TOLERATED: usize = 3;
+
+/// Tokens that go through the model together in an evaluation, roughly.
+const EVAL_TOKENS: usize = 4096;
+
+/// Which rows go together in which order: for each epoch, micro-batches of row indices.
+pub type Epochs<'a> = dyn Fn(usize) -> Vec<Vec<usize>> + 'a;
+
+/// The rows of a run.
+pub struct TrainingData<'a> {
+    /// Rows to train on.
+    pub rows: &'a [Example],
+    /// Rows to evaluate on, none for no evaluation.
+    pub eval_rows: &'a [Example],
+    /// The micro-batches of an epoch.
+    pub epoch: &'a Epochs<'a>,
+}
+
+/// How long, how often, how fast.
+#[derive(Clone, Debug)]
+pub struct LoopSettings {
+    /// Passes over the data; the last may be broken.
+    pub epochs: f64,
+    /// Steps, whatever the epochs say; 0 for as many as the epochs give.
+    pub max_steps: usize,
+    /// Micro-batches of a step.
+    pub gradient_accumulation_steps: usize,
+    /// The learning rate; its `total_steps` is filled in by the loop.
+    pub schedule: Schedule,
+    /// Share of the steps for warm-up, where the schedule has none.
+    pub warmup_ratio: f64,
+    /// Evaluate every so many steps; 0 for only before and after.
+    pub eval_steps: usize,
+    /// The rest.
+    pub step: StepSettings,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, Default)]
+pub struct Summary {
+    /// Steps taken.
+    pub steps: usize,
+    /// Steps there would have been without an interruption.
+    pub planned_steps: usize,
+    /// Steps left out because loss or gradient was not finite.
+    pub skipped_steps: usize,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Seconds, evaluations not counted.
+    pub seconds: f64,
+    /// Mean loss of the evaluation rows before the first step.
+    pub eval_loss_before: Option<f64>,
+    /// Mean loss of the evaluation rows after the last step.
+    pub eval_loss_after: Option<f64>,
+    /// Whether it was asked to stop early.
+    pub interrupted: bool,
+}
+
+/// Trains the parameters of `arena` until the settings or `stop` end it; a step under way is finished.
+pub fn train(
+    model: &dyn CausalLMModel,
+    arena: &Arena,
+    data: &TrainingData,
+    settings: &LoopSettings,
+    metrics: &mut MetricsFile,
+    observer: &mut dyn Observer,
+    stop: &AtomicBool,
+) -> Result<Summary> {
+    let first = (data.epoch)(0);
+    let steps_per_epoch = first.len().div_ceil(settings.gradient_accumulation_steps);
+    if steps_per_epoch == 0 {
+        return Err(Error::NoSteps { reason: "there are no rows".into() });
+    }
+    let planned = match settings.max_steps {
+        0 => (settings.epochs * steps_per_epoch as f64).ceil() as usize,
+        steps => steps,
+    };
+    let mut schedule = settings.schedule;
+    schedule.total_steps = planned;
+    if schedule.warmup_steps == 0 {
+        schedule.warmup_steps = (settings.warmup_ratio * planned as f64).ceil() as usize;
+    }
+    let mut run = Run {
+        model,
+        arena,
+        data,
+        settings,
+        schedule,
+        metrics,
+        observer,
+        steps_per_epoch,
+        mapped_bytes: mapped_bytes(model),
+        failed_in_a_row: 0,
+        updates: 0,
+        supervised: 0,
+        summary: Summary { planned_steps: planned, ..Summary::default() },
+    };
+    run.observer.start(planned);
+    run.summary.eval_loss_before = run.evaluate()?;
+    run.epochs(first, stop)?;
+    if run.summary.steps % settings.eval_steps.max(1) != 0 || settings.eval_steps == 0 || run.summary.steps == 0 {
+        run.summary.eval_loss_after = run.evaluate()?;
+    }
+    Ok(run.summary)
+}
+
+struct Run<'a> {
+    model: &'a dyn CausalLMModel,
+    arena: &'a Arena,
+    data: &'a TrainingData<'a>,
+    settings: &'a LoopSettings,
+    schedule: Schedule,
+    metrics: &'a mut MetricsFile,
+    observer: &'a mut dyn Observer,
+    steps_per_epoch: usize,
+    mapped_bytes: u64,
+    failed_in_a_row: usize,
+    updates: u64,
+    supervised: u64,
+    summary: Summary,
+}
+
+impl Run<'_> {
+    fn epochs(&mut self, first: Vec<Vec<usize>>, stop: &AtomicBool) -> Result<()> {
+        let mut batches = first;
+        for epoch in 0.. {
+            if epoch > 0 {
+                batches = (self.data.epoch)(epoch);
+            }
+            for group in batches.chunks(self.settings.gradient_accumulation_steps) {
+                if self.summary.steps == self.summary.planned_steps {
+                    return Ok(());
+                }
+                if stop.load(Ordering::Relaxed) {
+                    self.summary.interrupted = true;
+                    return Ok(());
+                }
+                self.step(group)?;
+                let every = self.settings.eval_steps;
+                if every > 0 && self.summary.steps.is_multiple_of(every) {
+                    self.summary.eval_loss_after = self.evaluate()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, group: &[Vec<usize>]) -> Result<()> {
+        let rows = self.data.rows;
+        let batches: Vec<MicroBatch> = group.iter().map(|b| b.iter().map(|&i| &rows[i]).collect()).collect();
+        let step = self.summary.steps;
+        let learning_rate = self.schedule.at(step);
+        let started = Instant::now();
+        let result = train_step(
+            self.model,
+            self.arena,
+            &batches,
+            step,
+            learning_rate,
+            self.updates + 1,
+            &self.settings.step,
+        )?;
+        let seconds = started.elapsed().as_secs_f64();
+        self.summary.steps += 1;
+        self.summary.tokens += result.tokens;
+        self.summary.seconds += seconds;
+        self.supervised += result.supervised_tokens;
+        self.count_failure(result.applied)?;
+        let metrics = StepMetrics {
+            step: self.summary.steps,
+            epoch: self.epoch(),
+            loss: result.loss,
+            grad_norm: result.grad_norm,
+            learning_rate,
+            tokens: self.summary.tokens,
+            supervised_tokens: self.supervised,
+            tokens_per_second: result.tokens as f64 / seconds,
+            peak_memory_bytes: memory::peak_bytes() as u64 + self.mapped_bytes,
+        };
+        self.metrics.write(&metrics)?;
+        self.observer.step(&metrics);
+        Ok(())
+    }
+
+    fn count_failure(&mut self, applied: bool) -> Result<()> {
+        if applied {
+            self.updates += 1;
+            self.failed_in_a_row = 0;
+            return Ok(());
+        }
+        self.failed_in_a_row += 1;
+        self.summary.skipped_steps += 1;
+        let step = self.summary.steps;
+        self.observer.note(&format!("step {step} was left out: its loss or gradient is not finite"));
+        if self.failed_in_a_row == TOLERATED {
+            return Err(Error::Diverged { step, steps: TOLERATED });
+        }
+        Ok(())
+    }
+
+    fn epoch(&self) -> f64 {
+        self.summary.steps as f64 / self.steps_per_epoch as f64
+    }
+
+    fn evaluate(&mut self) -> Result<Option<f64>> {
+        if self.data.eval_rows.is_empty() {
+            return Ok(None);
+        }
+        let (loss, tokens) = evaluate(self.model, self.data.eval_rows)?;
+        let metrics = EvalMetrics { step: self.summary.steps, epoch: self.epoch(), eval_loss: loss, eval_tokens: tokens };
+        self.metrics.write(&metrics)?;
+        self.observer.eval(&metrics);
+        Ok(Some(loss))
+    }
+}
+
+/// The mean loss over the supervised tokens of all rows, and their number.
+pub fn evaluate(model: &dyn CausalLMModel, rows: &[Example]) -> Result<(f64, u64)> {
+    let (mut sum, mut count) = (0.0, 0);
+    let mut batch: Vec<&Example> = Vec::new();
+    let mut held = 0;
+    for (i, row) in rows.iter().enumerate() {
+        batch.push(row);
+        held += row.input_ids.len();
+        let next = rows.get(i + 1).map_or(usize::MAX, |r| r.input_ids.len());
+        if next > EVAL_TOKENS.saturating_sub(held) {
+            let (loss, tokens) = evaluate_rows(model, &batch)?;
+            sum += loss;
+            count += tokens;
+            batch.clear();
+            held = 0;
+        }
+    }
+    Ok((sum / count.max(1) as f64, count))
+}
+
+/// Bytes of weights that lie in mapped files.
+fn mapped_bytes(model: &dyn CausalLMModel) -> u64 {
+    let weights = model.named_weights().into_iter();
+    weights.filter(|(_, w)| matches!(w, pmetal_ops::Weight::Mapped(_))).map(|(_, w)| w.size_in_bytes() as u64).sum()
+}

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Runs what the README tells a new user to run (the tests aside) and checks what it promises.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+
+cargo run --release --example quickstart | tee "$out/quickstart"
+right=$(sed -nE 's/^held-out answers right: .* ([0-9]+) of 100 after$/\1/p' "$out/quickstart")
+seconds=$(sed -nE 's/^[0-9]+ steps in ([0-9]+) s.*/\1/p' "$out/quickstart")
+echo "quickstart: $right of 100 right, $seconds s of training"
+((right >= 90)) && ((seconds < 120))
+
+cargo build --release -p pmetal-cli
+pmetal=target/release/pmetal
+base=assets/quickstart/base
+"$pmetal" train --model "$base" --dataset assets/quickstart/train.jsonl --eval-split 0.1 --max-steps 3 --output "$out/adapter"
+"$pmetal" infer --model "$base" --lora "$out/adapter" --chat --prompt "Please pack three red kites for Mara." --max-tokens 16
+"$pmetal" train --model "$base" --dataset assets/quickstart/train.jsonl --lora "$out/adapter" --max-seq-len 256 --packing \
+  --gradient-checkpointing --gradient-accumulation-steps 2 --max-steps 2 --lr-scheduler-type cosine --warmup-ratio 0.5 --output "$out/again"
+"$pmetal" train --model "$base" --dataset assets/quickstart/train.jsonl --fine-tune-type full --learning-rate 2e-5 \
+  --max-steps 2 --output "$out/full"
+"$pmetal" infer --model "$out/full" --prompt "Once" --max-tokens 8
+echo '[[5, 6, 7], [8, 9]]' > "$out/ids.json"
+"$pmetal" logits --model "$base" --ids "$out/ids.json" --output "$out/logits.safetensors"
+"$pmetal" bench train --model-config "$base/config.json" --batch 2 --seq 64 --steps 2
