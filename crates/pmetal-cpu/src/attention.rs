@@ -60,8 +60,8 @@ impl AttentionShape {
         let Self { heads, kv_heads, head_dim, .. } = *self;
         assert!(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "{name}: {heads} heads, {kv_heads} for keys");
         assert!((1..=MAX_HEAD_DIM).contains(&head_dim), "{name}: head_dim {head_dim} is not in 1..={MAX_HEAD_DIM}");
-        assert!(q % (heads * head_dim) == 0 && lse * head_dim == q, "{name}: q and lse");
-        assert!(k % (kv_heads * head_dim) == 0 && k == v, "{name}: k and v");
+        assert!(q.is_multiple_of(heads * head_dim) && lse * head_dim == q, "{name}: q and lse");
+        assert!(k.is_multiple_of(kv_heads * head_dim) && k == v, "{name}: k and v");
         assert!(segments.iter().all(|s| s.q_len <= s.kv_len), "{name}: a row has more queries than keys");
         let q_ranges = segments.iter().map(|s| (s.q_start, s.q_len)).collect();
         assert!(disjoint(q_ranges, q / (heads * head_dim)), "{name}: rows overlap or exceed the queries");
@@ -153,9 +153,10 @@ impl<T: Element> Forward<'_, T> {
                     let panel = Panel { segment, scale, first, count, packed: &packed, queries, result, tile };
                     let state = arch().dispatch(panel);
                     for i in 0..count {
-                        let (out, lse) = self.targets(g, first - self.first + i);
-                        write_column(result, lanes, i, 1.0 / state.sum[i], out);
-                        *lse = state.max[i] + state.sum[i].ln();
+                        let lse = state.max[i] + state.sum[i].ln();
+                        self.store(g, first - self.first + i, lse, |out| {
+                            write_column(result, lanes, i, 1.0 / state.sum[i], out);
+                        });
                     }
                 }
             }
@@ -178,13 +179,15 @@ impl<T: Element> Forward<'_, T> {
         self.kv_head * self.shape.group() + g
     }
 
-    /// Where the result and the statistic of one query of the task go.
-    pub(crate) fn targets(&self, g: usize, query: usize) -> (&mut [T], &mut f32) {
+    /// Writes the statistic of one query of the task, and its result with `write`.
+    pub(crate) fn store(&self, g: usize, query: usize, lse: f32, write: impl FnOnce(&mut [T])) {
         let at = (self.segment.q_start + self.first + query) * self.shape.heads + self.head(g);
         let d = self.shape.head_dim;
-        // SAFETY: a query and a head belong to one task, because rows are disjoint (`check`), and a task asks for each once
-        // at a time.
-        unsafe { (self.out.part(at * d, d), &mut self.lse.part(at, 1)[0]) }
+        // SAFETY: a query and a head belong to one task, because rows are disjoint (`check`), and the references end with
+        // this call.
+        let (out, statistic) = unsafe { (self.out.part(at * d, d), self.lse.part(at, 1)) };
+        statistic[0] = lse;
+        write(out);
     }
 }
 

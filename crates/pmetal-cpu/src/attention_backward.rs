@@ -285,7 +285,7 @@ fn score_gradients<S: Simd, const R: usize>(
 
 simd_fn! {
     fn dot['a; T](x: &'a [T], y: &'a [T]) -> f32 {
-        fold2(x, y, |sum, x, y| x.to_f32().mul_add(y.to_f32(), sum))
+        fold2(x, y, |sum, x, y| x.mul_add(y, sum))
     }
 }
 

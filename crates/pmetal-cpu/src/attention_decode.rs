@@ -12,9 +12,10 @@ pub(crate) fn decode<T: Element>(task: &Forward<T>) {
     let (d, group) = (task.shape.head_dim, task.shape.group());
     let keys = task.segment.visible(task.first);
     let (k, v) = (task.row_of(task.k), task.row_of(task.v));
-    with_scratch(group * (2 * d + keys), |scratch| {
+    with_scratch(group * (2 * d + keys + 1), |scratch| {
         let (queries, scratch) = scratch.split_at_mut(group * d);
-        let (results, scores) = scratch.split_at_mut(group * d);
+        let (results, scratch) = scratch.split_at_mut(group * d);
+        let (scores, statistics) = scratch.split_at_mut(group * keys);
         results.fill(0.0);
         for (g, query) in queries.chunks_exact_mut(d).enumerate() {
             convert_slice(task.queries(g).row(0), query);
@@ -24,24 +25,24 @@ pub(crate) fn decode<T: Element>(task: &Forward<T>) {
                 scores[key] = dot(query, k.row(key)) * task.shape.scale;
             }
         }
-        for (g, scores) in scores.chunks_exact_mut(keys).enumerate() {
+        for (scores, lse) in scores.chunks_exact_mut(keys).zip(statistics.iter_mut()) {
             let (max, sum) = softmax(scores);
-            *task.targets(g, 0).1 = max + sum.ln();
+            *lse = max + sum.ln();
         }
         for key in 0..keys {
             for (result, scores) in results.chunks_exact_mut(d).zip(scores.chunks_exact(keys)) {
                 add_scaled(scores[key], v.row(key), result);
             }
         }
-        for (g, result) in results.chunks_exact(d).enumerate() {
-            convert_slice(result, task.targets(g, 0).0);
+        for (g, (result, &lse)) in results.chunks_exact(d).zip(statistics.iter()).enumerate() {
+            task.store(g, 0, lse, |out| convert_slice(result, out));
         }
     });
 }
 
 simd_fn! {
     fn dot['a; T](x: &'a [f32], y: &'a [T]) -> f32 {
-        fold2(x, y, |sum, x, y| x.mul_add(y.to_f32(), sum))
+        fold2(x, y, |sum, x, y| x.mul_add(y, sum))
     }
 }
 

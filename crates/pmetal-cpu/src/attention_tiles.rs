@@ -133,6 +133,7 @@ pub(crate) fn head_products<S: Simd, const R: usize>(
 /// `lanes` is `[head_dim / R][panel_len]`, of which `keys` rows from `first` on are used; `tile` is `[keys][lanes]`,
 /// `result` is `[head_dim rounded up to R][lanes]`.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn key_products<S: Simd, const R: usize>(
     simd: S,
     lanes: &[f32],

@@ -58,7 +58,7 @@ pub fn scale(x: &mut [f32], s: f32) {
 
 /// Adds `bias` (`[width]`) to every row of `y` (`[rows, width]`).
 pub fn bias_add<T: Element, B: Element>(y: &mut [T], bias: &[B], width: usize) {
-    assert!(width > 0 && y.len() % width == 0, "bias_add: y");
+    assert!(width > 0 && y.len().is_multiple_of(width), "bias_add: y");
     assert_eq!(bias.len(), width, "bias_add: bias");
     let rows = rows_per_task(width);
     let run = |y: &mut [T]| y.chunks_exact_mut(width).for_each(|y| add_slice(y, bias));
@@ -70,7 +70,7 @@ pub fn bias_add<T: Element, B: Element>(y: &mut [T], bias: &[B], width: usize) {
 
 /// The gradient of [`bias_add`]: `dbias` (`[width]`) grows by the sum of the rows of `dy` (`[rows, width]`).
 pub fn bias_grad<T: Element>(dy: &[T], width: usize, dbias: &mut [f32]) {
-    assert!(width > 0 && dy.len() % width == 0, "bias_grad: dy");
+    assert!(width > 0 && dy.len().is_multiple_of(width), "bias_grad: dy");
     assert_eq!(dbias.len(), width, "bias_grad: dbias");
     column_sums(dy.len() / width, dbias, |row, rows, partial| {
         let block = &dy[row * width..(row + rows) * width];

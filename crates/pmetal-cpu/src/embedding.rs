@@ -37,7 +37,7 @@ simd_fn! {
 pub fn scatter_add_rows<T: Element>(dy: &[T], ids: &[u32], width: usize, dtable: &mut [f32]) {
     assert!(width > 0, "scatter_add_rows: width 0");
     assert_eq!(dy.len(), ids.len() * width, "scatter_add_rows: dy");
-    assert!(dtable.len() % width == 0, "scatter_add_rows: dtable");
+    assert!(dtable.len().is_multiple_of(width), "scatter_add_rows: dtable");
     let vocab = dtable.len() / width;
     let mut order: Vec<(u32, u32)> = ids.iter().zip(0..).map(|(&id, i)| (id, i)).collect();
     assert!(ids.iter().all(|&id| (id as usize) < vocab), "scatter_add_rows: an id is outside the table");

@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use crate::Element;
-use crate::simd::{column_sums, fold2, rows_per_task, simd_fn};
+use crate::simd::{column_sums, fold2, fold3, rows_per_task, simd_fn};
 
 /// Normalises every row. `x`, `y` are `[rows, width]`, `weight` is `[width]`; `rstd` (`[rows]`) is kept for the backward.
 pub fn rms_norm_forward<T: Element, W: Element>(
@@ -72,7 +72,7 @@ simd_fn! {
 simd_fn! {
     fn forward['a; T, W](x: &'a [T], weight: &'a [W], eps: f32, width: usize, y: &'a mut [T], rstd: &'a mut [f32]) -> () {
         for ((x, y), rstd) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(rstd) {
-            let squares = fold2(x, x, |sum, a, _| a.to_f32().mul_add(a.to_f32(), sum));
+            let squares = fold2(x, x, |sum, a, _| a.mul_add(a, sum));
             let scale = 1.0 / (squares / width as f32 + eps).sqrt();
             *rstd = scale;
             for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
@@ -129,16 +129,9 @@ simd_fn! {
     ) -> () {
         let rows = dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(dx.chunks_exact_mut(width)).zip(rstd);
         for (((dy, x), dx), &scale) in rows {
-            // The product with the weight goes where the result will be, in the rounding of its dtype when read again;
-            // so it is computed twice instead.
-            let mut mean = [0.0f32; crate::simd::LANES];
-            for ((dy, x), w) in dy.chunks(mean.len()).zip(x.chunks(mean.len())).zip(weight.chunks(mean.len())) {
-                for (((sum, dy), x), w) in mean.iter_mut().zip(dy).zip(x).zip(w) {
-                    *sum = (dy.to_f32() * w.to_f32()).mul_add(x.to_f32(), *sum);
-                }
-            }
+            let sum = fold3(dy, x, weight, |sum, dy, x, w| (dy * w).mul_add(x, sum));
             // mean(g n) * rstd * rstd, the factor of x.
-            let factor = crate::simd::sum_lanes(mean) / width as f32 * scale * scale * scale;
+            let factor = sum / width as f32 * scale * scale * scale;
             for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(weight) {
                 let g = dy.to_f32() * w.to_f32();
                 *dx = T::from_f32(g * scale - x.to_f32() * factor);
@@ -160,7 +153,7 @@ simd_fn! {
 }
 
 fn check(name: &str, len: usize, width: usize, weight: usize, rstd: usize) {
-    assert!(width > 0 && len % width == 0, "{name}: {len} elements in rows of {width}");
+    assert!(width > 0 && len.is_multiple_of(width), "{name}: {len} elements in rows of {width}");
     assert_eq!(weight, width, "{name}: weight");
     assert_eq!(rstd, len / width, "{name}: rstd");
 }

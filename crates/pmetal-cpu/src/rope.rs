@@ -10,9 +10,9 @@ use crate::simd::{CHUNK, rows_per_task, simd_fn};
 /// `x` is `[tokens, heads, head_dim]`; `cos` and `sin` are `[tokens, head_dim / 2]`, any attention factor already in
 /// them. `inverse` rotates back by the same angle, which is the backward. The rotation is f32, rounded once.
 pub fn rope<T: Element>(x: &mut [T], heads: usize, head_dim: usize, cos: &[f32], sin: &[f32], inverse: bool) {
-    assert!(head_dim > 0 && head_dim % 2 == 0, "rope: head_dim {head_dim} is not even");
+    assert!(head_dim > 0 && head_dim.is_multiple_of(2), "rope: head_dim {head_dim} is not even");
     let (width, half) = (heads * head_dim, head_dim / 2);
-    assert!(width > 0 && x.len() % width == 0, "rope: x has {} elements, width {width}", x.len());
+    assert!(width > 0 && x.len().is_multiple_of(width), "rope: x has {} elements, width {width}", x.len());
     let tokens = x.len() / width;
     assert_eq!(cos.len(), tokens * half, "rope: cos");
     assert_eq!(sin.len(), tokens * half, "rope: sin");

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use pulp::Arch;
 use rayon::prelude::*;
 
+use crate::Element;
 use crate::scratch::with_scratch;
 
 /// The widest instruction set of this machine, looked up once.
@@ -63,19 +64,36 @@ pub(crate) const LANES: usize = 32;
 
 /// Folds pairs of elements into one number with `step(sum so far, a, b)`, 32 sums side by side, added as a tree.
 #[inline(always)]
-pub(crate) fn fold2<A: Copy, B: Copy>(a: &[A], b: &[B], step: impl Fn(f32, A, B) -> f32) -> f32 {
+pub(crate) fn fold2<A: Element, B: Element>(a: &[A], b: &[B], step: impl Fn(f32, f32, f32) -> f32) -> f32 {
+    fold3(a, b, b, |sum, a, b, _| step(sum, a, b))
+}
+
+/// [`fold2`] for three slices.
+#[inline(always)]
+pub(crate) fn fold3<A: Element, B: Element, C: Element>(
+    a: &[A],
+    b: &[B],
+    c: &[C],
+    step: impl Fn(f32, f32, f32, f32) -> f32,
+) -> f32 {
     let mut sums = [0.0f32; LANES];
     let (a_chunks, a_tail) = a.as_chunks::<LANES>();
     let (b_chunks, b_tail) = b.as_chunks::<LANES>();
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
-        for lane in 0..LANES {
-            sums[lane] = step(sums[lane], a[lane], b[lane]);
-        }
+    let (c_chunks, c_tail) = c.as_chunks::<LANES>();
+    for ((a, b), c) in a_chunks.iter().zip(b_chunks).zip(c_chunks) {
+        // Widened as a whole first: the compiler then works on vectors and not on single lanes.
+        let (a, b, c) = (widened(a), widened(b), widened(c));
+        sums = std::array::from_fn(|lane| step(sums[lane], a[lane], b[lane], c[lane]));
     }
-    for ((sum, &a), &b) in sums.iter_mut().zip(a_tail).zip(b_tail) {
-        *sum = step(*sum, a, b);
+    for (((sum, a), b), c) in sums.iter_mut().zip(a_tail).zip(b_tail).zip(c_tail) {
+        *sum = step(*sum, a.to_f32(), b.to_f32(), c.to_f32());
     }
     sum_lanes(sums)
+}
+
+#[inline(always)]
+fn widened<T: Element>(x: &[T; LANES]) -> [f32; LANES] {
+    std::array::from_fn(|lane| x[lane].to_f32())
 }
 
 /// Adds the lanes as a binary tree.

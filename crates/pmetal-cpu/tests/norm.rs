@@ -1,0 +1,86 @@
+//! RMSNorm and its gradient against f64 formulas and central differences.
+
+mod common;
+
+use common::{assert_close, numbers, rounding, same_on_any_threads, wide};
+use half::{bf16, f16};
+use pmetal_cpu::{Element, add_rms_norm_forward, rms_norm_backward, rms_norm_forward};
+
+const EPS: f32 = 1e-3;
+
+/// One normalised row; with `rounded`, as the kernel rounds for the dtype.
+fn row<T: Element>(x: &[f64], weight: &[f64], rounded: bool) -> Vec<f64> {
+    let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+    let rstd = 1.0 / (mean + f64::from(EPS)).sqrt();
+    let round = |n: f64| if rounded { f64::from(T::from_f32(n as f32).to_f32()) } else { n };
+    x.iter().zip(weight).map(|(x, w)| round(x * rstd) * w).collect()
+}
+
+/// The gradient of `sum(dy * row(x))` by central differences in f64.
+fn gradients(dy: &[f64], x: &[f64], weight: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    let loss = |x: &[f64], w: &[f64]| row::<f32>(x, w, false).iter().zip(dy).map(|(y, dy)| y * dy).sum::<f64>();
+    let h = 1e-5;
+    let shifted = |v: &[f64], i: usize, by: f64| {
+        let mut v = v.to_vec();
+        v[i] += by;
+        v
+    };
+    let dx = |i| (loss(&shifted(x, i, h), weight) - loss(&shifted(x, i, -h), weight)) / (2.0 * h);
+    let dw = |i| (loss(x, &shifted(weight, i, h)) - loss(x, &shifted(weight, i, -h))) / (2.0 * h);
+    ((0..x.len()).map(dx).collect(), (0..x.len()).map(dw).collect())
+}
+
+fn check<T: Element, W: Element>(rows: usize, width: usize) {
+    let n = rows * width;
+    let (x, residual, dy, dsum) = (numbers::<T>(n, 1), numbers::<T>(n, 2), numbers::<T>(n, 3), numbers::<T>(n, 4));
+    let weight = numbers::<W>(width, 5);
+    let (mut sum, mut y, mut rstd) = (vec![T::ZERO; n], vec![T::ZERO; n], vec![0.0; rows]);
+    add_rms_norm_forward(&x, &residual, &weight, EPS, width, &mut sum, &mut y, &mut rstd);
+    let added: Vec<f64> = wide(&x).iter().zip(wide(&residual)).map(|(a, b)| a + b).collect();
+    assert_close("sum", &sum, &added, rounding::<T>(1e-7), 0.0);
+    // A value that lies on the border between two roundings may go either way before the product.
+    let tolerance = 2.0 * rounding::<T>(1e-6);
+    let (sums, weights) = (wide(&sum), wide(&weight));
+    let expected: Vec<f64> = sums.chunks(width).flat_map(|x| row::<T>(x, &weights, true)).collect();
+    assert_close("y", &y, &expected, tolerance, 0.1);
+
+    let (mut plain, mut plain_rstd) = (vec![T::ZERO; n], vec![0.0; rows]);
+    rms_norm_forward(&sum, &weight, EPS, width, &mut plain, &mut plain_rstd);
+    assert!(plain == y && plain_rstd == rstd, "both forwards agree");
+
+    let (mut dx, mut dweight) = (vec![T::ZERO; n], vec![0.5; width]);
+    rms_norm_backward(&dy, &sum, &weight, &rstd, width, Some(&dsum), &mut dx, Some(&mut dweight));
+    let mut expected_dw = vec![0.5; width];
+    let mut expected_dx = Vec::new();
+    for ((dy, x), dsum) in wide(&dy).chunks(width).zip(sums.chunks(width)).zip(wide(&dsum).chunks(width)) {
+        let (dx, dw) = gradients(dy, x, &weights);
+        expected_dx.extend(dx.iter().zip(dsum).map(|(a, b)| a + b));
+        expected_dw.iter_mut().zip(dw).for_each(|(sum, dw)| *sum += dw);
+    }
+    assert_close("dx", &dx, &expected_dx, rounding::<T>(2e-6), 2.0);
+    assert_close("dweight", &dweight, &expected_dw, rounding::<T>(2e-6), 1.0);
+}
+
+#[test]
+fn values_and_gradients() {
+    for width in [1, 5, 32, 67, 130] {
+        check::<f32, f32>(3, width);
+        check::<bf16, bf16>(3, width);
+        check::<f16, f32>(2, width);
+    }
+    check::<f32, bf16>(50, 64);
+}
+
+#[test]
+fn threads_do_not_matter() {
+    let (rows, width) = (300, 256);
+    let x = numbers::<bf16>(rows * width, 1);
+    let weight = numbers::<bf16>(width, 2);
+    same_on_any_threads(|| {
+        let (mut y, mut rstd) = (x.clone(), vec![0.0; rows]);
+        rms_norm_forward(&x, &weight, EPS, width, &mut y, &mut rstd);
+        let (mut dx, mut dweight) = (x.clone(), vec![0.0; width]);
+        rms_norm_backward(&y, &x, &weight, &rstd, width, None, &mut dx, Some(&mut dweight));
+        (y, rstd, dx, dweight)
+    });
+}
