@@ -167,7 +167,7 @@ impl Report {
     fn count(&mut self, example: &Example) {
         let tokens = example.input_ids.len();
         self.tokens += tokens;
-        self.supervised_tokens += example.supervised();
+        self.supervised_tokens += example.supervised_tokens();
         self.longest = self.longest.max(tokens);
     }
 }
@@ -192,7 +192,7 @@ fn cut(mut example: Example, row: &Row, max_seq_len: usize) -> Result<(Example, 
     if tokens < 2 {
         return Err(DropReason::TooShort);
     }
-    if example.supervised() == 0 {
+    if example.supervised_tokens() == 0 {
         let labelled = matches!(row, Row::Tokens { .. });
         return Err(if labelled { DropReason::NoLabel } else { DropReason::NoAnswer });
     }
@@ -200,7 +200,7 @@ fn cut(mut example: Example, row: &Row, max_seq_len: usize) -> Result<(Example, 
     if truncated {
         example.truncate(max_seq_len);
     }
-    if example.supervised() == 0 { Err(DropReason::Truncated { tokens }) } else { Ok((example, truncated)) }
+    if example.supervised_tokens() == 0 { Err(DropReason::Truncated { tokens }) } else { Ok((example, truncated)) }
 }
 
 #[cfg(test)]

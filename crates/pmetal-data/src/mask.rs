@@ -97,13 +97,23 @@ impl Turns<'_> {
                 Ok(marked.into_iter().filter(|span| span.end > start).collect())
             }
             (_, Some(marked)) => Ok(marked),
-            (_, None) => {
-                let mut spans: Vec<Range<usize>> = Vec::with_capacity(turns.len());
-                for turn in turns {
-                    spans.push(self.turn(turn, spans.last().map_or(0, |span| span.end))?);
-                }
-                Ok(spans)
+            (_, None) => self.each_turn(&turns),
+        }
+    }
+
+    /// The turns the text shows: a template may leave one out. When it shows none, the error is that of the first.
+    fn each_turn(&self, turns: &[usize]) -> Result<Vec<Range<usize>>> {
+        let mut spans: Vec<Range<usize>> = Vec::with_capacity(turns.len());
+        let mut lost = None;
+        for &turn in turns {
+            match self.turn(turn, spans.last().map_or(0, |span| span.end)) {
+                Ok(span) => spans.push(span),
+                Err(error) => lost = lost.or(Some(error)),
             }
+        }
+        match lost {
+            Some(error) if spans.is_empty() => Err(error),
+            _ => Ok(spans),
         }
     }
 

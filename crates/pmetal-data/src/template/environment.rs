@@ -34,6 +34,7 @@ pub(super) fn like_transformers() -> Environment<'static> {
     environment.set_unknown_method_callback(python_method);
     environment.add_filter("tojson", to_json);
     environment.add_test("sequence", is_sequence);
+    environment.add_test("iterable", is_iterable);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment
@@ -83,6 +84,11 @@ fn is_sequence(value: &Value) -> bool {
     matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
 }
 
+/// Jinja's `iterable`: an undefined value is one, `none` is not.
+fn is_iterable(value: &Value) -> bool {
+    is_sequence(value) || matches!(value.kind(), ValueKind::Iterable | ValueKind::Undefined)
+}
+
 /// Methods of Python's types: those of minijinja-contrib, and the string methods templates use beyond them.
 fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     let Some(text) = value.as_str() else { return unknown_method_callback(state, value, method, args) };
@@ -128,7 +134,7 @@ mod tests {
             "True None |1.0 [1, 'a', None, True]"
         );
         assert_eq!(
-            render("{{ text is sequence }} {{ map is sequence }} {{ items is iterable }} {{ 3 is sequence }}"),
+            render("{{ text is sequence }} {{ map is sequence }} {{ items is iterable }} {{ none is iterable }}"),
             "True True True False"
         );
         assert_eq!(render("{% if true %}\n  a\n  {% endif %}\nb\n"), "  a\nb");

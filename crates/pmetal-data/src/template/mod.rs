@@ -44,7 +44,9 @@ impl ChatTemplate {
     /// # Errors
     /// When it is not valid Jinja.
     pub(crate) fn new(origin: &str, source: &str, special_tokens: &[(String, String)]) -> Result<Self> {
-        let (rewritten, marks_generation) = generation::rewrite(source);
+        // Jinja reads every kind of line end as one.
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        let (rewritten, marks_generation) = generation::rewrite(&source);
         let mut environment = environment::like_transformers();
         environment.add_template_owned(NAME, rewritten).map_err(|e| template_error(origin, &e))?;
         Ok(Self { environment, origin: origin.to_string(), special_tokens: special_tokens.to_vec(), marks_generation })
