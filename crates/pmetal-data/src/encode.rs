@@ -205,7 +205,7 @@ mod tests {
     fn tokens_of_a_span() {
         // Two tokens of one character, then one whose offsets leave out the space before it, then one across the end.
         let offsets = [(0, 4), (4, 7), (4, 7), (8, 10), (10, 12), (12, 13)];
-        assert_eq!(tokens_in(&offsets, &[4..11]), [false, true, true, true, true, false]);
+        assert_eq!(tokens_in(&offsets, &[4..7, 8..11]), [false, true, true, true, true, false]);
         assert_eq!(tokens_in(&offsets, &[7..8, 12..13]), [false, false, false, true, false, true]);
         assert_eq!(tokens_in(&offsets, &[]), [false; 6]);
     }

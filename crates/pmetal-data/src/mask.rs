@@ -145,8 +145,8 @@ impl Turns<'_> {
         };
         let all = self.conversation.messages.len();
         let [one, other] = [swapped(PROBES[0], all)?, swapped(PROBES[1], all)?];
-        let shared_start = &one[..common_prefix(&one, &other)];
-        let shared_end = &one[one.len() - common_suffix(&one, &other)..];
+        let shared_start = one.get(..common_prefix(&one, &other)).unwrap_or_default();
+        let shared_end = one.get(one.len() - common_suffix(&one, &other)..).unwrap_or_default();
         let content_start = common_prefix(self.text, shared_start);
         let content_end = self.text.len() - common_suffix(self.text, shared_end);
         if one == other || content_start < floor || content_end < content_start {
@@ -189,7 +189,7 @@ impl Turns<'_> {
             if self.shape.end_of_turn.as_deref() == Some(special) || self.ends_text(special) {
                 first_end = Some(at);
             }
-            rest = rest[..rest.len() - special.len()].trim_end();
+            rest = rest.strip_suffix(special).unwrap_or_default().trim_end();
         }
         first_end.or(last).unwrap_or(end)
     }

@@ -196,7 +196,7 @@ impl Tokenizer {
     }
 
     /// Ids that end a text: `eos_token` first, then those of the generation config (or GGUF metadata).
-    pub(crate) fn eos_ids(&self) -> &[u32] {
+    pub fn eos_ids(&self) -> &[u32] {
         &self.eos
     }
 

@@ -120,6 +120,19 @@ fn a_base_model_gets_chatml_for_conversations() {
 }
 
 #[test]
+fn an_end_of_turn_outside_the_generation_tags_is_trained_all_the_same() {
+    let folder = base_model(false);
+    let path = folder.path().join("own.jinja");
+    let answer = "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}";
+    fs::write(&path, format!("{{% for m in messages %}}{{{{ m.role[0] }}}}:{answer}{{% endfor %}}")).unwrap();
+    let turn = |role, text| json!({"role": role, "content": text});
+    let row = json!({"messages": [turn("user", "Hi"), turn("assistant", "Yo"), turn("assistant", "So")]});
+    let example = one(&folder, row, path.to_str().unwrap(), "last");
+    assert_eq!(text(&example.input_ids), "u:Hi</s>a:Yo</s>a:So</s>");
+    assert_eq!(trained(&example), "So</s>");
+}
+
+#[test]
 fn all_trains_all_and_labels_are_taken_as_they_are() {
     let row = json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]});
     let example = one(&base_model(false), row, "chatml", "all");

@@ -57,6 +57,13 @@ fn trained(example: &Example) -> Vec<bool> {
     example.labels.iter().zip(&example.input_ids).map(|(&label, &id)| label == i64::from(id)).collect()
 }
 
+/// The last stretch of trained tokens alone.
+fn last_run(mask: &[bool]) -> Vec<bool> {
+    let end = mask.iter().rposition(|&m| m).map_or(0, |last| last + 1);
+    let start = mask[..end].iter().rposition(|&m| !m).map_or(0, |before| before + 1);
+    (0..mask.len()).map(|at| (start..end).contains(&at)).collect()
+}
+
 /// The template with its generation tags taken out, whitespace control and all.
 fn without_tags(template: &str) -> String {
     let mut out = template.to_string();
@@ -130,6 +137,10 @@ fn masks_are_those_of_generation_tags_with_and_without_the_tags() {
                 let spoken = mask.iter().rposition(|&m| m).map_or(0, |last| last + 1);
                 mask.truncate(spoken);
                 mask.resize(example.input_ids.len(), true);
+            }
+            let last = Model::new(Some(&template)).encode(row, TrainOn::Last).unwrap();
+            if trained(&last) != last_run(&trained(&example)) {
+                failures.push(format!("{name} ({kind}): the last turn alone"));
             }
             let got = trained(&example);
             if got != mask {

@@ -43,7 +43,7 @@ pub(super) fn strftime(seconds: u64, format: &str) -> String {
         match chars.next() {
             // glibc: `%-d` is `%d` without padding.
             Some('-') => match chars.next() {
-                Some(directive) => out.push_str(&moment.directive(directive).trim_start_matches(['0', ' '])),
+                Some(directive) => out.push_str(moment.directive(directive).trim_start_matches(['0', ' '])),
                 None => out.push_str("%-"),
             },
             Some(directive) => out.push_str(&moment.directive(directive)),
