@@ -113,7 +113,7 @@ def main():
         cases = {name: expected(tokenizer, source, c) for name, c in CONVERSATIONS.items()}
         templates[path.stem] = {"prompt": prompt(tokenizer, source), "cases": cases}
     out = json.dumps({"conversations": CONVERSATIONS, "templates": templates}, ensure_ascii=False, indent=0)
-    # One case a line keeps the file readable and diffs small.
+    # Lists on one line keep the file short.
     (arguments.output / "expected.json").write_text(out.replace(",\n", ",").replace("[\n", "[").replace("\n]", "]") + "\n")
 
 
