@@ -54,10 +54,10 @@ impl<'a, T: Element> Mat<'a, T> {
 
 /// Rows and columns of a block of the result: bounds the packed slices and the f32 copy of a bf16 block.
 const BLOCK_ROWS: usize = 1536;
-const BLOCK_COLUMNS: usize = 2048;
+const BLOCK_COLUMNS: usize = 1024;
 /// Panels that one task multiplies: rows that stay in the second-level cache, and columns.
 const TASK_ROW_PANELS: usize = 8;
-const TASK_COLUMN_PANELS: usize = 16;
+const TASK_COLUMN_PANELS: usize = 4;
 /// Panels that one task packs.
 const PACK_PANELS: usize = 8;
 /// Multiplications below which threads cost more than they bring.

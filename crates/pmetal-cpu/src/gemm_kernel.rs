@@ -31,7 +31,7 @@ pub(crate) fn tile() -> Tile {
 }
 
 /// The longest sum a tile computes at a time.
-pub(crate) const DEPTH: usize = 512;
+pub(crate) const DEPTH: usize = 1024;
 
 /// Distance of the rows of a left panel that lies row by row. Not a power of two, so that the rows do not share places in
 /// the cache.

@@ -38,24 +38,84 @@ pub(crate) fn pack_panels<T: Element>(
     panel_len: usize,
     panels: &mut [f32],
 ) {
-    if operand.lane_stride == 1 && part.lanes > 0 {
-        let data = &operand.data[part.lane + part.depth * operand.depth_stride..];
-        return pack_rows(data, operand.depth_stride, part, width, panel_len, panels);
+    match width {
+        32 => pack_32(operand, part, panel_len, panels),
+        16 => pack_16(operand, part, panel_len, panels),
+        12 => pack_12(operand, part, panel_len, panels),
+        8 => pack_8(operand, part, panel_len, panels),
+        6 => pack_6(operand, part, panel_len, panels),
+        4 => pack_4(operand, part, panel_len, panels),
+        2 => pack_2(operand, part, panel_len, panels),
+        _ => unreachable!("no panel is {width} wide"),
     }
+}
+
+/// [`pack_panels`] for the widths that the instruction sets' tiles have.
+macro_rules! pack_widths {
+    ($($name:ident $width:literal),*) => { $(
+        simd_fn! {
+            fn $name['a; T](operand: Operand<'a, T>, part: Part, panel_len: usize, panels: &'a mut [f32]) -> () {
+                if operand.lane_stride == 1 {
+                    pack_rows::<T, $width>(operand, part, panel_len, panels);
+                } else {
+                    pack_columns::<T, $width>(operand, part, panel_len, panels);
+                }
+            }
+        }
+    )* };
+}
+pack_widths!(pack_32 32, pack_16 16, pack_12 12, pack_8 8, pack_6 6, pack_4 4, pack_2 2);
+
+/// The lanes lie side by side in memory: every depth is a copy, cut into panels. Reading whole rows of the operand before
+/// the next depth keeps to few pages of memory.
+#[inline(always)]
+fn pack_rows<T: Element, const P: usize>(operand: Operand<T>, part: Part, panel_len: usize, panels: &mut [f32]) {
+    for k in 0..part.depths {
+        let start = part.lane + (part.depth + k) * operand.depth_stride;
+        let (full, rest) = operand.data[start..start + part.lanes].as_chunks::<P>();
+        let mut panels = panels.chunks_exact_mut(panel_len).map(|panel| &mut panel.as_chunks_mut::<P>().0[k]);
+        for (source, row) in full.iter().zip(&mut panels) {
+            // Read as a whole before it is written: the compiler then works on vectors and not on single lanes.
+            *row = std::array::from_fn(|lane| source[lane].to_f32());
+        }
+        if let (false, Some(row)) = (rest.is_empty(), panels.next()) {
+            row.fill(0.0);
+            row.iter_mut().zip(rest).for_each(|(y, x)| *y = x.to_f32());
+        }
+    }
+}
+
+/// Depths that [`pack_columns`] transposes at a time.
+const BLOCK: usize = 64;
+
+/// The depths lie side by side in memory, or nothing does: transposes block by block. Each lane's block is widened into a
+/// buffer first, because lanes are often a power of two apart and would push each other out of the cache.
+#[inline(always)]
+fn pack_columns<T: Element, const P: usize>(operand: Operand<T>, part: Part, panel_len: usize, panels: &mut [f32]) {
+    let (lane_stride, depth_stride) = (operand.lane_stride, operand.depth_stride);
     for (p, panel) in panels.chunks_exact_mut(panel_len).enumerate() {
-        let lane = p * width;
-        let lanes = width.min(part.lanes - lane);
-        let data = &operand.data[(part.lane + lane) * operand.lane_stride + part.depth * operand.depth_stride..];
-        let panel = &mut panel[..part.depths * width];
-        match width {
-            32 => pack_columns_32(data, operand, lanes, panel),
-            16 => pack_columns_16(data, operand, lanes, panel),
-            12 => pack_columns_12(data, operand, lanes, panel),
-            8 => pack_columns_8(data, operand, lanes, panel),
-            6 => pack_columns_6(data, operand, lanes, panel),
-            4 => pack_columns_4(data, operand, lanes, panel),
-            2 => pack_columns_2(data, operand, lanes, panel),
-            _ => unreachable!("no panel is {width} wide"),
+        let lanes = P.min(part.lanes - p * P);
+        let data = &operand.data[(part.lane + p * P) * lane_stride + part.depth * depth_stride..];
+        let (rows, _) = panel[..part.depths * P].as_chunks_mut::<P>();
+        let mut block = [[0.0f32; BLOCK]; P];
+        for (b, rows) in rows.chunks_mut(BLOCK).enumerate() {
+            for (lane, buffer) in block.iter_mut().enumerate().take(lanes) {
+                let source = &data[lane * lane_stride + b * BLOCK * depth_stride..];
+                if depth_stride == 1 {
+                    for (y, x) in buffer.iter_mut().zip(source).take(rows.len()) {
+                        *y = x.to_f32();
+                    }
+                } else {
+                    for (y, x) in buffer.iter_mut().zip(source.iter().step_by(depth_stride)).take(rows.len()) {
+                        *y = x.to_f32();
+                    }
+                }
+            }
+            for (k, row) in rows.iter_mut().enumerate() {
+                for (y, buffer) in row.iter_mut().zip(&block) {
+                    *y = buffer[k];
+                }
+            }
         }
     }
 }
@@ -69,77 +129,6 @@ pub(crate) fn pack_row_panels<T: Element>(operand: Operand<T>, part: Part, panel
             convert_slice(&operand.data[start..start + part.depths], row);
         } else {
             row.fill(0.0);
-        }
-    }
-}
-
-simd_fn! {
-    /// The lanes lie side by side in memory: every depth is a copy, cut into panels. Reading whole rows of the operand
-    /// before the next depth keeps to few pages of memory.
-    fn pack_rows['a; T](
-        data: &'a [T], depth_stride: usize, part: Part, width: usize, panel_len: usize, panels: &'a mut [f32],
-    ) -> () {
-        for k in 0..part.depths {
-            let row = &data[k * depth_stride..][..part.lanes];
-            for (source, panel) in row.chunks(width).zip(panels.chunks_exact_mut(panel_len)) {
-                let target = &mut panel[k * width..][..width];
-                match (source.as_array::<32>(), target.as_mut_array::<32>()) {
-                    (Some(source), Some(target)) => {
-                        *target = std::array::from_fn(|lane| source[lane].to_f32());
-                    }
-                    _ => {
-                        for (y, x) in target.iter_mut().zip(source) {
-                            *y = x.to_f32();
-                        }
-                        target[source.len()..].fill(0.0);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Depths that [`pack_columns`] transposes at a time.
-const BLOCK: usize = 64;
-
-macro_rules! pack_columns {
-    ($($name:ident $width:literal),*) => { $(
-        simd_fn! {
-            fn $name['a; T](data: &'a [T], operand: Operand<'a, T>, lanes: usize, panel: &'a mut [f32]) -> () {
-                pack_columns::<T, $width>(data, operand, lanes, panel);
-            }
-        }
-    )* };
-}
-pack_columns!(
-    pack_columns_32 32, pack_columns_16 16, pack_columns_12 12, pack_columns_8 8, pack_columns_6 6,
-    pack_columns_4 4, pack_columns_2 2
-);
-
-/// The depths lie side by side in memory, or nothing does: transposes block by block. Each lane's block is widened into a
-/// buffer first, because lanes are often a power of two apart and would push each other out of the cache.
-#[inline(always)]
-fn pack_columns<T: Element, const P: usize>(data: &[T], operand: Operand<T>, lanes: usize, panel: &mut [f32]) {
-    let (lane_stride, depth_stride) = (operand.lane_stride, operand.depth_stride);
-    let (rows, _) = panel.as_chunks_mut::<P>();
-    let mut block = [[0.0f32; BLOCK]; P];
-    for (b, rows) in rows.chunks_mut(BLOCK).enumerate() {
-        for (lane, buffer) in block.iter_mut().enumerate().take(lanes) {
-            let source = &data[lane * lane_stride + b * BLOCK * depth_stride..];
-            if depth_stride == 1 {
-                for (y, x) in buffer.iter_mut().zip(source).take(rows.len()) {
-                    *y = x.to_f32();
-                }
-            } else {
-                for (y, x) in buffer.iter_mut().zip(source.iter().step_by(depth_stride)).take(rows.len()) {
-                    *y = x.to_f32();
-                }
-            }
-        }
-        for (k, row) in rows.iter_mut().enumerate() {
-            for (y, buffer) in row.iter_mut().zip(&block) {
-                *y = buffer[k];
-            }
         }
     }
 }

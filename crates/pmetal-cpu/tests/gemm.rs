@@ -73,14 +73,14 @@ fn every_layout_and_odd_sizes() {
 #[test]
 fn sizes_that_need_several_tasks_and_slices() {
     check::<f32, bf16, f32>(110, 530, 90);
-    check::<bf16, bf16, bf16>(97, 64, 600);
-    check::<bf16, f32, f32>(16, 600, 520);
+    check::<bf16, bf16, bf16>(97, 64, 1100);
+    check::<bf16, f32, f32>(16, 600, 1040);
     check::<f32, f32, bf16>(300, 16, 260);
 }
 
 #[test]
 fn blocks_of_the_result_meet() {
-    let (m, n, k) = (1540, 2050, 3);
+    let (m, n, k) = (1540, 1030, 3);
     let (a, b) = (numbers::<bf16>(m * k, 1), numbers::<bf16>(n * k, 2));
     let mut c = vec![bf16::ZERO; m * n];
     matmul(&mut c, n, Mat::new(&a, m, k), Mat::new(&b, n, k).t(), 1.0, 0.0);
@@ -103,7 +103,7 @@ fn an_empty_sum_scales_the_result() {
 
 #[test]
 fn threads_do_not_matter() {
-    let (m, n, k) = (130, 700, 520);
+    let (m, n, k) = (130, 700, 1030);
     let (a, b) = (numbers::<f32>(m * k, 1), numbers::<bf16>(n * k, 2));
     same_on_any_threads(|| {
         let mut c = vec![0.0f32; m * n];
