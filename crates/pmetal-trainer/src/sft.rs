@@ -65,7 +65,7 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     let (model, trained) = prepare(options, &base, dtype, &options.device.resolve())?;
     let arena = trained.arena();
     let total: usize = model.named_weights().iter().map(|(_, w)| w.shape().elem_count()).sum();
-    observer.note(&format!("training {} parameters beside or among {total}, in {}", arena.len(), dtype.as_str()));
+    observer.note(&format!("training {} parameters of a model of {total} in {}", arena.len(), dtype.as_str()));
 
     let epoch = |epoch| batches.epoch(epoch);
     let data = TrainingData { rows: &dataset.examples, eval_rows: &eval_rows, epoch: &epoch };
@@ -112,17 +112,10 @@ fn read_rows(
     } else if let Some(share) = options.eval_split {
         (dataset.examples, eval_rows) = hold_back(dataset.examples, share, options.seed)?;
     }
-    let report = &dataset.report;
-    observer.note(&format!(
-        "{} rows, {} tokens, {} of them trained, the longest row {}; {} rows cut, {} dropped; {} rows to evaluate on",
-        dataset.examples.len(),
-        report.tokens,
-        report.supervised_tokens,
-        report.longest,
-        report.truncated,
-        report.dropped.len(),
-        eval_rows.len(),
-    ));
+    observer.note(&dataset.report.to_string());
+    if !eval_rows.is_empty() {
+        observer.note(&format!("{} rows to evaluate on", eval_rows.len()));
+    }
     Ok((dataset, eval_rows))
 }
 

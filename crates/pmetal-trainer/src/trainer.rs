@@ -115,7 +115,8 @@ pub fn train(
     run.observer.start(planned);
     run.summary.eval_loss_before = run.evaluate()?;
     run.epochs(first, stop)?;
-    if run.summary.steps % settings.eval_steps.max(1) != 0 || settings.eval_steps == 0 || run.summary.steps == 0 {
+    let evaluated = settings.eval_steps > 0 && run.summary.steps > 0 && run.summary.steps.is_multiple_of(settings.eval_steps);
+    if !evaluated && !run.summary.interrupted {
         run.summary.eval_loss_after = run.evaluate()?;
     }
     Ok(run.summary)

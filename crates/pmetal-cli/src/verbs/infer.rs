@@ -146,7 +146,7 @@ fn prompt(args: &Args, tokenizer: &Tokenizer, template: Option<&Template>) -> Re
 /// Every id that ends a completion: the model's, the tokenizer's, and the template's end of turn.
 fn stop_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer, template: Option<&Template>) -> Vec<u32> {
     let mut ids: BTreeSet<u32> = checkpoint.generation().eos_token_ids.iter().copied().collect();
-    ids.extend(tokenizer.eos_id());
+    ids.extend(tokenizer.eos_ids());
     ids.extend(template.and_then(|t| t.end_of_turn(tokenizer)));
     ids.into_iter().collect()
 }
