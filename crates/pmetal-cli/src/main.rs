@@ -37,12 +37,14 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().verb {
-        Verb::Train(args) => verbs::train::run(&args),
-        Verb::Infer(args) => verbs::infer::run(&args),
-        Verb::Logits(args) => verbs::logits::run(&args),
-        Verb::Bench(args) => verbs::bench::run(&args),
-    };
+    let verb = Cli::parse().verb;
+    // on a thread of the pool, so that kernels need not wake it for each call
+    let result = rayon::scope(|_| match &verb {
+        Verb::Train(args) => verbs::train::run(args),
+        Verb::Infer(args) => verbs::infer::run(args),
+        Verb::Logits(args) => verbs::logits::run(args),
+        Verb::Bench(args) => verbs::bench::run(args),
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -29,7 +29,7 @@ struct Lines;
 
 impl Observer for Lines {
     fn step(&mut self, m: &StepMetrics) {
-        if m.step % 20 == 0 {
+        if m.step % 50 == 0 {
             println!("  step {:4}  loss {:.4}  {:.0} tok/s", m.step, m.loss, m.tokens_per_second);
         }
     }
@@ -51,8 +51,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     options.eval_dataset = Some(assets.join("heldout.jsonl"));
     options.output = output.to_path_buf();
     options.learning_rate = 2e-3;
-    options.epochs = 3.0;
-    options.batch_size = 16;
+    options.epochs = 4.0;
+    options.batch_size = 8;
     let outcome = sft(&options, &mut Lines, &AtomicBool::new(false))?;
 
     println!("answering the same prompts after it …\n");
