@@ -70,7 +70,7 @@ impl Observer for Progress {
                 bar.set_message(figures);
                 bar.set_position(m.step as u64);
             }
-            None if m.step % self.logging_steps == 0 || m.step == self.total || m.step == 1 => {
+            None if m.step.is_multiple_of(self.logging_steps) || m.step == self.total || m.step == 1 => {
                 let (lr, norm) = (m.learning_rate, m.grad_norm);
                 let eta = self.eta(m.step);
                 eprintln!("step {}/{}  {figures}  lr {lr:.2e}  grad norm {norm:.3}  ETA {eta}", m.step, self.total);
@@ -80,6 +80,10 @@ impl Observer for Progress {
     }
 
     fn eval(&mut self, m: &EvalMetrics) {
+        if m.step == 0 {
+            // the evaluation before the first step says nothing about how long steps take
+            self.start(self.total);
+        }
         let (step, loss, tokens) = (m.step, m.eval_loss, m.eval_tokens);
         self.line(&format!("step {step}: eval loss {loss:.4} over {tokens} tokens"));
     }

@@ -20,7 +20,11 @@ impl StagedDir {
     pub fn new(target: &Path) -> Result<Self> {
         let parent = parent_of(target);
         fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        let staged = Builder::new().prefix(".pmetal-").tempdir_in(parent).map_err(Error::io("write to", parent))?;
+        let mut builder = Builder::new();
+        // like any folder a program makes, not private as temporary ones are
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        let staged = builder.prefix(".pmetal-").tempdir_in(parent).map_err(Error::io("write to", parent))?;
         Ok(Self { staged, target: target.to_path_buf() })
     }
 
@@ -62,7 +66,10 @@ impl StagedFile {
     pub fn new(target: &Path) -> Result<Self> {
         let parent = parent_of(target);
         fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        let staged = Builder::new().prefix(".pmetal-").tempfile_in(parent).map_err(Error::io("write to", parent))?;
+        let mut builder = Builder::new();
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let staged = builder.prefix(".pmetal-").tempfile_in(parent).map_err(Error::io("write to", parent))?;
         Ok(Self { staged, target: target.to_path_buf() })
     }
 

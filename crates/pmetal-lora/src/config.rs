@@ -82,13 +82,7 @@ pub struct LoraConfig {
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        Self {
-            r: 16,
-            lora_alpha: 32.0,
-            lora_dropout: 0.0,
-            target_modules: TargetModules::default(),
-            use_rslora: false,
-        }
+        Self { r: 16, lora_alpha: 32.0, lora_dropout: 0.0, target_modules: TargetModules::default(), use_rslora: false }
     }
 }
 
@@ -120,7 +114,11 @@ impl LoraConfig {
             TargetModules::Names(names) => names.iter().map(String::as_str).collect(),
             TargetModules::AllLinear => last_parts(modules),
         };
-        let alpha = if self.lora_alpha.fract() == 0.0 { Value::from(self.lora_alpha as i64) } else { Value::from(self.lora_alpha) };
+        let alpha = if self.lora_alpha.fract() == 0.0 {
+            Value::from(self.lora_alpha as i64)
+        } else {
+            Value::from(self.lora_alpha)
+        };
         serde_json::json!({
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -184,8 +182,19 @@ fn refuse_unsupported(json: &Value, path: &Path) -> Result<()> {
         },
     };
     let watched = [
-        "bias", "fan_in_fan_out", "use_dora", "use_qalora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias",
-        "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "layers_to_transform",
+        "bias",
+        "fan_in_fan_out",
+        "use_dora",
+        "use_qalora",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_bias",
+        "layer_replication",
+        "target_parameters",
+        "trainable_token_indices",
+        "alora_invocation_tokens",
+        "layers_to_transform",
     ];
     for key in watched {
         if let Some(value) = json.get(key).filter(|v| !harmless(key, v)) {

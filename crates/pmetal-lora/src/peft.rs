@@ -61,8 +61,9 @@ impl AdapterFile {
         let file = SafeTensors::deserialize(bytes).map_err(|e| Error::broken(weights_path, e))?;
         let mut tensors = BTreeMap::new();
         for (name, view) in file.tensors() {
-            let tensor = read_tensor(&view)
-                .ok_or_else(|| Error::broken(weights_path, format!("{name} is {:?}, expected f32, f16 or bf16", view.dtype())))??;
+            let tensor = read_tensor(&view).ok_or_else(|| {
+                Error::broken(weights_path, format!("{name} is {:?}, expected f32, f16 or bf16", view.dtype()))
+            })??;
             tensors.insert(name.strip_prefix(PREFIX).unwrap_or(&name).to_owned(), tensor);
         }
         Ok(Self { path: weights_path.to_path_buf(), config, base, tensors })

@@ -103,7 +103,8 @@ fn a_fresh_adapter_changes_nothing_and_starts_as_pefts_does() {
 #[test]
 fn targets_by_name_and_names_that_match_nothing() {
     let mut model = open("llama");
-    let names = |list: &str| LoraConfig { target_modules: list.parse::<TargetModules>().unwrap(), ..Default::default() };
+    let names =
+        |list: &str| LoraConfig { target_modules: list.parse::<TargetModules>().unwrap(), ..Default::default() };
     let arena = attach(model.as_mut(), &names("q_proj,layers.1.mlp.up_proj"), 1).unwrap();
     let layers = model.spec().num_hidden_layers;
     assert_eq!(arena.params().count(), (layers + 1) * 2);
@@ -128,7 +129,8 @@ fn an_adapter_that_does_not_fit_is_refused() {
     refused(&file, "no layer for model.layers.9");
 
     let mut file = open_adapter();
-    file.tensors.insert("model.layers.0.self_attn.q_proj.lora_A.weight".into(), tensor.t().unwrap().contiguous().unwrap());
+    file.tensors
+        .insert("model.layers.0.self_attn.q_proj.lora_A.weight".into(), tensor.t().unwrap().contiguous().unwrap());
     refused(&file, "this model needs");
 }
 

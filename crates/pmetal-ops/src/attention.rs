@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Tensor};
 pub use pmetal_cpu::Segment;
-use pmetal_cpu::{AttentionShape, attention_forward};
 use pmetal_cpu::attention_backward;
+use pmetal_cpu::{AttentionShape, attention_forward};
 
 use crate::{
     Error, Result,
@@ -50,7 +50,10 @@ impl Rows {
         let mut next = 0;
         for s in self.0.iter() {
             if s.q_start != next || s.q_len > s.kv_len || s.kv_start + s.kv_len > keys {
-                return Err(Error::Lengths { op: OP, reason: format!("row {s:?} does not fit {queries} queries and {keys} keys") });
+                return Err(Error::Lengths {
+                    op: OP,
+                    reason: format!("row {s:?} does not fit {queries} queries and {keys} keys"),
+                });
             }
             next += s.q_len;
         }
@@ -102,7 +105,9 @@ pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSp
 
 fn check(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) -> Result<()> {
     let (tokens, keys) = (q.dim(0)?, k.dim(0)?);
-    for (what, t, len, heads) in [("q", q, tokens, spec.heads), ("k", k, keys, spec.kv_heads), ("v", v, keys, spec.kv_heads)] {
+    for (what, t, len, heads) in
+        [("q", q, tokens, spec.heads), ("k", k, keys, spec.kv_heads), ("v", v, keys, spec.kv_heads)]
+    {
         if t.dims() != [len, heads, spec.head_dim] {
             return Err(Error::operand(OP, what, [len, heads, spec.head_dim], t.dims()));
         }
@@ -140,7 +145,8 @@ fn backward(
     spec: &AttentionSpec,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let dout = dout.contiguous()?;
-    let (dv_, qv, kv, vv) = (View::of_tensor(&dout, OP)?, View::of_tensor(q, OP)?, View::of_tensor(k, OP)?, View::of_tensor(v, OP)?);
+    let (dv_, qv, kv, vv) =
+        (View::of_tensor(&dout, OP)?, View::of_tensor(q, OP)?, View::of_tensor(k, OP)?, View::of_tensor(v, OP)?);
     let (ov, lv) = (View::of_tensor(out, OP)?, View::of_tensor(lse, OP)?);
     for_dtype!(OP, q.dtype(), T => {
         let (mut dq, mut dk, mut dv) =

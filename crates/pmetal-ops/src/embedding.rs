@@ -63,7 +63,10 @@ fn reference(ids: &[u32], table: &Tensor) -> candle_core::Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Arena, gradients, testing::{assert_close, random}};
+    use crate::{
+        Arena, gradients,
+        testing::{assert_close, random},
+    };
 
     #[test]
     fn rows_and_the_gradient_of_a_repeated_row() {

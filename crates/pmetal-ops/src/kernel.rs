@@ -3,7 +3,8 @@
 use std::cell::RefCell;
 
 use candle_core::{
-    CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor, WithDType, backend::BackendStorage,
+    CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor, WithDType,
+    backend::BackendStorage,
 };
 use half::{bf16, f16};
 use pmetal_cpu::Element;
@@ -126,11 +127,13 @@ impl<T: CpuElement, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Call<F, R, T> {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (start, end) =
-            layout.contiguous_offsets().ok_or_else(|| candle_core::Error::Msg(format!("{}: not contiguous", self.op)))?;
+        let (start, end) = layout
+            .contiguous_offsets()
+            .ok_or_else(|| candle_core::Error::Msg(format!("{}: not contiguous", self.op)))?;
         let found = storage.dtype();
-        let slice = T::slice_mut(storage)
-            .ok_or_else(|| candle_core::Error::Msg(format!("{}: dtype is {found:?}, expected {:?}", self.op, T::DTYPE)))?;
+        let slice = T::slice_mut(storage).ok_or_else(|| {
+            candle_core::Error::Msg(format!("{}: dtype is {found:?}, expected {:?}", self.op, T::DTYPE))
+        })?;
         if let Some(f) = self.f.take() {
             self.result.replace(Some(f(&mut slice[start..end])));
         }

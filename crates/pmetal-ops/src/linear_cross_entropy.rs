@@ -120,7 +120,9 @@ impl<T: CpuElement, W: CpuElement> Blocks<'_, T, W> {
             }
             if let Some(param) = weight.param().filter(|_| needs.weight) {
                 let dlogits = Mat::new(&*logits, n, self.vocab);
-                param.accumulate_grad(|g| matmul(g, self.width, dlogits.t(), Mat::new(hidden, n, self.width), 1.0, 1.0))?;
+                param.accumulate_grad(|g| {
+                    matmul(g, self.width, dlogits.t(), Mat::new(hidden, n, self.width), 1.0, 1.0)
+                })?;
             }
             for (&t, loss) in block.iter().zip(block_losses) {
                 losses[t] = loss;
@@ -147,7 +149,8 @@ fn by_reference(hidden: &Value, weight: &Weight, labels: &[i64], scale: f32) -> 
     let rows = Tensor::new(counted.as_slice(), &device)?;
     let classes = Tensor::from_vec(picked, (counted.len(), 1), &device)?;
     let mut token_losses = vec![0f32; labels.len()];
-    let values = reference(hidden.tensor(), &weight.tensor()?, &rows, &classes)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+    let values =
+        reference(hidden.tensor(), &weight.tensor()?, &rows, &classes)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
     for (&t, loss) in counted.iter().zip(values) {
         token_losses[t as usize] = loss;
     }

@@ -30,7 +30,8 @@ pub(crate) fn check_op(
     for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 3e-2)] {
         let rounded: Vec<Tensor> = inputs.iter().map(|t| t.to_dtype(dtype).unwrap()).collect();
         let exact: Vec<Tensor> = rounded.iter().map(|t| t.to_dtype(DType::F64).unwrap()).collect();
-        let (want, want_grads) = if dtype == DType::F32 { (outputs.clone(), grads.clone()) } else { run(&exact, run_reference) };
+        let (want, want_grads) =
+            if dtype == DType::F32 { (outputs.clone(), grads.clone()) } else { run(&exact, run_reference) };
         let (got, got_grads) = run(&rounded, &op);
         for (want, got) in want.iter().zip(&got) {
             assert_close(want, got, tolerance, &format!("{dtype:?} output"));

@@ -34,9 +34,8 @@ impl MappedFile {
         if self.0.get(range.clone()).is_some_and(|bytes| !bytes.is_empty()) {
             // SAFETY: the mapping is read-only and backed by its file: a page that went is read again when it is needed.
             // A system that refuses the hint changes nothing.
-            let _ = unsafe {
-                self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
-            };
+            let _ =
+                unsafe { self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
         }
         #[cfg(not(unix))]
         let _ = range;

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Loss or gradient was not finite several steps in a row.
-    #[error("loss or gradient was not finite {steps} steps in a row, the last at step {step}: lower the learning rate, or train in bf16 or f32")]
+    #[error(
+        "loss or gradient was not finite {steps} steps in a row, the last at step {step}: lower the learning rate, or train in bf16 or f32"
+    )]
     Diverged {
         /// The last such step, counted from 1.
         step: usize,

@@ -84,13 +84,25 @@ pub struct SftOptions {
     #[arg(long, help_heading = "Adapter")]
     pub from_scratch: bool,
     /// Rows (or packs) that go through the model together
-    #[arg(long, visible_alias = "per-device-train-batch-size", default_value_t = 4, value_name = "ROWS", help_heading = "Training")]
+    #[arg(
+        long,
+        visible_alias = "per-device-train-batch-size",
+        default_value_t = 4,
+        value_name = "ROWS",
+        help_heading = "Training"
+    )]
     pub batch_size: usize,
     /// Batches of one optimizer step; the loss is the mean over the supervised tokens of all of them
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Training")]
     pub gradient_accumulation_steps: usize,
     /// Passes over the data
-    #[arg(long, visible_alias = "num-train-epochs", default_value_t = 1.0, value_name = "N", help_heading = "Training")]
+    #[arg(
+        long,
+        visible_alias = "num-train-epochs",
+        default_value_t = 1.0,
+        value_name = "N",
+        help_heading = "Training"
+    )]
     pub epochs: f64,
     /// Steps to take, whatever --epochs says; 0 leaves it to the epochs
     #[arg(long, visible_alias = "iters", default_value_t = 0, value_name = "STEPS", help_heading = "Training")]

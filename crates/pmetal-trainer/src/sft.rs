@@ -159,7 +159,9 @@ impl Batches {
         let batches = self.sampler.epoch(epoch);
         match &self.packs {
             None => batches,
-            Some(packs) => batches.into_iter().map(|b| b.into_iter().flat_map(|p| packs[p].clone()).collect()).collect(),
+            Some(packs) => {
+                batches.into_iter().map(|b| b.into_iter().flat_map(|p| packs[p].clone()).collect()).collect()
+            }
         }
     }
 }

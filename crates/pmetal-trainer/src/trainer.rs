@@ -115,7 +115,8 @@ pub fn train(
     run.observer.start(planned);
     run.summary.eval_loss_before = run.evaluate()?;
     run.epochs(first, stop)?;
-    let evaluated = settings.eval_steps > 0 && run.summary.steps > 0 && run.summary.steps.is_multiple_of(settings.eval_steps);
+    let evaluated =
+        settings.eval_steps > 0 && run.summary.steps > 0 && run.summary.steps.is_multiple_of(settings.eval_steps);
     if !evaluated && !run.summary.interrupted {
         run.summary.eval_loss_after = run.evaluate()?;
     }
@@ -169,15 +170,8 @@ impl Run<'_> {
         let step = self.summary.steps;
         let learning_rate = self.schedule.at(step);
         let started = Instant::now();
-        let result = train_step(
-            self.model,
-            self.arena,
-            &batches,
-            step,
-            learning_rate,
-            self.updates + 1,
-            &self.settings.step,
-        )?;
+        let result =
+            train_step(self.model, self.arena, &batches, step, learning_rate, self.updates + 1, &self.settings.step)?;
         let seconds = started.elapsed().as_secs_f64();
         self.summary.steps += 1;
         self.summary.tokens += result.tokens;
@@ -225,7 +219,8 @@ impl Run<'_> {
             return Ok(None);
         }
         let (loss, tokens) = evaluate(self.model, self.data.eval_rows)?;
-        let metrics = EvalMetrics { step: self.summary.steps, epoch: self.epoch(), eval_loss: loss, eval_tokens: tokens };
+        let metrics =
+            EvalMetrics { step: self.summary.steps, epoch: self.epoch(), eval_loss: loss, eval_tokens: tokens };
         self.metrics.write(&metrics)?;
         self.observer.eval(&metrics);
         Ok(Some(loss))

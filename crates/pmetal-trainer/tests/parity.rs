@@ -11,7 +11,9 @@ use pmetal_data::Example;
 use pmetal_lora::{AdapterFile, Use, attach_file};
 use pmetal_models::{CausalLMModel, Checkpoint, load, tensors_of};
 use pmetal_ops::{Arena, Policy};
-use pmetal_trainer::{LoopSettings, MetricsFile, Observer, Schedule, SchedulerType, StepMetrics, StepSettings, TrainingData, train};
+use pmetal_trainer::{
+    LoopSettings, MetricsFile, Observer, Schedule, SchedulerType, StepMetrics, StepSettings, TrainingData, train,
+};
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {
@@ -123,7 +125,12 @@ fn lora_runs(model_name: &str, variant: Variant) {
         expect_log(&log, expected, &format!("{model_name}/{name}"));
         let end = AdapterFile::open(&folder.join(format!("{name}_adapter"))).unwrap();
         for param in arena.params() {
-            expect_tensor(param.master(), &end.tensors[param.name()], 2e-3, &format!("{model_name}/{name} {}", param.name()));
+            expect_tensor(
+                param.master(),
+                &end.tensors[param.name()],
+                2e-3,
+                &format!("{model_name}/{name} {}", param.name()),
+            );
         }
     }
 }

@@ -29,7 +29,7 @@ struct Lines;
 
 impl Observer for Lines {
     fn step(&mut self, m: &StepMetrics) {
-        if m.step % 50 == 0 {
+        if m.step.is_multiple_of(50) {
             println!("  step {:4}  loss {:.4}  {:.0} tok/s", m.step, m.loss, m.tokens_per_second);
         }
     }
@@ -68,7 +68,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let (Some(before), Some(after)) = (summary.eval_loss_before, summary.eval_loss_after) {
         println!("held-out loss:           {before:.4} before, {after:.4} after");
     }
-    println!("held-out answers right:  {} of {n} before, {} of {n} after", right(&before), right(&after), n = questions.len());
+    println!(
+        "held-out answers right:  {} of {n} before, {} of {n} after",
+        right(&before),
+        right(&after),
+        n = questions.len()
+    );
     println!("adapter:                 {}", output.display());
     Ok(())
 }

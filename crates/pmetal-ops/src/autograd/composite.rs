@@ -21,8 +21,11 @@ pub fn composite(
             .zip(&needs)
             .map(|(t, &need)| if need { Var::from_tensor(t).map(Some) } else { Ok(None) })
             .collect::<candle_core::Result<Vec<_>>>()?;
-        let leaves: Vec<Tensor> =
-            vars.iter().zip(&tensors).map(|(v, t)| v.as_ref().map_or_else(|| t.clone(), |v| v.as_tensor().clone())).collect();
+        let leaves: Vec<Tensor> = vars
+            .iter()
+            .zip(&tensors)
+            .map(|(v, t)| v.as_ref().map_or_else(|| t.clone(), |v| v.as_tensor().clone()))
+            .collect();
         let outputs = f(&leaves)?;
         let mut total: Option<Tensor> = None;
         for (y, dy) in outputs.iter().zip(grads) {

@@ -74,8 +74,9 @@ fn deliver(pending: &mut Pending, source: Source, grad: Grad) -> Result<()> {
         Source::Param(param) => param.add_grad(&grad.tensor),
         Source::Node(node, output) => {
             let outputs = node.outputs;
-            let (_, slots) =
-                pending.entry(node.id).or_insert_with(|| (node, std::iter::repeat_with(|| None).take(outputs).collect()));
+            let (_, slots) = pending
+                .entry(node.id)
+                .or_insert_with(|| (node, std::iter::repeat_with(|| None).take(outputs).collect()));
             let slot = &mut slots[output];
             *slot = Some(match slot.take() {
                 None => grad,

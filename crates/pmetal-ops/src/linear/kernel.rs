@@ -187,4 +187,3 @@ fn member_backward<T: CpuElement>(
         (None, _) => Ok(()),
     }
 }
-

@@ -83,7 +83,11 @@ impl LinearGroup {
         for member in &self.members {
             let out = member.out_features();
             let operand = |what: &str, weight: &Weight, want: Vec<usize>| {
-                if weight.shape().dims() == want { Ok(()) } else { Err(Error::operand(OP, what, want, weight.shape().dims())) }
+                if weight.shape().dims() == want {
+                    Ok(())
+                } else {
+                    Err(Error::operand(OP, what, want, weight.shape().dims()))
+                }
             };
             operand("weight", &member.weight, vec![out, width])?;
             if let Some(bias) = &member.bias {
@@ -188,7 +192,8 @@ mod tests {
         check_op(&inputs, formula, |v| {
             let weight = |i: usize| Weight::Frozen(v[i].tensor().to_dtype(DType::F32).unwrap());
             let adapter = Adapter { a: weight(2), b: weight(3), scale: 0.5, dropout: 0.0, place: 0 };
-            let group = LinearGroup { members: vec![LinearMember { weight: weight(1), bias: None, adapter: Some(adapter) }] };
+            let group =
+                LinearGroup { members: vec![LinearMember { weight: weight(1), bias: None, adapter: Some(adapter) }] };
             // frozen here: the gradients of weights are proved above, so the oracle's are let through
             let reference = composite(&v.iter().collect::<Vec<_>>(), formula)?;
             let y = group.forward(&v[0], None)?;

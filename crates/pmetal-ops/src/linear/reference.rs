@@ -51,7 +51,8 @@ pub(super) fn run(operands: &[Tensor], plans: &[MemberPlan]) -> candle_core::Res
     // candle has no bf16 product on every device
     let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let mut rest = operands.iter().map(|t| t.to_dtype(wide));
-    let mut next = || rest.next().unwrap_or_else(|| Err(candle_core::Error::Msg("linear: an operand is missing".into())));
+    let mut next =
+        || rest.next().unwrap_or_else(|| Err(candle_core::Error::Msg("linear: an operand is missing".into())));
     let x = next()?;
     let mut outputs = Vec::with_capacity(plans.len());
     for plan in plans {
