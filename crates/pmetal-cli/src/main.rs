@@ -48,7 +48,10 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {failure}");
+            // what templates and libraries say may have several lines
+            let message = failure.to_string();
+            let lines: Vec<&str> = message.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+            eprintln!("error: {}", lines.join(" "));
             ExitCode::from(failure.exit_code())
         }
     }

@@ -90,6 +90,8 @@ pub struct DatasetOptions {
     pub template: Template,
     /// Longer rows are cut to this many tokens; 0 keeps them whole.
     pub max_seq_len: usize,
+    /// Ids the model knows: a row with one from here on is refused.
+    pub vocab_size: usize,
 }
 
 impl Dataset {
@@ -105,14 +107,13 @@ impl Dataset {
     ) -> Result<Self> {
         let path = path.as_ref();
         let encoder = &RowEncoder::new(tokenizer.into(), &options.template, options.train_on);
-        let max_seq_len = options.max_seq_len;
         let mut dataset = Self::default();
         let mut chunk = Vec::with_capacity(CHUNK);
         for_each_row(path, |place, row| {
             chunk.push((place, row));
-            if chunk.len() == CHUNK { dataset.add(path, encoder, max_seq_len, &mut chunk) } else { Ok(()) }
+            if chunk.len() == CHUNK { dataset.add(path, encoder, options, &mut chunk) } else { Ok(()) }
         })?;
-        dataset.add(path, encoder, max_seq_len, &mut chunk)?;
+        dataset.add(path, encoder, options, &mut chunk)?;
         if dataset.examples.is_empty() {
             let named = dataset.report.dropped.iter().take(NAMED);
             let mut reasons: Vec<String> = named.map(|row| format!("line {}: {}", row.place, row.reason)).collect();
@@ -130,15 +131,18 @@ impl Dataset {
         &mut self,
         path: &Path,
         encoder: &RowEncoder,
-        max_seq_len: usize,
+        options: &DatasetOptions,
         rows: &mut Vec<(Place, Row)>,
     ) -> Result<()> {
-        let encoded: Vec<Result<Example, RowFault>> = rows.par_iter().map(|(_, row)| encoder.encode(row)).collect();
+        let encoded: Vec<Result<Example, RowFault>> = rows
+            .par_iter()
+            .map(|(_, row)| encoder.encode(row).and_then(|example| example.within(options.vocab_size)))
+            .collect();
         for ((place, row), encoded) in rows.drain(..).zip(encoded) {
             let example =
                 encoded.map_err(|fault| Error::Row { path: path.to_path_buf(), place, fault: Box::new(fault) })?;
             self.report.rows += 1;
-            match cut(example, &row, max_seq_len) {
+            match cut(example, &row, options.max_seq_len) {
                 Ok((example, truncated)) => {
                     self.report.truncated += usize::from(truncated);
                     self.report.count(&example);

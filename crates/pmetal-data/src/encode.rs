@@ -28,6 +28,17 @@ impl Example {
         self.labels.iter().skip(1).filter(|&&label| label != IGNORE).count()
     }
 
+    /// The row, where every id of it is below `vocab_size`.
+    pub(crate) fn within(self, vocab_size: usize) -> Result<Self, RowFault> {
+        let known = |id: i64| u64::try_from(id).is_ok_and(|id| id < vocab_size as u64);
+        let ids = self.input_ids.iter().map(|&id| i64::from(id)).enumerate().map(|(i, id)| ("input_ids", i, id));
+        let labels = self.labels.iter().copied().enumerate().filter(|&(_, label)| label != IGNORE);
+        match ids.chain(labels.map(|(i, label)| ("labels", i, label))).find(|&(.., id)| !known(id)) {
+            Some((key, index, found)) => Err(RowFault::Vocabulary { key, index, found, vocab_size }),
+            None => Ok(self),
+        }
+    }
+
     /// Cuts to the first `length` tokens.
     pub(crate) fn truncate(&mut self, length: usize) {
         self.input_ids.truncate(length);

@@ -19,14 +19,15 @@ pub enum Error {
         /// The system's own words.
         source: std::io::Error,
     },
-    /// A model folder without a tokenizer.
+    /// A model without a tokenizer.
     #[error(
-        "{} has no tokenizer.json: copy it from the model, or write one with transformers' AutoTokenizer (save_pretrained)",
-        folder.display()
+        "{} has no tokenizer: a folder needs the model's tokenizer.json (transformers' AutoTokenizer writes it with save_pretrained), \
+         a GGUF file the key tokenizer.ggml.tokens",
+        path.display()
     )]
     NoTokenizer {
-        /// The folder.
-        folder: PathBuf,
+        /// The folder or file.
+        path: PathBuf,
     },
     /// A file of a tokenizer that cannot be understood.
     #[error("{}: {reason}", path.display())]
@@ -185,8 +186,25 @@ pub enum RowFault {
         /// What it should be.
         expected: &'static str,
     },
+    /// An id the model does not know.
+    #[error(
+        "'{key}' entry {index} is {found}, the model knows the ids 0 to {}; was the row tokenized for another model?",
+        vocab_size.saturating_sub(1)
+    )]
+    Vocabulary {
+        /// `input_ids` or `labels`.
+        key: &'static str,
+        /// Index of the entry, from 0.
+        index: usize,
+        /// What it is.
+        found: i64,
+        /// How many ids there are.
+        vocab_size: usize,
+    },
     /// A row of text for a model without a tokenizer.
-    #[error("the model has no tokenizer.json, so rows need 'input_ids'")]
+    #[error(
+        "the model has no tokenizer, so rows need 'input_ids'; put its tokenizer.json into its folder to train on text"
+    )]
     NoTokenizer,
     /// The row is well-formed and could not be rendered or tokenized.
     #[error(transparent)]

@@ -14,6 +14,9 @@ use crate::error::{Error, Result};
 const SPECIAL_NAMES: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
+/// Where a GGUF file with a tokenizer has its tokens.
+const GGUF_TOKENS: &str = "tokenizer.ggml.tokens";
+
 /// Text to token ids and back, with what a model's files say about its special tokens and its chat template.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
@@ -29,7 +32,7 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Opens the tokenizer of a model: a folder in Hugging Face's layout or a GGUF file.
+    /// Opens the tokenizer of a model: a folder in Hugging Face's layout, a GGUF file, or a folder around one.
     ///
     /// Of a folder it reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and,
     /// for the ids that end a text, `generation_config.json` and `config.json`. Like `transformers`, it takes what is put
@@ -43,10 +46,10 @@ impl Tokenizer {
         if kind.is_dir() { Self::from_folder(path) } else { Self::from_gguf(path) }
     }
 
-    /// The tokenizer of a model, `None` for a folder without one: rows of ids need none.
+    /// The tokenizer of a model, `None` for one without: rows of ids need none.
     ///
     /// # Errors
-    /// As [`Tokenizer::from_model_path`], but for a missing `tokenizer.json`.
+    /// As [`Tokenizer::from_model_path`], but for a missing tokenizer.
     pub fn find(path: impl AsRef<Path>) -> Result<Option<Self>> {
         match Self::from_model_path(path) {
             Err(Error::NoTokenizer { .. }) => Ok(None),
@@ -66,7 +69,13 @@ impl Tokenizer {
         let special = named.into_iter().filter_map(|(name, token)| Some((name.to_string(), token?.text))).collect();
         let template = file.chat_template()?.map(|source| (path.display().to_string(), source.to_string()));
         let eos = tokens.end_of_generation.iter().map(|token| token.id).collect();
-        Self::assemble(file.tokenizer()?, special, eos, template, path)
+        let inner = match file.tokenizer() {
+            Err(pmetal_gguf::Error::MissingKey { key, .. }) if key == GGUF_TOKENS => {
+                return Err(Error::NoTokenizer { path: path.to_path_buf() });
+            }
+            found => found?,
+        };
+        Self::assemble(inner, special, eos, template, path)
     }
 
     fn from_folder(folder: &Path) -> Result<Self> {
@@ -74,7 +83,10 @@ impl Tokenizer {
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return Err(Error::NoTokenizer { folder: folder.to_path_buf() });
+                return match only_gguf_in(folder) {
+                    Some(file) => Self::from_gguf(&file),
+                    None => Err(Error::NoTokenizer { path: folder.to_path_buf() }),
+                };
             }
             Err(source) => return Err(Error::Read { path, source }),
         };
@@ -274,6 +286,13 @@ impl StreamDecoder<'_> {
         let all = self.tokenizer.decode(recent)?;
         Ok(all.strip_prefix(&before).map(str::to_string).unwrap_or_default())
     }
+}
+
+/// The one GGUF file of a folder that is a model by it.
+fn only_gguf_in(folder: &Path) -> Option<PathBuf> {
+    let paths = fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut files = paths.filter(|path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")));
+    files.next().filter(|_| files.next().is_none())
 }
 
 fn failed(error: tokenizers::Error) -> Error {

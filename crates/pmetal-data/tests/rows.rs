@@ -49,7 +49,7 @@ fn load(folder: &TempDir, rows: &str, template: &str, train_on: &str, max_seq_le
     fs::write(&path, rows).unwrap();
     let tokenizer = Tokenizer::find(folder.path()).unwrap();
     let template = Template::choose(&template.parse().unwrap(), tokenizer.as_ref()).unwrap();
-    let options = DatasetOptions { train_on: train_on.parse().unwrap(), template, max_seq_len };
+    let options = DatasetOptions { train_on: train_on.parse().unwrap(), template, max_seq_len, vocab_size: usize::MAX };
     Dataset::load(path, tokenizer.as_ref(), &options).map_err(|e| e.to_string())
 }
 

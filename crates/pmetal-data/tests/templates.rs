@@ -47,7 +47,7 @@ impl Model {
         fs::write(&path, row.to_string()).unwrap();
         let tokenizer = self.tokenizer();
         let template = Template::choose(&TemplateChoice::Auto, &tokenizer).unwrap();
-        let options = DatasetOptions { train_on, template, max_seq_len: 0 };
+        let options = DatasetOptions { train_on, template, max_seq_len: 0, vocab_size: usize::MAX };
         let mut dataset = Dataset::load(path, &tokenizer, &options).map_err(|e| e.to_string())?;
         Ok(dataset.examples.remove(0))
     }

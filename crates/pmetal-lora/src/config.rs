@@ -65,6 +65,9 @@ impl std::fmt::Display for TargetModules {
     }
 }
 
+/// A higher rank than any layer has is a slip, and its tensors would not fit into memory.
+const MAX_RANK: usize = 65_536;
+
 /// Settings of a LoRA adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoraConfig {
@@ -96,8 +99,8 @@ impl LoraConfig {
     /// Refuses settings outside their range.
     pub fn validate(&self) -> Result<()> {
         let refuse = |key, got: String, expected| Err(Error::Setting { key, got, expected });
-        if self.r == 0 {
-            return refuse("lora_r", self.r.to_string(), "at least 1");
+        if !(1..=MAX_RANK).contains(&self.r) {
+            return refuse("lora_r", self.r.to_string(), "from 1 to 65536");
         }
         if !(self.lora_alpha.is_finite() && self.lora_alpha > 0.0) {
             return refuse("lora_alpha", self.lora_alpha.to_string(), "a positive number");
@@ -143,7 +146,7 @@ impl LoraConfig {
         let get = |key: &str| json.get(key).filter(|v| !v.is_null());
         match get("peft_type").and_then(Value::as_str) {
             Some("LORA") => {}
-            other => return Err(broken(format!("peft_type is {other:?}, expected \"LORA\""))),
+            _ => return Err(broken(format!("peft_type is {}, expected \"LORA\"", shown(json.get("peft_type"))))),
         }
         refuse_unsupported(json, path)?;
         let number = |key: &str, default: f64| match get(key) {
@@ -157,7 +160,7 @@ impl LoraConfig {
             Some(Value::Array(names)) => {
                 TargetModules::Names(names.iter().filter_map(Value::as_str).map(str::to_owned).collect())
             }
-            other => return Err(broken(format!("target_modules is {other:?}, expected a list of names"))),
+            other => return Err(broken(format!("target_modules is {}, expected a list of names", shown(other)))),
         };
         let config = Self {
             r: r as usize,
@@ -169,6 +172,10 @@ impl LoraConfig {
         config.validate().map_err(|e| broken(e.to_string()))?;
         Ok(config)
     }
+}
+
+fn shown(value: Option<&Value>) -> String {
+    value.map_or("missing".into(), Value::to_string)
 }
 
 fn refuse_unsupported(json: &Value, path: &Path) -> Result<()> {

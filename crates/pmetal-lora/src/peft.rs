@@ -58,7 +58,7 @@ impl AdapterFile {
     fn parse(config_path: &Path, json: &Value, weights_path: &Path, bytes: &[u8]) -> Result<Self> {
         let config = LoraConfig::from_peft(json, config_path)?;
         let base = json.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or("").to_owned();
-        let file = SafeTensors::deserialize(bytes).map_err(|e| Error::broken(weights_path, e))?;
+        let file = SafeTensors::deserialize(bytes).map_err(|e| not_whole(weights_path, &e))?;
         let mut tensors = BTreeMap::new();
         for (name, view) in file.tensors() {
             let tensor = read_tensor(&view).ok_or_else(|| {
@@ -74,8 +74,12 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(fs::read(path).map_err(pmetal_core::Error::io("read", path))?)
 }
 
+fn not_whole(path: &Path, error: &safetensors::SafeTensorError) -> Error {
+    Error::broken(path, format!("is truncated, or no safetensors file: {error}; fetch or train the adapter again"))
+}
+
 fn single_file_config(path: &Path, bytes: &[u8]) -> Result<Option<Value>> {
-    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| Error::broken(path, e))?;
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| not_whole(path, &e))?;
     let Some(text) = metadata.metadata().as_ref().and_then(|m| m.get(METADATA_KEY)) else { return Ok(None) };
     serde_json::from_str(text).map(Some).map_err(|e| Error::broken(path, format!("settings in its metadata: {e}")))
 }

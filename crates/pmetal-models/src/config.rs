@@ -22,7 +22,7 @@ pub fn read_config(path: &Path) -> Result<Value> {
 /// Reads a file that holds one JSON object.
 pub(crate) fn read_object(path: &Path) -> Result<Value> {
     let text = fs::read(path).map_err(pmetal_core::Error::io("read", path))?;
-    let json: Value = serde_json::from_slice(&text).map_err(|e| Error::broken(path, e))?;
+    let json: Value = serde_json::from_slice(&text).map_err(|e| Error::broken(path, format!("is no JSON: {e}")))?;
     if json.is_object() { Ok(json) } else { Err(Error::broken(path, "expected an object")) }
 }
 

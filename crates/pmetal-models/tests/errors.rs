@@ -48,7 +48,7 @@ fn paths_that_hold_no_model() {
     assert!(message(folder.path()).contains("found pytorch_model.bin"));
     assert!(matches!(Checkpoint::open(&folder.path().join("pytorch_model.bin")), Err(Error::NotAModel { .. })));
     fs::write(folder.path().join("config.json"), "{").unwrap();
-    assert!(message(folder.path()).contains("config.json: EOF"));
+    assert!(message(folder.path()).contains("config.json: is no JSON: EOF"));
     for name in ["a.gguf", "b.gguf"] {
         fs::write(folder.path().join(name), "x").unwrap();
     }

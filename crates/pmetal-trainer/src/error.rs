@@ -27,6 +27,12 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The output is to be a folder.
+    #[error("--output {} is a file: name a folder, or remove the file", path.display())]
+    OutputIsFile {
+        /// What was given.
+        path: PathBuf,
+    },
     /// What was written does not read back as it was.
     #[error("{} does not read back as it was trained: {reason}", path.display())]
     ReadBack {

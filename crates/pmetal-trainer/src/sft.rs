@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Tensor};
 use pmetal_data::{Dataset, DatasetOptions, Example, Sampler, Template, Tokenizer, pack, split};
 use pmetal_lora::{AdapterFile, LoraConfig, Use, attach, attach_file};
 use pmetal_models::{
-    CausalLMModel, Checkpoint, Input, dtype_of, load, random, read_config, save_pretrained, spec_of, tensors_of,
+    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, save_pretrained, spec_of,
+    tensors_of,
 };
 use pmetal_ops::{Arena, Policy, no_grad};
 
@@ -56,10 +57,9 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     options.validate()?;
     let base = Base::open(options)?;
     let tokenizer = Tokenizer::find(&options.model)?;
-    let (dataset, eval_rows) = read_rows(options, tokenizer.as_ref(), observer)?;
+    let (dataset, eval_rows) = read_rows(options, &base, tokenizer.as_ref(), observer)?;
     let batches = Batches::new(options, &dataset.examples, observer);
-    fs::create_dir_all(&options.output).map_err(pmetal_core::Error::io("create", &options.output))?;
-    let mut metrics = MetricsFile::create(&options.output.join("metrics.jsonl"))?;
+    make_output(&options.output)?;
 
     let dtype = options.dtype.resolve(base.stored_dtype);
     let (model, trained) = prepare(options, &base, dtype, &options.device.resolve())?;
@@ -67,6 +67,8 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     let total: usize = model.named_weights().iter().map(|(_, w)| w.shape().elem_count()).sum();
     observer.note(&format!("training {} parameters of a model of {total} in {}", arena.len(), dtype.as_str()));
 
+    // not before all else is known to be right: a run that cannot start leaves the metrics of the last one alone
+    let mut metrics = MetricsFile::create(&options.output.join("metrics.jsonl"))?;
     let epoch = |epoch| batches.epoch(epoch);
     let data = TrainingData { rows: &dataset.examples, eval_rows: &eval_rows, epoch: &epoch };
     let summary = train(model.as_ref(), arena, &data, &loop_settings(options), &mut metrics, observer, stop)?;
@@ -74,9 +76,17 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     Ok(Outcome { summary, written })
 }
 
+fn make_output(folder: &Path) -> Result<()> {
+    if folder.is_file() {
+        return Err(Error::OutputIsFile { path: folder.to_path_buf() });
+    }
+    Ok(fs::create_dir_all(folder).map_err(pmetal_core::Error::io("create", folder))?)
+}
+
 /// Where a run starts: a checkpoint, or a configuration alone.
 struct Base {
     config: serde_json::Value,
+    spec: DecoderSpec,
     stored_dtype: DType,
     checkpoint: Option<Checkpoint>,
 }
@@ -86,17 +96,18 @@ impl Base {
         if options.from_scratch {
             let config = read_config(&options.model)?;
             let stored_dtype = dtype_of(&config).unwrap_or(DType::BF16);
-            return Ok(Self { config, stored_dtype, checkpoint: None });
+            return Ok(Self { spec: spec_of(&config)?, config, stored_dtype, checkpoint: None });
         }
         let checkpoint = Checkpoint::open(&options.model)?;
         let (config, stored_dtype) = (checkpoint.config().clone(), checkpoint.stored_dtype());
-        Ok(Self { config, stored_dtype, checkpoint: Some(checkpoint) })
+        Ok(Self { config, spec: checkpoint.spec().clone(), stored_dtype, checkpoint: Some(checkpoint) })
     }
 }
 
 /// Training and evaluation rows, tokenized.
 fn read_rows(
     options: &SftOptions,
+    base: &Base,
     tokenizer: Option<&Tokenizer>,
     observer: &mut dyn Observer,
 ) -> Result<(Dataset, Vec<Example>)> {
@@ -104,6 +115,7 @@ fn read_rows(
         train_on: options.train_on,
         template: Template::choose(&options.chat_template, tokenizer)?,
         max_seq_len: options.max_seq_len,
+        vocab_size: base.spec.vocab_size,
     };
     let mut dataset = Dataset::load(&options.dataset, tokenizer, &dataset_options)?;
     let mut eval_rows = Vec::new();
@@ -119,9 +131,13 @@ fn read_rows(
     Ok((dataset, eval_rows))
 }
 
-/// Holds back a share of the rows (below 1) or a number of them.
+/// Holds back a share of the rows (below 1) or a number of them (whole).
 fn hold_back(rows: Vec<Example>, share: f64, seed: u64) -> Result<(Vec<Example>, Vec<Example>)> {
     let n = rows.len();
+    if share > 1.0 && share.fract() != 0.0 {
+        let reason = format!("{share} is neither a share of the rows, such as 0.1, nor a whole number of them");
+        return Err(Error::Option { option: "--eval-split", reason });
+    }
     let held = if share < 1.0 { (share * n as f64).round() } else { share };
     if !(held >= 1.0 && held < n as f64) {
         let reason = format!("{share} of {n} rows leaves nothing to train on or to evaluate on");
@@ -196,7 +212,7 @@ fn prepare(
     device: &Device,
 ) -> Result<(Box<dyn CausalLMModel>, Trained)> {
     let Some(checkpoint) = &base.checkpoint else {
-        let arena = Arena::new(&tensors_of(&spec_of(&base.config)?), dtype, device)?;
+        let arena = Arena::new(&tensors_of(&base.spec), dtype, device)?;
         let model = random(&base.config, dtype, device, options.seed, Some(&arena))?;
         return Ok((model, Trained::Everything(arena)));
     };

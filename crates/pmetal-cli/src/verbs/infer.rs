@@ -81,6 +81,11 @@ pub fn run(args: &Args) -> Result<()> {
     let tokenizer = Tokenizer::from_model_path(checkpoint.path())?;
     let template = args.chat.then(|| Template::choose(&args.chat_template, &tokenizer)).transpose()?;
     let (prompt, ids) = prompt(args, &tokenizer, template.as_ref())?;
+    if ids.is_empty() {
+        return Err(super::Failure::Usage(
+            "--prompt: is empty, and this model has no token to begin a text with".into(),
+        ));
+    }
     let stop_ids = stop_ids(&checkpoint, &tokenizer, template.as_ref());
     let mut filter = (!args.show_thinking).then(|| ThinkFilter::new(&prompt));
     let mut stream = tokenizer.stream();

@@ -45,10 +45,21 @@ pub fn run(args: &Args) -> Result<()> {
         path: args.ids.clone(),
         reason: format!("expected a list of lists of token ids: {e}"),
     })?;
+    let refuse = |reason| Err(Failure::Content { path: args.ids.clone(), reason });
+    if lists.is_empty() {
+        return refuse("has no list of token ids".into());
+    }
     if let Some(i) = lists.iter().position(Vec::is_empty) {
-        return Err(Failure::Content { path: args.ids.clone(), reason: format!("list {i} is empty") });
+        return refuse(format!("list {i} (from 0) is empty"));
     }
     let (_, model) = open_model(&args.model, args.lora.as_deref(), args.dtype, args.device)?;
+    let known = model.spec().vocab_size;
+    for (i, ids) in lists.iter().enumerate() {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= known) {
+            let last = known.saturating_sub(1);
+            return refuse(format!("list {i} (from 0) has the id {id}, the model knows the ids 0 to {last}"));
+        }
+    }
     let mut tensors: HashMap<String, Tensor> = HashMap::new();
     for (i, ids) in lists.iter().enumerate() {
         let hidden = no_grad(|| model.forward(&Input::rows(ids, &[ids.len()]), None))?;

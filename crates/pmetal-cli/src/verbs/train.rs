@@ -51,6 +51,9 @@ fn report(options: &SftOptions, outcome: &Outcome) {
         eprintln!("eval loss {before:.4} before, {after:.4} after");
     }
     let output = shown(&options.output);
+    if s.interrupted {
+        eprintln!("interrupted: what was trained so far is in {output}");
+    }
     match &outcome.written {
         Written::Adapter => {
             println!("adapter: {output}");

@@ -1,0 +1,31 @@
+//! `pmetal bench train`.
+
+use crate::common::{Space, model, refused, says, succeed};
+
+#[test]
+fn the_report_is_one_json_object() {
+    let config = format!("{}/config.json", model("llama"));
+    let args = ["bench", "train", "--model-config", &config, "--batch", "2", "--seq", "16", "--steps", "2"];
+    let ran = succeed(args);
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((&report["device"], &report["dtype"]), (&"cpu".into(), &"f32".into()));
+    for key in ["tok_s", "step_ms", "peak_bytes", "loss"] {
+        assert!(report[key].as_f64().unwrap() > 0.0, "{report}");
+    }
+    // tokens over the median's time
+    let tok_s = 2.0 * 16.0 / report["step_ms"].as_f64().unwrap() * 1e3;
+    assert!((report["tok_s"].as_f64().unwrap() / tok_s - 1.0).abs() < 0.05, "{report}");
+}
+
+#[test]
+fn sizes_of_nothing_and_configurations_of_nothing() {
+    let space = Space::new();
+    let config = format!("{}/config.json", model("llama"));
+    for flag in ["--batch=0", "--steps=0", "--seq=1"] {
+        says(&refused(2, ["bench", "train", "--model-config", &config, flag]), &["at least"]);
+    }
+    let nowhere = space.path("config.json");
+    says(&refused(1, ["bench", "train", "--model-config", &nowhere]), &[&nowhere]);
+    let broken = space.write("broken.json", "{");
+    says(&refused(1, ["bench", "train", "--model-config", &broken]), &[&broken]);
+}

@@ -1,0 +1,38 @@
+//! Ctrl-C.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    process::{Command, Stdio},
+};
+
+use crate::common::{Space, column, command, logits, metrics, model, rows};
+
+#[test]
+#[cfg(unix)]
+fn an_interrupted_run_writes_what_was_trained_and_says_where() {
+    let space = Space::new();
+    let output = space.path("out");
+    let args = ["train", "--model", &model("llama"), "--dataset", &rows(), "--output", &output];
+    let settings = ["--max-steps", "100000000", "--logging-steps", "1"];
+    let mut child =
+        command([&args[..], &settings].concat()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("step 3/") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "ended by itself");
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let (mut told, mut result) = (String::new(), String::new());
+    stderr.read_to_string(&mut told).unwrap();
+    child.stdout.take().unwrap().read_to_string(&mut result).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{told}");
+    assert!(told.contains("interrupted: finishing this step"), "{told}");
+    assert!(told.contains(&format!("what was trained so far is in {output}")), "{told}");
+    assert_eq!(result, format!("adapter: {output}\n"));
+
+    let steps = *column(&metrics(&output), "step").last().unwrap();
+    assert!(told.contains(&format!("{steps} of 100000000 steps")), "{told}");
+    let base = model("llama");
+    assert_ne!(logits(&space, &["--model", &base, "--lora", &output]), logits(&space, &["--model", &base]));
+}
