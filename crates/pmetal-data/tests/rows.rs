@@ -148,9 +148,9 @@ fn a_model_without_tokenizer_takes_ids_alone() {
     let row = json!({"input_ids": [1, 2, 3]});
     assert_eq!(one(&folder, row, "auto", "assistant").labels, [1, 2, 3]);
     let message = load(&folder, "{\"text\": \"a\"}", "auto", "assistant", 0).unwrap_err();
-    assert!(message.ends_with("rows.jsonl:1: the model has no tokenizer.json, so rows need 'input_ids'"), "{message}");
+    assert!(message.ends_with("rows.jsonl:1: the model has no tokenizer, so rows need 'input_ids'; put its tokenizer.json into its folder to train on text"), "{message}");
     let message = Tokenizer::from_model_path(folder.path()).unwrap_err().to_string();
-    assert!(message.contains("has no tokenizer.json"), "{message}");
+    assert!(message.contains("has no tokenizer: a folder needs the model's tokenizer.json"), "{message}");
 }
 
 #[test]
