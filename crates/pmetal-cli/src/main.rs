@@ -1,6 +1,7 @@
 //! `pmetal`: fine-tune large language models on the machine in front of you.
 
 mod progress;
+mod tell;
 mod thinking;
 mod verbs;
 
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
             // what templates and libraries say may have several lines
             let message = failure.to_string();
             let lines: Vec<&str> = message.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-            eprintln!("error: {}", lines.join(" "));
+            tell::tell(format_args!("error: {}", lines.join(" ")));
             ExitCode::from(failure.exit_code())
         }
     }

@@ -8,6 +8,8 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 use pmetal::trainer::{EvalMetrics, Observer, StepMetrics};
 
+use crate::tell::tell;
+
 /// Shows a training run on stderr.
 pub struct Progress {
     bar: Option<ProgressBar>,
@@ -29,7 +31,7 @@ impl Progress {
     fn line(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None => eprintln!("{line}"),
+            None => tell(line),
         }
     }
 
@@ -73,7 +75,8 @@ impl Observer for Progress {
             None if m.step.is_multiple_of(self.logging_steps) || m.step == self.total || m.step == 1 => {
                 let (lr, norm) = (m.learning_rate, m.grad_norm);
                 let eta = self.eta(m.step);
-                eprintln!("step {}/{}  {figures}  lr {lr:.2e}  grad norm {norm:.3}  ETA {eta}", m.step, self.total);
+                let place = format!("step {}/{}", m.step, self.total);
+                tell(format_args!("{place}  {figures}  lr {lr:.2e}  grad norm {norm:.3}  ETA {eta}"));
             }
             None => {}
         }

@@ -62,8 +62,13 @@ pub struct StagedFile {
 }
 
 impl StagedFile {
-    /// Starts a file that will become `target`. Fails where the folder cannot be written.
+    /// Starts a file that will become `target`. Fails where the folder cannot be written, and where a folder or a device has the name.
     pub fn new(target: &Path) -> Result<Self> {
+        if fs::metadata(target).is_ok_and(|found| !found.is_file()) {
+            // a rename would put the file in the place of the device
+            let source = std::io::Error::other("it is there and no file; name another");
+            return Err(Error::Io { action: "write", path: target.to_path_buf(), source });
+        }
         let parent = parent_of(target);
         fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
         let mut builder = Builder::new();
@@ -128,6 +133,8 @@ mod tests {
         assert!(!file.exists());
         staged.commit().unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "x");
+        let message = StagedFile::new(root.path()).err().unwrap().to_string();
+        assert!(message.contains("it is there and no file"), "{message}");
         let message = StagedFile::new(&file.join("below")).err().unwrap().to_string();
         assert!(message.contains("file"), "{message}");
     }

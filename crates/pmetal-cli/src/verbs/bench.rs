@@ -1,4 +1,8 @@
-use std::{path::PathBuf, time::Instant};
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    time::Instant,
+};
 
 use candle_core::DType;
 use pmetal::{
@@ -99,8 +103,7 @@ fn train(args: &TrainArgs) -> Result<()> {
         "seq": args.seq,
         "steps": args.steps,
     });
-    println!("{report}");
-    Ok(())
+    Ok(writeln!(io::stdout(), "{report}")?)
 }
 
 fn random_rows(args: &TrainArgs, vocab_size: usize) -> Vec<Example> {

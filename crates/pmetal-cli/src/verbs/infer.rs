@@ -13,7 +13,7 @@ use pmetal::{
 };
 
 use super::Result;
-use crate::thinking::ThinkFilter;
+use crate::{tell::tell, thinking::ThinkFilter};
 
 /// Examples shown under `--help`.
 pub const EXAMPLES: &str = "\
@@ -117,7 +117,7 @@ pub fn run(args: &Args) -> Result<()> {
         None => rest,
     };
     writeln!(out, "{rest}")?;
-    eprintln!("{}", speed(ids.len(), &generation));
+    tell(speed(ids.len(), &generation));
     Ok(())
 }
 

@@ -1,4 +1,5 @@
 use std::{
+    io::{self, Write},
     path::Path,
     sync::{
         Arc,
@@ -9,7 +10,7 @@ use std::{
 use pmetal::trainer::{Outcome, SftOptions, Written, sft};
 
 use super::Result;
-use crate::progress::Progress;
+use crate::{progress::Progress, tell::tell};
 
 /// Examples shown under `--help`.
 pub const EXAMPLES: &str = "\
@@ -33,37 +34,40 @@ pub fn run(args: &Args) -> Result<()> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("\ninterrupted: finishing this step, then writing what was trained (Ctrl-C again leaves at once)");
+        tell("\ninterrupted: finishing this step, then writing what was trained (Ctrl-C again leaves at once)");
     });
     if let Err(e) = handler {
-        eprintln!("Ctrl-C will end the run without writing: {e}");
+        tell(format_args!("Ctrl-C will end the run without writing: {e}"));
     }
     let outcome = sft(&args.options, &mut Progress::new(args.options.logging_steps), &stop)?;
-    report(&args.options, &outcome);
-    Ok(())
+    report(&args.options, &outcome)
 }
 
-fn report(options: &SftOptions, outcome: &Outcome) {
+fn report(options: &SftOptions, outcome: &Outcome) -> Result<()> {
     let s = &outcome.summary;
     let rate = if s.seconds > 0.0 { s.tokens as f64 / s.seconds } else { 0.0 };
-    eprintln!("{} of {} steps, {} tokens, {rate:.0} tok/s", s.steps, s.planned_steps, s.tokens);
+    tell(format_args!("{} of {} steps, {} tokens, {rate:.0} tok/s", s.steps, s.planned_steps, s.tokens));
     if let (Some(before), Some(after)) = (s.eval_loss_before, s.eval_loss_after) {
-        eprintln!("eval loss {before:.4} before, {after:.4} after");
+        tell(format_args!("eval loss {before:.4} before, {after:.4} after"));
     }
     let output = shown(&options.output);
     if s.interrupted {
-        eprintln!("interrupted: what was trained so far is in {output}");
+        tell(format_args!("interrupted: what was trained so far is in {output}"));
     }
     match &outcome.written {
         Written::Adapter => {
-            println!("adapter: {output}");
-            eprintln!("try it: pmetal infer --model {} --lora {output} --chat --prompt \"…\"", shown(&options.model));
+            writeln!(io::stdout(), "adapter: {output}")?;
+            tell(format_args!(
+                "try it: pmetal infer --model {} --lora {output} --chat --prompt \"…\"",
+                shown(&options.model)
+            ));
         }
         Written::Model => {
-            println!("model: {output}");
-            eprintln!("try it: pmetal infer --model {output} --chat --prompt \"…\"");
+            writeln!(io::stdout(), "model: {output}")?;
+            tell(format_args!("try it: pmetal infer --model {output} --chat --prompt \"…\""));
         }
     }
+    Ok(())
 }
 
 /// A path as one would type it.

@@ -72,6 +72,8 @@ fn an_output_that_cannot_be_written() {
         says(&message, &[&output]);
     }
     let ids = space.write("ids.json", "[[1]]");
+    let folder = refused(1, ["logits", "--model", &model("llama"), "--ids", &ids, "--output", &model("llama")]);
+    says(&folder, &[&model("llama"), "it is there and no file"]);
     says(
         &refused(1, ["logits", "--model", &model("llama"), "--ids", &ids, "--output", &space.path("file/x")]),
         &[&file],
@@ -110,4 +112,9 @@ fn a_gguf_file_without_a_tokenizer_trains_on_ids_and_says_what_text_needs() {
     let text = space.write("text.jsonl", "{\"text\": \"hi\"}\n");
     says(&refused(1, [&base[..], &[&text]].concat()), &["text.jsonl:1: the model has no tokenizer"]);
     succeed([&base[..], &[&rows()]].concat());
+
+    let around = space.path("around/model.gguf");
+    space.write("around/model.gguf", std::fs::read(gguf("llama")).unwrap());
+    succeed(["train", "--model", &space.path("around"), "--output", &output, "--max-steps", "1", "--dataset", &rows()]);
+    says(&refused(1, ["infer", "--model", &space.path("around"), "--prompt", "x"]), &[&around, "has no tokenizer"]);
 }

@@ -2,11 +2,11 @@
 
 use crate::common::{Space, model, refused, rows, run, says};
 
-/// The arguments of a run that would take one step but for `more`.
+/// The arguments of a run that would be short but for `more`.
 fn with(more: &[&str]) -> (Space, Vec<String>) {
     let space = Space::new();
     let (model, rows, output) = (model("llama"), rows(), space.path("out"));
-    let base = ["train", "--model", &model, "--dataset", &rows, "--output", &output, "--max-steps", "1"];
+    let base = ["train", "--model", &model, "--dataset", &rows, "--output", &output];
     let args = base.iter().chain(more).map(|s| s.to_string()).collect();
     (space, args)
 }
@@ -101,4 +101,12 @@ fn a_run_that_cannot_start_leaves_the_last_ones_metrics_alone() {
     let metrics = space.write("out/metrics.jsonl", "{\"step\": 1}\n");
     refused(1, args);
     assert_eq!(std::fs::read_to_string(metrics).unwrap(), "{\"step\": 1}\n");
+}
+
+#[test]
+fn a_run_that_diverges_stops_and_writes_no_adapter() {
+    let (space, args) = with(&["--learning-rate", "1e30", "--epochs", "9"]);
+    let message = refused(1, args);
+    says(&message, &["not finite 3 steps in a row", "lower the learning rate"]);
+    assert!(!std::fs::exists(space.path("out/adapter_model.safetensors")).unwrap());
 }

@@ -1,11 +1,12 @@
-//! Ctrl-C.
+//! Ctrl-C, and readers that go away.
 
 use std::{
+    fs,
     io::{BufRead, BufReader, Read},
     process::{Command, Stdio},
 };
 
-use crate::common::{Space, column, command, logits, metrics, model, rows};
+use crate::common::{Space, chat_model, column, command, logits, metrics, model, rows};
 
 #[test]
 #[cfg(unix)]
@@ -35,4 +36,35 @@ fn an_interrupted_run_writes_what_was_trained_and_says_where() {
     assert!(told.contains(&format!("{steps} of 100000000 steps")), "{told}");
     let base = model("llama");
     assert_ne!(logits(&space, &["--model", &base, "--lora", &output]), logits(&space, &["--model", &base]));
+}
+
+/// The writing end of a pipe that nobody reads.
+fn closed_pipe() -> Stdio {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    writer.into()
+}
+
+#[test]
+fn a_run_goes_on_when_nobody_reads_its_progress() {
+    let space = Space::new();
+    let output = space.path("out");
+    let args = ["train", "--model", &model("llama"), "--dataset", &rows(), "--output", &output, "--logging-steps", "1"];
+    let status = command(args).stdout(Stdio::null()).stderr(closed_pipe()).status().unwrap();
+    assert_eq!(status.code(), Some(0));
+    assert!(fs::exists(format!("{output}/adapter_model.safetensors")).unwrap());
+}
+
+#[test]
+fn a_result_that_nobody_reads_is_an_error_and_no_panic() {
+    let config = format!("{}/config.json", model("llama"));
+    let infer = ["infer", "--model", &chat_model(), "--prompt", "Hello", "--chat"].map(str::to_owned);
+    let bench = ["bench", "train", "--model-config", &config, "--seq", "8", "--steps", "1"].map(str::to_owned);
+    for args in [infer.to_vec(), bench.to_vec()] {
+        let child = command(args).stdout(closed_pipe()).stderr(Stdio::piped()).spawn().unwrap();
+        let output = child.wait_with_output().unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert!(told.starts_with("error: cannot write the result") && told.lines().count() == 1, "{told}");
+        assert_eq!(output.status.code(), Some(1));
+    }
 }

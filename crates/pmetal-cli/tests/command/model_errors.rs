@@ -164,3 +164,16 @@ fn prompts_that_cannot_be_continued() {
         says(&refused(1, ["infer", "--model", &chat_model(), "--prompt", "x", flag]), &[name, "expected"]);
     }
 }
+
+#[test]
+fn files_beside_the_weights() {
+    let space = Space::new();
+    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        let copy = space.copy(&chat_model(), name);
+        let file = space.write(&format!("{name}/{name}"), "{");
+        says(&refused(1, ["infer", "--model", &copy, "--prompt", "x"]), &[&file]);
+    }
+    let copy =
+        space.edited(&chat_model(), "eos", "generation_config.json", |config| config["eos_token_id"] = json!("x"));
+    says(&refused(1, ["infer", "--model", &copy, "--prompt", "x"]), &["generation_config.json: eos_token_id"]);
+}
