@@ -16,5 +16,5 @@ pub use metrics::{EvalMetrics, MetricsFile, Observer, StepMetrics};
 pub use options::{FineTuneType, SftOptions};
 pub use schedule::{Schedule, SchedulerType};
 pub use sft::{Outcome, Written, sft};
-pub use step::{MicroBatch, StepResult, StepSettings, evaluate_rows, train_step};
-pub use trainer::{LoopSettings, Summary, TrainingData, evaluate, train};
+pub use step::{MicroBatch, StepResult, StepSettings, train_step};
+pub use trainer::{LoopSettings, Summary, TrainingData, train};

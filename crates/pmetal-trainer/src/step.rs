@@ -87,7 +87,7 @@ pub fn train_step(
 }
 
 /// Sum of the losses of the rows' supervised tokens, and their number.
-pub fn evaluate_rows(model: &dyn CausalLMModel, rows: &[&Example]) -> Result<(f64, u64)> {
+pub(crate) fn evaluate_rows(model: &dyn CausalLMModel, rows: &[&Example]) -> Result<(f64, u64)> {
     let packed = Packed::new(rows);
     let entropy = no_grad(|| {
         let hidden = model.forward(&packed.input(), None)?;

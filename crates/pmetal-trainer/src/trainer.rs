@@ -105,6 +105,7 @@ pub fn train(
         schedule,
         metrics,
         observer,
+        stop,
         steps_per_epoch,
         mapped_bytes: mapped_bytes(model),
         failed_in_a_row: 0,
@@ -114,10 +115,10 @@ pub fn train(
     };
     run.observer.start(planned);
     run.summary.eval_loss_before = run.evaluate()?;
-    run.epochs(first, stop)?;
+    run.epochs(first)?;
     let evaluated =
         settings.eval_steps > 0 && run.summary.steps > 0 && run.summary.steps.is_multiple_of(settings.eval_steps);
-    if !evaluated && !run.summary.interrupted {
+    if !evaluated {
         run.summary.eval_loss_after = run.evaluate()?;
     }
     Ok(run.summary)
@@ -131,6 +132,7 @@ struct Run<'a> {
     schedule: Schedule,
     metrics: &'a mut MetricsFile,
     observer: &'a mut dyn Observer,
+    stop: &'a AtomicBool,
     steps_per_epoch: usize,
     mapped_bytes: u64,
     failed_in_a_row: usize,
@@ -140,7 +142,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn epochs(&mut self, first: Vec<Vec<usize>>, stop: &AtomicBool) -> Result<()> {
+    fn epochs(&mut self, first: Vec<Vec<usize>>) -> Result<()> {
         let mut batches = first;
         for epoch in 0.. {
             if epoch > 0 {
@@ -150,7 +152,7 @@ impl Run<'_> {
                 if self.summary.steps == self.summary.planned_steps {
                     return Ok(());
                 }
-                if stop.load(Ordering::Relaxed) {
+                if self.stop.load(Ordering::Relaxed) {
                     self.summary.interrupted = true;
                     return Ok(());
                 }
@@ -214,11 +216,21 @@ impl Run<'_> {
         self.summary.steps as f64 / self.steps_per_epoch as f64
     }
 
+    /// The mean loss over the supervised tokens of the evaluation rows; nothing where there are none or the run is to stop.
     fn evaluate(&mut self) -> Result<Option<f64>> {
-        if self.data.eval_rows.is_empty() {
+        let (mut sum, mut tokens) = (0.0, 0);
+        for batch in eval_batches(self.data.eval_rows) {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let (loss, supervised) = evaluate_rows(self.model, &batch)?;
+            sum += loss;
+            tokens += supervised;
+        }
+        if tokens == 0 {
             return Ok(None);
         }
-        let (loss, tokens) = evaluate(self.model, self.data.eval_rows)?;
+        let loss = sum / tokens as f64;
         let metrics =
             EvalMetrics { step: self.summary.steps, epoch: self.epoch(), eval_loss: loss, eval_tokens: tokens };
         self.metrics.write(&metrics)?;
@@ -227,24 +239,21 @@ impl Run<'_> {
     }
 }
 
-/// The mean loss over the supervised tokens of all rows, and their number.
-pub fn evaluate(model: &dyn CausalLMModel, rows: &[Example]) -> Result<(f64, u64)> {
-    let (mut sum, mut count) = (0.0, 0);
-    let mut batch: Vec<&Example> = Vec::new();
+/// Rows in file order, together as long as they have at most [`EVAL_TOKENS`] tokens.
+fn eval_batches(rows: &[Example]) -> Vec<Vec<&Example>> {
+    let mut batches: Vec<Vec<&Example>> = Vec::new();
     let mut held = 0;
-    for (i, row) in rows.iter().enumerate() {
-        batch.push(row);
+    for row in rows {
         held += row.input_ids.len();
-        let next = rows.get(i + 1).map_or(usize::MAX, |r| r.input_ids.len());
-        if next > EVAL_TOKENS.saturating_sub(held) {
-            let (loss, tokens) = evaluate_rows(model, &batch)?;
-            sum += loss;
-            count += tokens;
-            batch.clear();
-            held = 0;
+        match batches.last_mut() {
+            Some(batch) if held <= EVAL_TOKENS => batch.push(row),
+            _ => {
+                held = row.input_ids.len();
+                batches.push(vec![row]);
+            }
         }
     }
-    Ok((sum / count.max(1) as f64, count))
+    batches
 }
 
 /// Bytes of weights that lie in mapped files.
