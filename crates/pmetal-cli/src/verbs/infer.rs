@@ -2,17 +2,14 @@ use std::{
     collections::BTreeSet,
     io::{self, Write},
     ops::ControlFlow,
-    path::{Path, PathBuf},
 };
 
 use pmetal::{
-    core::{DTypeChoice, DeviceChoice},
     data::{Message, Template, TemplateChoice, Tokenizer},
-    lora::{AdapterFile, Use, attach_file},
-    models::{CausalLMModel, Checkpoint, Generation, GenerationConfig, SamplingParams, generate, load},
+    models::{Checkpoint, Generation, GenerationConfig, SamplingParams, generate},
 };
 
-use super::Result;
+use super::{ModelArgs, Result};
 use crate::{tell::tell, thinking::ThinkFilter};
 
 /// Examples shown under `--help`.
@@ -25,12 +22,8 @@ Examples:
 /// Flags of `pmetal infer`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Model: a Hugging Face folder or a GGUF file
-    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH")]
-    model: PathBuf,
-    /// Adapter to use with it
-    #[arg(long, visible_alias = "adapter", value_name = "PATH")]
-    lora: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// What to continue, or with --chat to answer
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -67,17 +60,11 @@ pub struct Args {
     /// Seed of the sampler
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Dtype of activations: auto (the checkpoint's), bf16, f16, f32
-    #[arg(long, default_value_t, value_name = "DTYPE")]
-    dtype: DTypeChoice,
-    /// Device: auto, cpu
-    #[arg(long, default_value_t, value_name = "DEVICE")]
-    device: DeviceChoice,
 }
 
 /// Streams the completion to stdout, and the speed to stderr.
 pub fn run(args: &Args) -> Result<()> {
-    let (checkpoint, model) = open_model(&args.model, args.lora.as_deref(), args.dtype, args.device)?;
+    let (checkpoint, model) = args.model.open()?;
     let tokenizer = Tokenizer::from_model_path(checkpoint.path())?;
     let template = args.chat.then(|| Template::choose(&args.chat_template, &tokenizer)).transpose()?;
     let (prompt, ids) = prompt(args, &tokenizer, template.as_ref())?;
@@ -119,21 +106,6 @@ pub fn run(args: &Args) -> Result<()> {
     writeln!(out, "{rest}")?;
     tell(speed(ids.len(), &generation));
     Ok(())
-}
-
-/// A model with its adapter, ready to run.
-pub fn open_model(
-    path: &Path,
-    lora: Option<&Path>,
-    dtype: DTypeChoice,
-    device: DeviceChoice,
-) -> Result<(Checkpoint, Box<dyn CausalLMModel>)> {
-    let checkpoint = Checkpoint::open(path)?;
-    let mut model = load(&checkpoint, dtype.resolve(checkpoint.stored_dtype()), &device.resolve(), None)?;
-    if let Some(lora) = lora {
-        attach_file(model.as_mut(), &AdapterFile::open(lora)?, Use::Inference)?;
-    }
-    Ok((checkpoint, model))
 }
 
 /// The prompt as text and as ids.

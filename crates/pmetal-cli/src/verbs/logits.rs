@@ -2,12 +2,12 @@ use std::{collections::HashMap, fs, path::PathBuf};
 
 use candle_core::Tensor;
 use pmetal::{
-    core::{DTypeChoice, DeviceChoice, Error as FileError, StagedFile},
+    core::{Error as FileError, StagedFile},
     models::Input,
     ops::no_grad,
 };
 
-use super::{Failure, Result, infer::open_model};
+use super::{Failure, ModelArgs, Result};
 
 /// Examples shown under `--help`.
 pub const EXAMPLES: &str = "\
@@ -18,24 +18,14 @@ Example:
 /// Flags of `pmetal logits`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Model: a Hugging Face folder or a GGUF file
-    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH")]
-    model: PathBuf,
-    /// Adapter to use with it
-    #[arg(long, visible_alias = "adapter", value_name = "PATH")]
-    lora: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// JSON list of lists of token ids
     #[arg(long, value_name = "FILE")]
     ids: PathBuf,
     /// Safetensors file for the tensors logits.0, logits.1, … (f32, [len, vocab])
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
-    /// Dtype of activations: auto (the checkpoint's), bf16, f16, f32
-    #[arg(long, default_value_t, value_name = "DTYPE")]
-    dtype: DTypeChoice,
-    /// Device: auto, cpu
-    #[arg(long, default_value_t, value_name = "DEVICE")]
-    device: DeviceChoice,
 }
 
 /// Writes the logits of every list of ids.
@@ -52,7 +42,7 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(i) = lists.iter().position(Vec::is_empty) {
         return refuse(format!("list {i} (from 0) is empty"));
     }
-    let (_, model) = open_model(&args.model, args.lora.as_deref(), args.dtype, args.device)?;
+    let (_, model) = args.model.open()?;
     let known = model.spec().vocab_size;
     for (i, ids) in lists.iter().enumerate() {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= known) {
@@ -60,12 +50,12 @@ pub fn run(args: &Args) -> Result<()> {
             return refuse(format!("list {i} (from 0) has the id {id}, the model knows the ids 0 to {last}"));
         }
     }
+    let staged = StagedFile::new(&args.output)?;
     let mut tensors: HashMap<String, Tensor> = HashMap::new();
     for (i, ids) in lists.iter().enumerate() {
         let hidden = no_grad(|| model.forward(&Input::rows(ids, &[ids.len()]), None))?;
         tensors.insert(format!("logits.{i}"), model.logits(hidden.tensor())?);
     }
-    let staged = StagedFile::new(&args.output)?;
     candle_core::safetensors::save(&tensors, staged.path())?;
     Ok(staged.commit()?)
 }

@@ -4,6 +4,8 @@ pub mod bench;
 mod failure;
 pub mod infer;
 pub mod logits;
+mod model_args;
 pub mod train;
 
 pub use failure::{Failure, Result};
+use model_args::ModelArgs;
