@@ -114,8 +114,12 @@ impl LoraConfig {
     /// The content of `adapter_config.json`, for the layers `modules` of the model the user named `base`.
     pub fn to_peft(&self, base: &str, modules: &[String]) -> Value {
         let targets: Vec<&str> = match &self.target_modules {
-            TargetModules::Names(names) => names.iter().map(String::as_str).collect(),
             TargetModules::AllLinear => last_parts(modules),
+            TargetModules::Names(names) if modules.iter().all(|m| self.target_modules.matches(m)) => {
+                names.iter().map(String::as_str).collect()
+            }
+            // what PEFT matched as a regular expression: the layers themselves
+            TargetModules::Names(_) => modules.iter().map(String::as_str).collect(),
         };
         let alpha = if self.lora_alpha.fract() == 0.0 {
             Value::from(self.lora_alpha as i64)
@@ -194,6 +198,7 @@ fn refuse_unsupported(json: &Value, path: &Path) -> Result<()> {
         "use_dora",
         "use_qalora",
         "modules_to_save",
+        "exclude_modules",
         "rank_pattern",
         "alpha_pattern",
         "lora_bias",
@@ -241,6 +246,16 @@ mod tests {
         let lora = LoraConfig { r: 16, lora_alpha: 32.0, ..Default::default() };
         assert_eq!(lora.scale(), 2.0);
         assert_eq!(LoraConfig { use_rslora: true, ..lora }.scale(), 8.0);
+    }
+
+    #[test]
+    fn layers_that_peft_chose_by_a_pattern_are_saved_by_their_names() {
+        let modules = ["model.layers.0.self_attn.q_proj".to_owned(), "model.layers.1.self_attn.q_proj".to_owned()];
+        let mut json = LoraConfig::default().to_peft("base", &modules);
+        assert_eq!(json["target_modules"], serde_json::json!(["q_proj"]));
+        json["target_modules"] = ".*self_attn.(q|v)_proj".into();
+        let again = LoraConfig::from_peft(&json, Path::new("c")).unwrap().to_peft("base", &modules);
+        assert_eq!(again["target_modules"], serde_json::json!(modules));
     }
 
     #[test]
