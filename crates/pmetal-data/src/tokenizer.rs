@@ -4,7 +4,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pmetal_gguf::GgufFile;
+use pmetal_gguf::{GgufFile, gguf_files_in};
 use serde_json::{Map, Value};
 use tokenizers::Encoding;
 
@@ -83,9 +83,9 @@ impl Tokenizer {
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return match only_gguf_in(folder) {
-                    Some(file) => Self::from_gguf(&file),
-                    None => Err(Error::NoTokenizer { path: folder.to_path_buf() }),
+                return match gguf_files_in(folder).unwrap_or_default().as_slice() {
+                    [only] => Self::from_gguf(only),
+                    _ => Err(Error::NoTokenizer { path: folder.to_path_buf() }),
                 };
             }
             Err(source) => return Err(Error::Read { path, source }),
@@ -286,13 +286,6 @@ impl StreamDecoder<'_> {
         let all = self.tokenizer.decode(recent)?;
         Ok(all.strip_prefix(&before).map(str::to_string).unwrap_or_default())
     }
-}
-
-/// The one GGUF file of a folder that is a model by it.
-fn only_gguf_in(folder: &Path) -> Option<PathBuf> {
-    let paths = fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut files = paths.filter(|path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")));
-    files.next().filter(|_| files.next().is_none())
 }
 
 fn failed(error: tokenizers::Error) -> Error {

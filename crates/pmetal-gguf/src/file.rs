@@ -28,6 +28,18 @@ pub struct GgufFile {
     by_name: HashMap<String, usize>,
 }
 
+/// The GGUF files of a folder, by name.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn gguf_files_in(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let paths = std::fs::read_dir(folder)?.filter_map(|entry| Some(entry.ok()?.path()));
+    let is_gguf = |path: &PathBuf| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    let mut files: Vec<PathBuf> = paths.filter(is_gguf).collect();
+    files.sort();
+    Ok(files)
+}
+
 /// One tensor's entry in the header.
 #[derive(Debug, Clone)]
 pub struct TensorInfo {

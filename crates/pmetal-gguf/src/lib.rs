@@ -30,5 +30,5 @@ mod weights;
 
 pub use architecture::ARCHITECTURES;
 pub use error::{Error, Result};
-pub use file::{GgufFile, TensorInfo};
+pub use file::{GgufFile, TensorInfo, gguf_files_in};
 pub use special_tokens::{SpecialToken, SpecialTokens};

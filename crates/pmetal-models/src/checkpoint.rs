@@ -7,7 +7,7 @@ use std::{
 };
 
 use candle_core::{DType, Shape};
-use pmetal_gguf::GgufFile;
+use pmetal_gguf::{GgufFile, gguf_files_in};
 use pmetal_ops::Weight;
 use serde_json::{Value, json};
 
@@ -261,8 +261,7 @@ fn names_in(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn only_gguf_in(folder: &Path) -> Result<Option<PathBuf>> {
-    let is_gguf = |path: &PathBuf| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-    let mut files: Vec<PathBuf> = names_in(folder)?.into_iter().filter(is_gguf).collect();
+    let mut files = gguf_files_in(folder).map_err(pmetal_core::Error::io("read", folder))?;
     if files.len() > 1 {
         let found = format!("{} .gguf files: name one of them", files.len());
         return Err(Error::NotAModel { path: folder.to_path_buf(), found });
