@@ -7,7 +7,8 @@ use tempfile::{Builder, NamedTempFile, TempDir};
 
 use crate::{Error, Result};
 
-/// A folder that is filled beside its final place and takes it in one step, so that a reader meets it whole or not at all.
+/// A folder that is filled beside its final place. A new one takes its place in one step; where the folder is there already, its files are
+/// replaced one by one, each in one step. A reader meets no half-written file.
 ///
 /// Dropped without [`StagedDir::commit`], it leaves nothing behind.
 pub struct StagedDir {
@@ -18,13 +19,8 @@ pub struct StagedDir {
 impl StagedDir {
     /// Starts a folder that will become `target`. Fails where the folder above `target` cannot be written.
     pub fn new(target: &Path) -> Result<Self> {
-        let parent = parent_of(target);
-        fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        let mut builder = Builder::new();
-        // like any folder a program makes, not private as temporary ones are
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let staged = builder.prefix(".pmetal-").tempdir_in(parent).map_err(Error::io("write to", parent))?;
+        let parent = writable_parent(target)?;
+        let staged = staging(0o777).tempdir_in(parent).map_err(Error::io("write to", parent))?;
         Ok(Self { staged, target: target.to_path_buf() })
     }
 
@@ -69,12 +65,8 @@ impl StagedFile {
             let source = std::io::Error::other("it is there and no file; name another");
             return Err(Error::Io { action: "write", path: target.to_path_buf(), source });
         }
-        let parent = parent_of(target);
-        fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        let mut builder = Builder::new();
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let staged = builder.prefix(".pmetal-").tempfile_in(parent).map_err(Error::io("write to", parent))?;
+        let parent = writable_parent(target)?;
+        let staged = staging(0o666).tempfile_in(parent).map_err(Error::io("write to", parent))?;
         Ok(Self { staged, target: target.to_path_buf() })
     }
 
@@ -94,11 +86,25 @@ impl StagedFile {
     }
 }
 
-fn parent_of(path: &Path) -> &Path {
-    match path.parent() {
+/// The folder above, made where it is missing.
+fn writable_parent(path: &Path) -> Result<&Path> {
+    let parent = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
-    }
+    };
+    fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+    Ok(parent)
+}
+
+/// Names and permissions of what is staged: like anything a program makes, not private as temporary files are.
+fn staging(mode: u32) -> Builder<'static, 'static> {
+    let mut builder = Builder::new();
+    builder.prefix(".pmetal-");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
+    #[cfg(not(unix))]
+    let _ = mode;
+    builder
 }
 
 #[cfg(test)]
