@@ -47,15 +47,6 @@ simd_fn! {
     }
 }
 
-/// `x *= s`.
-pub fn scale(x: &mut [f32], s: f32) {
-    let run = |x: &mut [f32]| x.iter_mut().for_each(|x| *x *= s);
-    if x.len() <= CHUNK {
-        return run(x);
-    }
-    x.par_chunks_mut(CHUNK).for_each(run);
-}
-
 /// Adds `bias` (`[width]`) to every row of `y` (`[rows, width]`).
 pub fn bias_add<T: Element, B: Element>(y: &mut [T], bias: &[B], width: usize) {
     assert!(width > 0 && y.len().is_multiple_of(width), "bias_add: y");

@@ -36,7 +36,7 @@ pub use attention::{AttentionShape, Segment, attention_forward};
 pub use attention_backward::attention_backward;
 pub use cross_entropy::{cross_entropy_losses, cross_entropy_rows};
 pub use element::Element;
-pub use elementwise::{add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout, scale};
+pub use elementwise::{add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout};
 pub use embedding::{gather_rows, scatter_add_rows};
 pub use gemm::{Mat, matmul};
 pub use norm::{add_rms_norm_forward, rms_norm_backward, rms_norm_forward};

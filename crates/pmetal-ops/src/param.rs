@@ -166,7 +166,7 @@ impl Param {
         }
         let tensor = tensor.to_device(slot.master.device())?.contiguous()?;
         elementwise::convert_into(&tensor, &slot.master)?;
-        if slot.value.id() != slot.master.id() && self.arena.0.copy.is_some() {
+        if self.arena.0.copy.is_some() {
             elementwise::convert_into(&tensor, &slot.value)?;
         }
         Ok(())
