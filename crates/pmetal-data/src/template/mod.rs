@@ -14,7 +14,7 @@ use minijinja::{
 };
 
 pub use builtin::{Template, TemplateChoice};
-use environment::Raised;
+use environment::{Raised, today};
 
 use crate::{
     conversation::{Conversation, Message},
@@ -28,6 +28,7 @@ const NAME: &str = "chat";
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     origin: String,
+    source: String,
     special_tokens: Vec<(String, String)>,
     marks_generation: bool,
 }
@@ -49,7 +50,8 @@ impl ChatTemplate {
         let (rewritten, marks_generation) = generation::rewrite(&source);
         let mut environment = environment::like_transformers();
         environment.add_template_owned(NAME, rewritten).map_err(|e| template_error(origin, &e))?;
-        Ok(Self { environment, origin: origin.to_string(), special_tokens: special_tokens.to_vec(), marks_generation })
+        let (origin, special_tokens) = (origin.to_string(), special_tokens.to_vec());
+        Ok(Self { environment, origin, source, special_tokens, marks_generation })
     }
 
     /// Compiles the template in a file.
@@ -60,6 +62,11 @@ impl ChatTemplate {
         let source =
             std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
         Self::new(&path.display().to_string(), &source, special_tokens)
+    }
+
+    /// The Jinja text.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
     }
 
     /// Where it comes from: a file, or `built in: chatml`.
