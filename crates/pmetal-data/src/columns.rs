@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result, RowFault};
 
 /// The keys that formats are made of.
-const TARGETS: [&str; 18] = [
+const TARGETS: [&str; 17] = [
     "messages",
     "conversations",
     "instruction",
@@ -26,7 +26,6 @@ const TARGETS: [&str; 18] = [
     "label",
     "input_ids",
     "labels",
-    "weight",
 ];
 
 /// Keys whose values are lists or objects; tables, and files with a fixed schema, have them as JSON in a string.
@@ -42,6 +41,9 @@ const STRUCTURED: [&str; 10] = [
     "completion",
     "functions",
 ];
+
+/// Those of them that may be plain text, too.
+const TEXTS: [&str; 4] = ["chosen", "rejected", "prompt", "completion"];
 
 /// Which columns of a file are which keys of a row: `instruction=question,output=answer`.
 ///
@@ -106,10 +108,10 @@ impl ColumnMap {
         let Value::Object(row) = value else { return Ok(value) };
         let mut row = if self.pairs.is_empty() { row } else { self.renamed(&row)? };
         for (key, value) in &mut row {
-            if STRUCTURED.contains(&key.as_str())
-                && let Some(parsed) = value.as_str().and_then(structure)
-            {
-                *value = parsed;
+            if let Some(text) = value.as_str().filter(|_| STRUCTURED.contains(&key.as_str())) {
+                // a table has a cell where there is nothing
+                let parsed = if text.is_empty() && !TEXTS.contains(&key.as_str()) { Some(Value::Null) } else { structure(text) };
+                *value = parsed.unwrap_or_else(|| std::mem::take(value));
             }
         }
         Ok(Value::Object(row))

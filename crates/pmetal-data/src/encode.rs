@@ -99,6 +99,10 @@ impl<'a> RowEncoder<'a> {
                 let rendering = rendering()?;
                 rendering.conversation(&rendering.alpaca, &alpaca.conversation()).map_err(RowFault::Encode)
             }
+            Row::PromptCompletion { prompt, completion } => {
+                rendering()?.completion(prompt, completion).map_err(RowFault::Encode)
+            }
+            Row::Preference(preference) => Err(preference.fault()),
             Row::Text(text) => rendering()?.text(text).map_err(RowFault::Encode),
             Row::Tokens { input_ids, labels: Some(labels) } => {
                 Ok(Example { input_ids: input_ids.clone(), labels: labels.clone() })
@@ -116,6 +120,26 @@ impl Rendering<'_> {
             ids.push(eos);
         }
         Ok(Example::all_trained(ids))
+    }
+
+    /// The two texts as one, with eos: the tokens with a part in the second and eos are trained, or all of them.
+    fn completion(&self, prompt: &str, completion: &str) -> Result<Example> {
+        let text = format!("{prompt}{completion}");
+        let mut example = self.text(&text)?;
+        if self.train_on == TrainOn::All {
+            return Ok(example);
+        }
+        let encoding = self.tokenizer.encode_with_offsets(&text)?;
+        let span = prompt.len()..text.len();
+        let trained = tokens_in(encoding.get_offsets(), &[span]);
+        // The tokenizer may put tokens around a text; what follows it is trained, as eos is.
+        let ids = encoding.get_ids();
+        let before = example.input_ids.windows(ids.len().max(1)).position(|window| window == ids).unwrap_or(0);
+        let untrained = (0..before).chain(trained.iter().enumerate().filter(|(_, t)| !**t).map(|(i, _)| before + i));
+        for at in untrained {
+            example.labels.iter_mut().skip(at).take(1).for_each(|label| *label = IGNORE);
+        }
+        Ok(example)
     }
 
     fn conversation(&self, shaped: &Shaped, conversation: &Conversation) -> Result<Example> {

@@ -91,6 +91,12 @@ pub enum Error {
         /// What was given.
         name: String,
     },
+    /// A format of rows that is not written.
+    #[error("no row format '{name}': expected messages, sharegpt, alpaca, text, prompt-completion or preference")]
+    UnknownFormat {
+        /// What was given.
+        name: String,
+    },
     /// A row that cannot be used.
     #[error("{}:{}: {fault}", path.display(), place.behind_file())]
     Row {
@@ -231,6 +237,59 @@ pub enum RowFault {
         /// Those known.
         expected: &'static str,
     },
+    /// A part of a content that is neither text nor reasoning.
+    #[error("turn {turn}: 'content' entry {index} is of type '{kind}'; only text and reasoning are trained on so far")]
+    Part {
+        /// Index of the turn, from 0.
+        turn: usize,
+        /// Index of the part, from 0.
+        index: usize,
+        /// Its type.
+        kind: String,
+    },
+    /// A part of a content without the keys of one.
+    #[error("turn {turn}: 'content' entry {index} has the keys [{seen}], expected type and text")]
+    PartKeys {
+        /// Index of the turn, from 0.
+        turn: usize,
+        /// Index of the part, from 0.
+        index: usize,
+        /// The keys it has.
+        seen: String,
+    },
+    /// A weight between trained and not trained.
+    #[error("turn {turn}: 'weight' is {found}, expected 0 (not trained) or 1")]
+    Weight {
+        /// Index of the turn, from 0.
+        turn: usize,
+        /// The weight found.
+        found: String,
+    },
+    /// A tool call that does not say which tool.
+    #[error("{key} has no 'name', expected a call as {{\"name\": …, \"arguments\": {{…}}}}")]
+    CallWithoutName {
+        /// The turn and key.
+        key: String,
+    },
+    /// A row of compared answers where one answer is needed.
+    #[error(
+        "a preference row ({keys}); supervised fine-tuning needs rows with one answer: \
+         messages, conversations, or prompt and completion{hint}"
+    )]
+    Preference {
+        /// The keys that make it one.
+        keys: &'static str,
+        /// How to train on the better answers, if a mapping of columns does it.
+        hint: &'static str,
+    },
+    /// A row that another format cannot hold.
+    #[error("the row cannot be written as {format}: {reason}")]
+    DoesNotFit {
+        /// The format.
+        format: String,
+        /// What has no place.
+        reason: String,
+    },
     /// A value of the wrong kind.
     #[error("{key} is {found}, expected {expected}")]
     WrongKind {
@@ -291,7 +350,8 @@ pub enum RowFault {
 
 /// The formats of rows and the keys they are known by.
 const FORMATS: &str = "ShareGPT (conversations: from, value), Messages (messages: role, content), \
-    Alpaca (instruction, input, output), text (text), pre-tokenized (input_ids, labels)";
+    Alpaca (instruction, input, output), prompt and completion, preferences (chosen, rejected), text (text), \
+    pre-tokenized (input_ids, labels)";
 
 /// Where a row stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

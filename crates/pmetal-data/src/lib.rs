@@ -2,8 +2,8 @@
 //!
 //! The way of a row:
 //!
-//! 1. [`Dataset::load`] reads a file of rows, one at a time; the keys of a row tell its format: ShareGPT, Messages, Alpaca, text
-//!    or ids.
+//! 1. [`Dataset::load`] reads a file of rows, one at a time; the keys of a row tell its format: ShareGPT, Messages, Alpaca,
+//!    prompt and completion, preferences, text or ids.
 //! 2. A conversation is rendered by a [`Template`], as `transformers` renders it: the model's own, one that is built in, or a
 //!    file ([`TemplateChoice`]).
 //! 3. The [`Tokenizer`] makes ids of the text, and labels of what the assistant says in it ([`TrainOn`]): turn by turn,
@@ -41,6 +41,7 @@ pub use examples::Examples;
 pub use mask::TrainOn;
 pub use packing::{Packing, pack};
 pub use report::{DropReason, Dropped, Report};
+pub use row::Format;
 pub use sampler::Sampler;
 pub use source::{Source, Split};
 pub use stats::{Bin, Cut, Lengths, Stats};

@@ -88,7 +88,8 @@ impl Turns<'_> {
     /// begins, because the template treats the last turn in its own way, its content is found by putting others in its place.
     pub(crate) fn spans(&self, train_on: TrainOn) -> Result<Vec<Range<usize>>> {
         let messages = self.conversation.messages.iter().enumerate();
-        let turns: Vec<usize> = messages.filter(|(_, m)| m.role() == "assistant").map(|(index, _)| index).collect();
+        let spoken = |m: &Message| m.role() == "assistant" && m.trained();
+        let turns: Vec<usize> = messages.filter(|(_, m)| spoken(m)).map(|(index, _)| index).collect();
         let Some(&last) = turns.last() else { return Ok(Vec::new()) };
         match (train_on, self.template.render_marked(self.prepared, self.text)?) {
             (TrainOn::Last, None) => Ok(vec![self.turn(last, 0)?]),
@@ -134,7 +135,12 @@ impl Turns<'_> {
     /// The turn around its content: where two renderings of the whole, with other contents in its place, differ.
     fn by_content(&self, turn: usize, floor: usize, start: Option<usize>) -> Result<(usize, usize)> {
         let lost = || Error::TurnNotFound { template: self.template.origin().to_string(), message: turn };
-        let message = self.conversation.messages.get(turn).filter(|m| m.content().is_some()).ok_or_else(lost)?;
+        let message = self
+            .conversation
+            .messages
+            .get(turn)
+            .filter(|m| m.object().get("content").is_some_and(serde_json::Value::is_string))
+            .ok_or_else(lost)?;
         let swapped = |probe: &str, end: usize| {
             let mut message = message.clone();
             message.set("content", probe);
