@@ -92,7 +92,7 @@ pub enum Error {
         name: String,
     },
     /// A format of rows that is not written.
-    #[error("no row format '{name}': expected messages, sharegpt, alpaca, text, prompt-completion or preference")]
+    #[error("no row format '{name}': expected messages, sharegpt, alpaca, text, prompt-completion, preference or tokens")]
     UnknownFormat {
         /// What was given.
         name: String,
@@ -149,6 +149,15 @@ pub enum Error {
         /// Another.
         second: PathBuf,
     },
+    /// A file of rows to be written whose ending is none of those known.
+    #[error("{}: rows are written as .jsonl, .json, .csv or .tsv (with .gz or .zst behind it, too)", path.display())]
+    OutputKind {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file could not be written in its place.
+    #[error(transparent)]
+    File(#[from] pmetal_core::Error),
     /// `--columns` that cannot be understood.
     #[error("--columns: {reason}; expected pairs such as instruction=question,output=answer")]
     Columns {
