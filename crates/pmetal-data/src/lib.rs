@@ -23,6 +23,7 @@ mod row;
 mod sampler;
 mod template;
 mod tokenizer;
+mod view;
 
 pub use conversation::Message;
 pub use dataset::{Dataset, DatasetOptions, DropReason, Dropped, Report, split};
@@ -34,3 +35,4 @@ pub use row::Format;
 pub use sampler::Sampler;
 pub use template::{Template, TemplateChoice};
 pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use view::TokenView;
