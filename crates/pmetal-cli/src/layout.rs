@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 
 use pmetal::data::{RowView, TokenView};
 
-use crate::style;
+use crate::style::Style;
 
 /// Columns of a line where there is no terminal.
 const WIDTH: usize = 80;
@@ -16,6 +16,7 @@ const BETWEEN: &str = "·";
 /// How rows are drawn.
 pub struct Layout {
     width: usize,
+    style: Style,
 }
 
 /// A line being filled with tokens that are all trained, or none.
@@ -29,7 +30,8 @@ impl Layout {
     /// For stdout as it is.
     pub fn for_stdout() -> Self {
         let terminal = io::stdout().is_terminal().then(console::Term::stdout);
-        Self { width: terminal.map_or(WIDTH, |terminal| usize::from(terminal.size().1).max(20)) }
+        let width = terminal.map_or(WIDTH, |terminal| usize::from(terminal.size().1).max(20));
+        Self { width, style: Style::stdout() }
     }
 
     /// One row: a headline, then its tokens. Trained ones stand in lines that begin with a plus; tokens are separated by dots, and every
@@ -41,7 +43,7 @@ impl Layout {
         let cut = row.tokens.len() - kept.len();
         let cut = if cut > 0 { format!(", {cut} more are cut off") } else { String::new() };
         let place = format!("{}, {}", row.file.display(), row.place);
-        writeln!(out, "{}", style::bold(&format!("row {number} ({place}): {} tokens, {trained} trained{cut}", kept.len())))?;
+        writeln!(out, "{}", self.style.bold(&format!("row {number} ({place}): {} tokens, {trained} trained{cut}", kept.len())))?;
         let mut line: Option<Line> = None;
         for token in kept {
             if line.as_ref().is_some_and(|line| line.trained != token.trained) {
@@ -58,8 +60,8 @@ impl Layout {
 
     /// What the signs mean.
     pub fn legend(&self, out: &mut impl Write) -> io::Result<()> {
-        let example = |text: &str, trained: bool| paint(text, trained, false);
-        let special = paint("special token", false, true);
+        let example = |text: &str, trained: bool| self.paint(text, trained, false);
+        let special = self.paint("special token", false, true);
         writeln!(out, "{}trained   {}not trained   {special}   {BETWEEN} between tokens   ⏎ line break", example("+ ", true), example("  ", false))
     }
 
@@ -90,35 +92,35 @@ impl Layout {
         while console::measure_text_width(rest) > room {
             let head = console::truncate_str(rest, room, "").into_owned();
             rest = rest.get(head.len()..).unwrap_or_default();
-            let full = Line { text: paint(&head, token.trained, token.special), columns: room, trained: token.trained };
+            let full = Line { text: self.paint(&head, token.trained, token.special), columns: room, trained: token.trained };
             self.end(out, Some(full), "")?;
         }
         let columns = console::measure_text_width(rest);
         let at = line.get_or_insert_with(|| Line { text: String::new(), columns: 0, trained: token.trained });
         if first && at.columns > 0 {
-            at.text.push_str(&style::dim(BETWEEN));
+            at.text.push_str(&self.style.dim(BETWEEN));
             at.columns += 1;
         }
-        at.text.push_str(&paint(rest, token.trained, token.special));
+        at.text.push_str(&self.paint(rest, token.trained, token.special));
         at.columns += columns;
         Ok(())
+    }
+
+    /// Trained text is green; special tokens are bold.
+    fn paint(&self, text: &str, trained: bool, special: bool) -> String {
+        let coloured = if trained { self.style.green(text) } else { text.to_string() };
+        if special { self.style.bold(&coloured) } else { coloured }
     }
 
     fn end(&self, out: &mut impl Write, line: Option<Line>, note: &str) -> io::Result<()> {
         let Some(line) = line else { return Ok(()) };
         let margin = MARGINS[usize::from(!line.trained)];
-        writeln!(out, "{}{}{note}", paint(margin, line.trained, false), line.text)
+        writeln!(out, "{}{}{note}", self.paint(margin, line.trained, false), line.text)
     }
 }
 
 fn pointer(trained: bool) -> &'static str {
     if trained { "  <- end of turn, trained" } else { "  <- end of turn" }
-}
-
-/// Trained text is green; special tokens are bold.
-fn paint(text: &str, trained: bool, special: bool) -> String {
-    let coloured = if trained { style::green(text) } else { text.to_string() };
-    if special { style::bold(&coloured) } else { coloured }
 }
 
 /// The text with control characters made visible, line breaks aside.

@@ -31,6 +31,7 @@ mod stats;
 mod store;
 mod template;
 mod tokenizer;
+mod view;
 mod writer;
 
 pub use cache::CacheChoice;
@@ -51,3 +52,4 @@ pub use stats::{Bin, Cut, Lengths, Stats};
 pub use template::{Template, TemplateChoice};
 pub use tokenizer::{StreamDecoder, Tokenizer};
 pub use writer::RowsFile;
+pub use view::TokenView;

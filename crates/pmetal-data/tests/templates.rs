@@ -101,6 +101,10 @@ fn each_case(mut check: impl FnMut(&str, &str, &Value, &Value)) {
 fn ids_are_those_of_transformers() {
     let mut failures = Vec::new();
     each_case(|name, template, row, expected| {
+        // Where Python fails over a mistake in the template, what we make of it is free.
+        if expected.get("fails").is_some() {
+            return;
+        }
         let got = Model::new(Some(template)).encode(row, TrainOn::All);
         match (got, expected["error"].as_str()) {
             (Err(message), Some(theirs)) if message.contains(theirs) || !theirs.contains("raise") => {}
