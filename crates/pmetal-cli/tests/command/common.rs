@@ -25,7 +25,8 @@ pub struct Ran {
 /// The command, not yet started.
 pub fn command<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pmetal"));
-    command.args(args).stdin(Stdio::null());
+    // tokenized rows are kept with the tests, not in the cache of who runs them
+    command.args(args).stdin(Stdio::null()).env("PMETAL_CACHE", env!("CARGO_TARGET_TMPDIR"));
     command
 }
 

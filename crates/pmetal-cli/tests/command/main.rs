@@ -2,6 +2,7 @@
 
 mod bench;
 mod common;
+mod data;
 mod data_errors;
 mod flag_errors;
 mod infer;
