@@ -92,7 +92,9 @@ pub enum Error {
         name: String,
     },
     /// A format of rows that is not written.
-    #[error("no row format '{name}': expected messages, sharegpt, alpaca, text, prompt-completion, preference or tokens")]
+    #[error(
+        "no row format '{name}': expected messages, sharegpt, alpaca, text, prompt-completion, preference or tokens"
+    )]
     UnknownFormat {
         /// What was given.
         name: String,

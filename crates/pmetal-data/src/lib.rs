@@ -51,5 +51,5 @@ pub use source::{Source, Split};
 pub use stats::{Bin, Cut, Lengths, Stats};
 pub use template::{Template, TemplateChoice};
 pub use tokenizer::{StreamDecoder, Tokenizer};
-pub use writer::RowsFile;
 pub use view::TokenView;
+pub use writer::RowsFile;

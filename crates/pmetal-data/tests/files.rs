@@ -50,8 +50,7 @@ fn numbers_and_dotted_columns_become_text() {
     let plain = of_file(&fixture("rows.jsonl"), "instruction=messages.0.content,output=n");
     assert_eq!(rows, plain);
     let tokenizer = tokenizer();
-    let answer: Vec<u32> =
-        rows[7].labels.iter().filter(|&&label| label >= 0).map(|&label| label as u32).collect();
+    let answer: Vec<u32> = rows[7].labels.iter().filter(|&&label| label >= 0).map(|&label| label as u32).collect();
     assert_eq!(tokenizer.decode(&answer).unwrap(), "7");
 }
 

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 use crate::common::{Space, chat_model, metrics, quickstart, refused, rows, says, succeed};
 
-const ROW: &str = r#"{"messages": [{"role": "user", "content": "Hi\tyou"}, {"role": "assistant", "content": "Hello."}]}"#;
+const ROW: &str =
+    r#"{"messages": [{"role": "user", "content": "Hi\tyou"}, {"role": "assistant", "content": "Hello."}]}"#;
 
 fn lines(text: &str) -> Vec<&str> {
     text.lines().collect()
@@ -18,7 +19,10 @@ fn a_preview_shows_what_is_trained_and_where_the_turn_ends() {
     let file = space.write("rows.jsonl", ROW);
     let ran = succeed(["data", "preview", "--model", &chat_model(), "--dataset", &file]);
     let shown = lines(&ran.stdout);
-    assert!(shown[0].starts_with("row 0 (") && shown[0].contains("line 1): ") && shown[0].ends_with(" trained"), "{shown:?}");
+    assert!(
+        shown[0].starts_with("row 0 (") && shown[0].contains("line 1): ") && shown[0].ends_with(" trained"),
+        "{shown:?}"
+    );
     assert!(shown.iter().all(|line| line.chars().count() <= 80 || line.starts_with("row")), "{shown:#?}");
     assert!(shown.contains(&"  <|im_start|>·user·⏎"), "{shown:#?}");
     let trained: Vec<_> = shown.iter().filter(|line| line.starts_with("+ ")).collect();
@@ -64,9 +68,13 @@ fn stats_count_rows_tokens_and_duplicates() {
     let file = quickstart("train.jsonl");
     let twice = Space::new();
     let doubled = twice.write("twice.jsonl", fs::read_to_string(&file).unwrap().repeat(2));
-    let ran = succeed(["data", "stats", "--model", &chat_model(), "--dataset", &doubled, "--max-seq-len", "40", "--json"]);
+    let ran =
+        succeed(["data", "stats", "--model", &chat_model(), "--dataset", &doubled, "--max-seq-len", "40", "--json"]);
     let stats: Value = serde_json::from_str(&ran.stdout).unwrap();
-    assert_eq!((&stats["rows"], &stats["duplicates"], &stats["rows_left_out"]), (&json!(2000), &json!(1000), &json!(0)));
+    assert_eq!(
+        (&stats["rows"], &stats["duplicates"], &stats["rows_left_out"]),
+        (&json!(2000), &json!(1000), &json!(0))
+    );
     let cut = &stats["cuts"].as_array().unwrap()[0];
     assert_eq!(cut["max_seq_len"], 40);
     assert!(cut["truncated"].as_u64().unwrap() > 0 && cut["lost_tokens"].as_u64() > cut["truncated"].as_u64());
