@@ -211,11 +211,11 @@ fn wrong(key: impl Into<String>, expected: &'static str, found: &Value) -> RowFa
     RowFault::WrongKind { key: key.into(), expected, found: kind(found) }
 }
 
-fn keys(object: &Object) -> String {
+pub(crate) fn keys(object: &Object) -> String {
     object.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
