@@ -158,13 +158,7 @@ fn put(
         member.adapter = targets.iter().enumerate().find(|(_, t)| t.module == module).and_then(|(place, target)| {
             let [a, b] = target.names();
             let (a, b) = weight(&a).zip(weight(&b))?;
-            Some(Adapter {
-                a,
-                b,
-                scale: config.scale(),
-                dropout: config.lora_dropout as f32,
-                place: place as u64,
-            })
+            Some(Adapter { a, b, scale: config.scale(), dropout: config.lora_dropout as f32, place: place as u64 })
         });
     });
 }

@@ -82,7 +82,8 @@ fn logprobs_are_those_of_the_logits_before_any_sampling() {
     for fixture in Fixture::all() {
         let (model, row) = (fixture.model(DType::F32, None), &fixture.rows()[0]);
         let want = fixture.expected["logits.0"].to_vec2::<f32>().unwrap();
-        let params = SamplingParams { temperature: 3.0, top_k: 40, max_tokens: 1, seed: 5, ..SamplingParams::default() };
+        let params =
+            SamplingParams { temperature: 3.0, top_k: 40, max_tokens: 1, seed: 5, ..SamplingParams::default() };
         let params = SamplingParams { repetition_penalty: 1.5, logprobs: Some(5), ..params };
         for (read, logits) in want.iter().enumerate() {
             let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();

@@ -1,154 +1,185 @@
+//! `pmetal infer`: one answer, a file of answers, or a chat.
+
+mod answer;
+mod args;
+mod batch;
+mod chat;
+mod input;
+mod prompts;
+#[cfg(test)]
+mod testing;
+mod voice;
+
 use std::{
-    collections::BTreeSet,
     io::{self, Write},
-    ops::ControlFlow,
+    path::{Path, PathBuf},
 };
 
 use pmetal::{
-    data::{Message, Template, TemplateChoice, Tokenizer},
-    models::{Checkpoint, Generation, GenerationConfig, SamplingParams, generate},
+    data::Prompt,
+    models::{Checkpoint, Generation, SamplingParams},
 };
+use serde_json::{Map, Value};
 
-use super::{ModelArgs, Result};
-use crate::{tell::tell, thinking::ThinkFilter};
+pub use args::Args;
+
+use self::{
+    answer::{Answer, Engine, Finish},
+    args::Ask,
+    batch::{Progress, Results},
+    chat::Chat,
+    prompts::Row,
+    voice::{Prepared, Voice},
+};
+use super::{Failure, Result};
+use crate::{interrupt::Interrupt, style::Style, tell::tell, thinking::Piece};
 
 /// Examples shown under `--help`.
 pub const EXAMPLES: &str = "\
 Examples:
+  pmetal infer --model ./model                                 # a chat; /help lists its commands
   pmetal infer --model ./model --chat --prompt \"What is the capital of France?\"
   pmetal infer --model ./model.gguf --lora ./output --chat --system \"Be brief.\" --prompt \"Why is the sky blue?\" --temperature 0.7
-  pmetal infer --model ./base --prompt \"Once upon a time\" --max-tokens 64";
+  pmetal infer --model ./base --prompt \"Once upon a time\" --max-tokens 64 --stop \"The end\"
+  cat question.txt | pmetal infer --model ./model --chat --json
+  pmetal infer --model ./model --prompt-file prompts.jsonl --chat --output answers.jsonl
+  pmetal infer --model ./model --lora ./first --lora ./second --chat --prompt \"Who are you?\"";
 
-/// Flags of `pmetal infer`.
-#[derive(clap::Args)]
-pub struct Args {
-    #[command(flatten)]
-    model: ModelArgs,
-    /// What to continue, or with --chat to answer
-    #[arg(long, value_name = "TEXT")]
-    prompt: String,
-    /// Put the prompt through the chat template
-    #[arg(long)]
-    chat: bool,
-    /// System turn before the prompt
-    #[arg(long, value_name = "TEXT", requires = "chat")]
-    system: Option<String>,
-    /// Chat template: auto (the model's own), chatml, llama-3, alpaca, or a Jinja file
-    #[arg(long, default_value = "auto", value_name = "NAME|FILE", requires = "chat")]
-    chat_template: TemplateChoice,
-    /// Print the reasoning between think tags too
-    #[arg(long)]
-    show_thinking: bool,
-    /// 0 picks the likeliest token each time [default: the model's, else 0]
-    #[arg(long, value_name = "T")]
-    temperature: Option<f64>,
-    /// Sample among the K likeliest tokens, 0 for all [default: the model's, else 0]
-    #[arg(long, value_name = "K")]
-    top_k: Option<usize>,
-    /// Sample among the likeliest tokens that hold this share together [default: the model's, else 1]
-    #[arg(long, value_name = "P")]
-    top_p: Option<f64>,
-    /// Leave out tokens less likely than this share of the likeliest
-    #[arg(long, value_name = "P")]
-    min_p: Option<f64>,
-    /// Tokens to write at most
-    #[arg(long, visible_alias = "max-new-tokens", default_value_t = 256, value_name = "TOKENS")]
-    max_tokens: usize,
-    /// Above 1 makes tokens that occurred less likely [default: the model's, else 1]
-    #[arg(long, value_name = "PENALTY")]
-    repetition_penalty: Option<f64>,
-    /// Seed of the sampler
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+/// Answers what the flags, stdin or the person at the terminal ask.
+pub fn run(args: &Args) -> Result<()> {
+    let ask = args.ask()?;
+    let with_template = args.uses_template(&ask);
+    let checkpoint = args.model.checkpoint()?;
+    let params = args.sampling(&checkpoint)?;
+    let adapters: Vec<Option<PathBuf>> = match args.model.adapters() {
+        [] => vec![None],
+        paths => paths.iter().cloned().map(Some).collect(),
+    };
+    let open = |adapter: &Option<PathBuf>| Voice::open(args, &checkpoint, adapter.as_deref(), with_template);
+    let voices = adapters.iter().map(open).collect::<Result<Vec<_>>>()?;
+    if let Some(voice) = voices.first() {
+        voice.note_template(args);
+    }
+    for flag in args.idle_flags(&params) {
+        tell(format_args!("{flag} chooses nothing at temperature 0: give a --temperature too"));
+    }
+    match &ask {
+        Ask::Chat => chat(args, &checkpoint, voices, params),
+        Ask::One { prompt, origin } => {
+            let prompt = Prompt::Text(prompt.clone());
+            let turns = voices.into_iter().map(|voice| Ok((voice.prepare(&prompt, origin)?, voice)));
+            let turns = turns.collect::<Result<Vec<_>>>()?;
+            each_voice(args, &checkpoint, turns, params, |engine, prepared| one(args, engine, &prompt, &prepared))
+        }
+        Ask::File(rows) => {
+            let turns = voices.into_iter().map(|voice| Ok((batch::prepare(&voice, rows)?, voice)));
+            let turns = turns.collect::<Result<Vec<_>>>()?;
+            file(args, &checkpoint, turns, params, rows)
+        }
+    }
 }
 
-/// Streams the completion to stdout, and the speed to stderr.
-pub fn run(args: &Args) -> Result<()> {
-    let (checkpoint, model) = args.model.open()?;
-    let tokenizer = Tokenizer::from_model_path(checkpoint.path())?;
-    let template = args.chat.then(|| Template::choose(&args.chat_template, &tokenizer)).transpose()?;
-    let (prompt, ids) = prompt(args, &tokenizer, template.as_ref())?;
-    if ids.is_empty() {
-        return Err(super::Failure::Usage(
-            "--prompt: is empty, and this model has no token to begin a text with".into(),
-        ));
+/// Loads the model once and lets each voice answer in turn what was prepared for it.
+fn each_voice<P>(
+    args: &Args,
+    checkpoint: &Checkpoint,
+    turns: Vec<(P, Voice)>,
+    params: SamplingParams,
+    mut answer: impl FnMut(&mut Engine, P) -> Result<()>,
+) -> Result<()> {
+    let mut turns = turns.into_iter();
+    let Some((prepared, voice)) = turns.next() else { return Ok(()) };
+    let mut engine = Engine::load(args, checkpoint, voice, params)?;
+    engine.interrupt = Interrupt::install();
+    answer(&mut engine, prepared)?;
+    for (prepared, voice) in turns {
+        engine.switch(voice)?;
+        answer(&mut engine, prepared)?;
     }
-    let stop_ids = stop_ids(&checkpoint, &tokenizer, template.as_ref());
-    let mut filter = (!args.show_thinking).then(|| ThinkFilter::new(&prompt));
-    let mut stream = tokenizer.stream();
-    let mut out = io::stdout().lock();
-    let mut failure = None;
-    let generation = generate(model.as_ref(), &ids, &sampling(args, checkpoint.generation()), &stop_ids, &mut |id| {
-        let printed = stream.push(id).map_err(super::Failure::from).and_then(|text| {
-            let text = match &mut filter {
-                Some(filter) => filter.push(&text),
-                None => text,
-            };
-            out.write_all(text.as_bytes())?;
-            Ok(out.flush()?)
-        });
-        match printed {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(e) => {
-                failure = Some(e);
-                ControlFlow::Break(())
-            }
-        }
-    })?;
-    if let Some(failure) = failure {
-        return Err(failure);
-    }
-    let rest = stream.finish()?;
-    let rest = match filter {
-        Some(mut filter) => filter.push(&rest) + &filter.finish(),
-        None => rest,
-    };
-    writeln!(out, "{rest}")?;
-    tell(speed(ids.len(), &generation));
     Ok(())
 }
 
-/// The prompt as text and as ids.
-fn prompt(args: &Args, tokenizer: &Tokenizer, template: Option<&Template>) -> Result<(String, Vec<u32>)> {
-    let Some(template) = template else {
-        return Ok((args.prompt.clone(), tokenizer.encode(&args.prompt, true)?));
+/// Streams an answer to stdout, or prints it as JSON; the speed goes to stderr.
+fn one(args: &Args, engine: &mut Engine, prompt: &Prompt, prepared: &Prepared) -> Result<()> {
+    let mut out = io::stdout().lock();
+    let params = engine.params.clone();
+    let answer = if args.json {
+        let answer = engine.answer(prepared, &params, &mut |_| Ok(()))?;
+        let mut fields = Map::new();
+        if let Prompt::Text(text) = prompt {
+            fields.insert("prompt".into(), text.as_str().into());
+        }
+        answer.add_to(&mut fields, &engine.voice);
+        writeln!(out, "{}", Value::Object(fields))?;
+        answer
+    } else {
+        if let (Some(name), 2..) = (&engine.voice.name, args.model.adapters().len()) {
+            writeln!(out, "{}", Style::stdout().bold(&format!("[{name}]")))?;
+        }
+        let answer = engine.answer(prepared, &params, &mut |piece| show(&mut out, piece, args.show_thinking))?;
+        writeln!(out)?;
+        answer
     };
-    let system = args.system.iter().map(|text| Message::new("system", text));
-    let messages: Vec<Message> = system.chain([Message::new("user", &args.prompt)]).collect();
-    let text = template.render(&messages, true)?;
-    let ids = tokenizer.encode(&text, false)?;
-    Ok((text, ids))
-}
-
-/// Every id that ends a completion: the model's, the tokenizer's, and the template's end of turn.
-fn stop_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer, template: Option<&Template>) -> Vec<u32> {
-    let mut ids: BTreeSet<u32> = checkpoint.generation().eos_token_ids.iter().copied().collect();
-    ids.extend(tokenizer.eos_ids());
-    ids.extend(template.and_then(|t| t.end_of_turn(tokenizer)));
-    ids.into_iter().collect()
-}
-
-/// What the flags say, then what the model's generation_config.json says, then greedy.
-fn sampling(args: &Args, model: &GenerationConfig) -> SamplingParams {
-    let samples = model.do_sample.unwrap_or(false);
-    let models_temperature = if samples { model.temperature.unwrap_or(1.0) } else { 0.0 };
-    SamplingParams {
-        temperature: args.temperature.unwrap_or(models_temperature),
-        top_k: args.top_k.or(model.top_k).unwrap_or(0),
-        top_p: args.top_p.or(model.top_p).unwrap_or(1.0),
-        min_p: args.min_p.or(model.min_p).unwrap_or(0.0),
-        repetition_penalty: args.repetition_penalty.or(model.repetition_penalty).unwrap_or(1.0),
-        seed: args.seed,
-        max_tokens: args.max_tokens,
+    tell(speed(&answer));
+    match answer.finish {
+        Finish::Interrupted => {
+            Err(Failure::Interrupted(format!("the answer stops after {} tokens", answer.generation.tokens.len())))
+        }
+        _ => Ok(()),
     }
 }
 
-fn speed(prompt_tokens: usize, generation: &Generation) -> String {
+/// Prints a part of an answer as it comes.
+fn show(out: &mut dyn Write, piece: &Piece, show_thinking: bool) -> Result<()> {
+    match piece {
+        Piece::Answer(text) => out.write_all(text.as_bytes())?,
+        Piece::Reasoning(text) | Piece::Mark(text) if show_thinking => {
+            out.write_all(Style::stdout().dim(text).as_bytes())?;
+        }
+        Piece::Reasoning(_) | Piece::Mark(_) => {}
+    }
+    Ok(out.flush()?)
+}
+
+fn file(
+    args: &Args,
+    checkpoint: &Checkpoint,
+    turns: Vec<(Vec<Prepared>, Voice)>,
+    params: SamplingParams,
+    rows: &[Row],
+) -> Result<()> {
+    let output = args.output.as_deref();
+    let mut results = Results::open(output)?;
+    let total = rows.len() * turns.len();
+    let mut progress = None;
+    each_voice(args, checkpoint, turns, params, |engine, prompts| {
+        let progress = progress.get_or_insert_with(|| Progress::new(total));
+        batch::answer_all(engine, rows, &prompts, &mut results, progress)
+    })?;
+    if let Some(progress) = progress {
+        progress.finish(output);
+    }
+    Ok(())
+}
+
+fn chat(args: &Args, checkpoint: &Checkpoint, voices: Vec<Voice>, params: SamplingParams) -> Result<()> {
+    let Some(voice) = voices.into_iter().next() else { return Ok(()) };
+    let mut engine = Engine::load(args, checkpoint, voice, params)?;
+    engine.interrupt = Interrupt::install();
+    let open = |adapter: Option<&Path>| Voice::open(args, checkpoint, adapter, true);
+    let (mut out, mut notes) = (io::stdout(), io::stderr());
+    let mut chat = Chat::new(args, engine, &open, &mut out, &mut notes);
+    chat.run(&mut input::Terminal::new()?)
+}
+
+fn speed(answer: &Answer) -> String {
     let rate = |tokens: usize, seconds: f64| if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
+    let Generation { tokens, prompt_seconds, decode_seconds, .. } = &answer.generation;
     format!(
-        "prompt: {prompt_tokens} tokens, {:.1} tok/s; decode: {} tokens, {:.1} tok/s",
-        rate(prompt_tokens, generation.prompt_seconds),
-        generation.tokens.len(),
-        rate(generation.tokens.len(), generation.decode_seconds),
+        "prompt: {} tokens, {:.1} tok/s; decode: {} tokens, {:.1} tok/s",
+        answer.prompt_tokens,
+        rate(answer.prompt_tokens, *prompt_seconds),
+        tokens.len(),
+        rate(tokens.len(), *decode_seconds),
     )
 }
