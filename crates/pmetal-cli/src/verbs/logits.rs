@@ -3,7 +3,7 @@ use std::{collections::HashMap, fs, path::PathBuf};
 use candle_core::Tensor;
 use pmetal::{
     core::{Error as FileError, StagedFile},
-    lora::{AdapterFile, Use, attach_file},
+    lora::{Use, attach_file},
     models::Input,
     ops::no_grad,
 };
@@ -45,7 +45,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let adapter = match args.model.adapters() {
         [] => None,
-        [path] => Some(AdapterFile::open(path)?),
+        [path] => Some(args.model.adapter(path)?),
         _ => return Err(Failure::Usage("--lora: takes one adapter here; run the command once for each".into())),
     };
     let mut model = args.model.load(&args.model.checkpoint()?)?;

@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 use pmetal::{
     core::{DTypeChoice, DeviceChoice},
     data::Tokenizer,
+    lora::AdapterFile,
     models::{CausalLMModel, Checkpoint, load},
 };
 
@@ -39,6 +40,11 @@ impl ModelArgs {
     /// The adapters, in the order they were named.
     pub fn adapters(&self) -> &[PathBuf] {
         &self.lora
+    }
+
+    /// An adapter, by the name the user gave it.
+    pub fn adapter(&self, named: &Path) -> Result<AdapterFile> {
+        Ok(AdapterFile::open(named)?)
     }
 
     /// The model as the user named it.

@@ -24,7 +24,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub prompt_file: Option<PathBuf>,
     /// JSON lines for the answers to --prompt-file, each with what its row had; without it they go to stdout
-    #[arg(long, value_name = "FILE", requires = "prompt_file")]
+    #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Put prompts through the chat template, as a chat and rows of messages always do
     #[arg(long)]
@@ -71,6 +71,9 @@ pub struct Args {
     pub seed: u64,
 }
 
+/// Where a prompt comes from that no flag gives.
+pub const STDIN: &str = "stdin";
+
 /// What is wanted of the model.
 pub enum Ask {
     /// A chat at the terminal.
@@ -95,11 +98,14 @@ impl Args {
         if self.logprobs.is_some() && !self.json && self.prompt_file.is_none() {
             return usage("--logprobs: add --json, or give the prompts with --prompt-file");
         }
+        if self.output.is_some() && self.prompt_file.is_none() {
+            return usage("--output: is for the answers to a --prompt-file");
+        }
         let ask = match (&self.prompt, &self.prompt_file) {
             (Some(prompt), _) => Ask::One { prompt: prompt.clone(), origin: "--prompt" },
             (None, Some(file)) => Ask::File(prompts::read(file)?),
             (None, None) if io::stdin().is_terminal() => Ask::Chat,
-            (None, None) => Ask::One { prompt: all_of_stdin()?, origin: "stdin" },
+            (None, None) => Ask::One { prompt: all_of_stdin()?, origin: STDIN },
         };
         if matches!(ask, Ask::Chat) && self.json {
             return usage("--json: give a --prompt");

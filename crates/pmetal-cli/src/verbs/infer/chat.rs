@@ -71,7 +71,7 @@ impl<'a> Chat<'a> {
             engine,
             open_voice,
             adapters: args.model.adapters().iter().map(|path| path.display().to_string()).collect(),
-            model: args.model.name().display().to_string(),
+            model: args.model.name().file_name().unwrap_or(args.model.name().as_os_str()).display().to_string(),
             show_thinking: args.show_thinking,
             system: args.system.clone(),
             turns: Vec::new(),
@@ -110,9 +110,11 @@ impl<'a> Chat<'a> {
     }
 
     fn greet(&mut self) -> Result<()> {
-        let context = self.engine.context();
-        let voice = self.engine.voice.name.as_ref().map(|name| format!(" with {name}")).unwrap_or_default();
-        self.note(&format!("{}{voice}, a context of {context} tokens; /help lists the commands", self.model))
+        if let Some(name) = &self.engine.voice.name {
+            let line = format!("adapter: {name}");
+            self.note(&line)?;
+        }
+        self.note(&format!("{}, {} tokens of context; /help lists the commands", self.model, self.engine.context()))
     }
 
     fn command(&mut self, command: &str) -> Result<Next> {

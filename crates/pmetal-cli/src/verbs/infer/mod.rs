@@ -37,13 +37,16 @@ use crate::{interrupt::Interrupt, style::Style, tell::tell, thinking::Piece};
 /// Examples shown under `--help`.
 pub const EXAMPLES: &str = "\
 Examples:
-  pmetal infer --model ./model                                 # a chat; /help lists its commands
+  pmetal infer --model ./model             # a chat; /help lists its commands
   pmetal infer --model ./model --chat --prompt \"What is the capital of France?\"
-  pmetal infer --model ./model.gguf --lora ./output --chat --system \"Be brief.\" --prompt \"Why is the sky blue?\" --temperature 0.7
-  pmetal infer --model ./base --prompt \"Once upon a time\" --max-tokens 64 --stop \"The end\"
+  pmetal infer --model ./model.gguf --lora ./output --chat \\
+      --system \"Be brief.\" --prompt \"Why is the sky blue?\" --temperature 0.7
+  pmetal infer --model ./base --prompt \"Once upon a time\" --stop \"The end\"
   cat question.txt | pmetal infer --model ./model --chat --json
-  pmetal infer --model ./model --prompt-file prompts.jsonl --chat --output answers.jsonl
-  pmetal infer --model ./model --lora ./first --lora ./second --chat --prompt \"Who are you?\"";
+  pmetal infer --model ./model --chat --prompt-file prompts.jsonl \\
+      --output answers.jsonl
+  pmetal infer --model ./model --lora ./first --lora ./second --chat \\
+      --prompt \"Who are you?\"";
 
 /// Answers what the flags, stdin or the person at the terminal ask.
 pub fn run(args: &Args) -> Result<()> {

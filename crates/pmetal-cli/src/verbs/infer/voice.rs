@@ -9,7 +9,7 @@ use pmetal::{
     models::{Checkpoint, Error as ModelError},
 };
 
-use super::args::Args;
+use super::args::{Args, STDIN};
 use crate::{
     tell::tell,
     thinking::{BRACKETS, THINK, Tags},
@@ -56,6 +56,9 @@ pub struct Prepared {
     pub stop_texts: Vec<String>,
 }
 
+/// What to do where the prompt was to come from stdin.
+const NO_STDIN: &str = "; give a --prompt or a --prompt-file, or chat at a terminal";
+
 /// Two contents no template treats in a special way.
 const PROBES: [&str; 2] = ["Kestrel flew", "Wagon stood up"];
 
@@ -79,7 +82,7 @@ impl Voice {
         }
         Ok(Self {
             name: adapter.map(|path| path.display().to_string()),
-            adapter: adapter.map(AdapterFile::open).transpose()?,
+            adapter: adapter.map(|path| args.model.adapter(path)).transpose()?,
             turn_ends: template.as_ref().map(|template| turn_ends(template, &tokenizer)).unwrap_or_default(),
             tokenizer,
             template,
@@ -108,7 +111,9 @@ impl Voice {
     pub fn prepare(&self, prompt: &Prompt, origin: &str) -> Result<Prepared> {
         let mut conversation = match (prompt, self.chat) {
             (Prompt::Text(text), false) => return self.continue_text(text, origin),
-            (Prompt::Text(text), true) if text.trim().is_empty() => return empty(origin, ""),
+            (Prompt::Text(text), true) if text.trim().is_empty() => {
+                return empty(origin, if origin == STDIN { NO_STDIN } else { "" });
+            }
             (Prompt::Text(text), true) => {
                 Conversation { messages: vec![Message::new("user", text)], ..Conversation::default() }
             }
@@ -125,7 +130,8 @@ impl Voice {
     pub fn continue_text(&self, text: &str, origin: &str) -> Result<Prepared> {
         let ids = self.tokenizer.encode(text, true)?;
         if ids.is_empty() {
-            return empty(origin, ", and this model has no token to begin a text with");
+            let alone = ", and this model has no token to begin a text with";
+            return empty(origin, if origin == STDIN { NO_STDIN } else { alone });
         }
         self.fits(&ids)?;
         Ok(Prepared { text: text.to_owned(), ids, stop_ids: self.eos_ids.clone(), stop_texts: Vec::new() })
