@@ -204,7 +204,7 @@ impl Tokenizer {
     }
 
     /// The text of a token as the vocabulary has it.
-    pub(crate) fn token(&self, id: u32) -> Option<String> {
+    pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 

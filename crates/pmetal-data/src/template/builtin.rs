@@ -130,6 +130,19 @@ impl Template {
         }
     }
 
+    /// The text of a conversation, followed by the start of an assistant's turn.
+    ///
+    /// # Errors
+    /// As [`Template::render`].
+    pub fn render_prompt(&self, conversation: &Conversation) -> Result<String> {
+        self.conversation.render(conversation, true)
+    }
+
+    /// Where the template of conversations comes from: a file, or `built in: chatml`.
+    pub fn origin(&self) -> &str {
+        self.conversation.origin()
+    }
+
     /// The token with which the template ends an assistant's turn, if it is a special one.
     pub fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<u32> {
         let shape = TurnShape::learn(&self.conversation, tokenizer);
