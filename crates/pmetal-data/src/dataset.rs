@@ -43,6 +43,10 @@ pub struct Report {
     pub supervised_tokens: usize,
     /// Tokens of the longest example.
     pub longest: usize,
+    /// Examples of conversations.
+    pub conversations: usize,
+    /// Examples of Alpaca rows.
+    pub alpaca: usize,
 }
 
 /// A row left out.
@@ -146,6 +150,8 @@ impl Dataset {
                 Ok((example, truncated)) => {
                     self.report.truncated += usize::from(truncated);
                     self.report.count(&example);
+                    self.report.conversations += usize::from(matches!(row, Row::Conversation(_)));
+                    self.report.alpaca += usize::from(matches!(row, Row::Alpaca(_)));
                     self.examples.push(example);
                 }
                 Err(reason) => self.report.dropped.push(Dropped { place, reason }),

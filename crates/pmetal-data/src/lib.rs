@@ -32,4 +32,4 @@ pub use mask::TrainOn;
 pub use packing::{Packing, pack};
 pub use sampler::Sampler;
 pub use template::{Template, TemplateChoice};
-pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use tokenizer::{StreamDecoder, TOKENIZER_FILES, Tokenizer};

@@ -10,6 +10,7 @@ mod schedule;
 mod sft;
 mod step;
 mod trainer;
+mod vocabulary;
 
 pub use error::{Error, Result};
 pub use metrics::{EvalMetrics, MetricsFile, Observer, StepMetrics};

@@ -65,7 +65,7 @@ pub struct Args {
 /// Streams the completion to stdout, and the speed to stderr.
 pub fn run(args: &Args) -> Result<()> {
     let (checkpoint, model) = args.model.open()?;
-    let tokenizer = Tokenizer::from_model_path(checkpoint.path())?;
+    let tokenizer = args.model.tokenizer()?;
     let template = args.chat.then(|| Template::choose(&args.chat_template, &tokenizer)).transpose()?;
     let (prompt, ids) = prompt(args, &tokenizer, template.as_ref())?;
     if ids.is_empty() {

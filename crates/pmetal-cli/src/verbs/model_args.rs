@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use pmetal::{
     core::{DTypeChoice, DeviceChoice},
+    data::Tokenizer,
     lora::{AdapterFile, Use, attach_file},
     models::{CausalLMModel, Checkpoint, load},
 };
@@ -35,5 +36,14 @@ impl ModelArgs {
             attach_file(model.as_mut(), &AdapterFile::open(lora)?, Use::Inference)?;
         }
         Ok((checkpoint, model))
+    }
+
+    /// The adapter's tokenizer where it has one beside it, else the model's.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        match Tokenizer::find_with_adapter(&self.model, self.lora.as_deref())? {
+            Some(tokenizer) => Ok(tokenizer),
+            // the error that says what is missing
+            None => Ok(Tokenizer::from_model_path(&self.model)?),
+        }
     }
 }

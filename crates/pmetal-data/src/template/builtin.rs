@@ -7,6 +7,7 @@ use std::{
 use super::ChatTemplate;
 use crate::{
     conversation::{Conversation, Message},
+    dataset::Report,
     error::{Error, Result},
     mask::TurnShape,
     tokenizer::Tokenizer,
@@ -49,7 +50,7 @@ const ALPACA: &str = "\
     {%- elif message.role == 'user' %}
         {{- '\\n\\n### Instruction:\\n' + message.content + '\\n\\n### Response:\\n' }}
     {%- elif message.role == 'assistant' %}
-        {{- (message.content or '') + eos_token }}
+        {{- (message.content or '') + (eos_token or '') }}
     {%- endif %}
 {%- endfor %}";
 
@@ -118,6 +119,12 @@ impl Template {
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let conversation = Conversation { messages: messages.to_vec(), tools: None };
         self.conversation.render(&conversation, add_generation_prompt)
+    }
+
+    /// The Jinja text of the template that most of a dataset's rendered rows went through; `None` where none did.
+    pub fn used_for(&self, report: &Report) -> Option<&str> {
+        let used = if report.alpaca > report.conversations { &self.alpaca } else { &self.conversation };
+        (report.alpaca + report.conversations > 0).then(|| used.source())
     }
 
     /// The token with which the template ends an assistant's turn, if it is a special one.

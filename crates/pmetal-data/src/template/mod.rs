@@ -28,6 +28,7 @@ const NAME: &str = "chat";
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     origin: String,
+    source: String,
     special_tokens: Vec<(String, String)>,
     marks_generation: bool,
 }
@@ -45,11 +46,13 @@ impl ChatTemplate {
     /// When it is not valid Jinja.
     pub(crate) fn new(origin: &str, source: &str, special_tokens: &[(String, String)]) -> Result<Self> {
         // Jinja reads every kind of line end as one.
+        let given = source.to_string();
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let (rewritten, marks_generation) = generation::rewrite(&source);
         let mut environment = environment::like_transformers();
         environment.add_template_owned(NAME, rewritten).map_err(|e| template_error(origin, &e))?;
-        Ok(Self { environment, origin: origin.to_string(), special_tokens: special_tokens.to_vec(), marks_generation })
+        let (origin, special_tokens) = (origin.to_string(), special_tokens.to_vec());
+        Ok(Self { environment, origin, source: given, special_tokens, marks_generation })
     }
 
     /// Compiles the template in a file.
@@ -65,6 +68,11 @@ impl ChatTemplate {
     /// Where it comes from: a file, or `built in: chatml`.
     pub(crate) fn origin(&self) -> &str {
         &self.origin
+    }
+
+    /// Its Jinja text, as it was given.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
     }
 
     /// The text of a conversation, followed by the start of an assistant's turn if `add_generation_prompt`.
