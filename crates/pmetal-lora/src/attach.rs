@@ -107,7 +107,8 @@ pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: U
         Use::Inference => {
             let device = model.device();
             let mut frozen = std::collections::HashMap::new();
-            for (name, tensor) in file.tensors.iter().filter(|(name, _)| !carried.tensors().any(|table| table == *name)) {
+            for (name, tensor) in file.tensors.iter().filter(|(name, _)| !carried.tensors().any(|table| table == *name))
+            {
                 frozen.insert(name.clone(), tensor.to_device(&device)?);
             }
             put(model, &targets, &file.config, |name| frozen.get(name).cloned().map(Weight::Frozen));

@@ -191,7 +191,8 @@ impl LoraConfig {
 
 fn modules_to_save(list: Option<&Value>, path: &Path) -> Result<ModulesToSave> {
     let mut modules = ModulesToSave::default();
-    let refuse = |found: &Value| Error::Unsupported { path: path.to_path_buf(), what: format!("modules_to_save = {found}") };
+    let refuse =
+        |found: &Value| Error::Unsupported { path: path.to_path_buf(), what: format!("modules_to_save = {found}") };
     let names = list.map_or(Some(&[][..]), |list| list.as_array().map(Vec::as_slice));
     for name in names.ok_or_else(|| refuse(list.unwrap_or(&Value::Null)))? {
         if !name.as_str().is_some_and(|name| modules.add(name)) {

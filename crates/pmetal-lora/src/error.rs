@@ -50,7 +50,9 @@ pub enum Error {
         name: String,
     },
     /// The head alone, where it is the embedding.
-    #[error("modules_to_save: the head of this model is its embedding, so lm_head cannot be trained alone: name embed_tokens, which trains both")]
+    #[error(
+        "modules_to_save: the head of this model is its embedding, so lm_head cannot be trained alone: name embed_tokens, which trains both"
+    )]
     TiedHead,
     /// A setting outside its range.
     #[error("{key} is {got}, expected {expected}")]

@@ -138,14 +138,18 @@ pub fn save(dir: &Path, config: &LoraConfig, base: &str, arena: &Arena, tied: bo
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut with_config = format.clone();
     with_config.insert(METADATA_KEY.into(), json.to_string());
+    let text = serde_json::to_string_pretty(&json).map_err(|e| Error::broken(dir, e))?;
+    let config_path = dir.join(CONFIG);
+    fs::write(&config_path, text).map_err(pmetal_core::Error::io("write", &config_path))?;
+    let permissions = fs::metadata(&config_path).map_err(pmetal_core::Error::io("read", &config_path))?.permissions();
     for (name, metadata) in [(WEIGHTS, format), (SINGLE_FILE, with_config)] {
         let path = dir.join(name);
         let views = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         safetensors::serialize_to_file(views, Some(metadata), &path).map_err(|e| not_written(&path, e))?;
+        // the crate goes by way of a temporary file, which nobody else may read
+        fs::set_permissions(&path, permissions.clone()).map_err(pmetal_core::Error::io("write", &path))?;
     }
-    let text = serde_json::to_string_pretty(&json).map_err(|e| Error::broken(dir, e))?;
-    let path = dir.join(CONFIG);
-    Ok(fs::write(&path, text).map_err(pmetal_core::Error::io("write", &path))?)
+    Ok(())
 }
 
 fn not_written(path: &Path, error: safetensors::SafeTensorError) -> Error {

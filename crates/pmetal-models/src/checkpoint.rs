@@ -91,8 +91,14 @@ impl Checkpoint {
         let generation_path = folder.join(GENERATION_CONFIG);
         let generation = if generation_path.exists() { Some(read_object(&generation_path)?) } else { None };
         let generation = GenerationConfig::read(generation.as_ref(), &config).map_err(|e| at(e, &generation_path))?;
-        let checkpoint =
-            Self { path: folder.to_path_buf(), config, spec, generation, weights: Weights::Folder(weights), resized: None };
+        let checkpoint = Self {
+            path: folder.to_path_buf(),
+            config,
+            spec,
+            generation,
+            weights: Weights::Folder(weights),
+            resized: None,
+        };
         checkpoint.check_tensors()?;
         Ok(checkpoint)
     }

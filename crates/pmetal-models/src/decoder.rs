@@ -141,7 +141,8 @@ impl CausalLMModel for Decoder {
         let head_dims = head.as_ref().map_or(embedding.shape(), Weight::shape).dims();
         if width != self.spec.hidden_size || head_dims != [rows, width] {
             let (hidden, dims) = (self.spec.hidden_size, embedding.shape().dims());
-            let reason = format!("embedding {dims:?} and head {head_dims:?}, expected rows of {hidden} and as many of each");
+            let reason =
+                format!("embedding {dims:?} and head {head_dims:?}, expected rows of {hidden} and as many of each");
             return Err(Error::Input { reason });
         }
         self.spec.vocab_size = rows;

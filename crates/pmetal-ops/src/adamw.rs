@@ -79,8 +79,7 @@ mod tests {
         a.add_grad(&Tensor::new(&[3f32, 0.0], &Device::Cpu).unwrap()).unwrap();
         b.add_grad(&Tensor::new(&[0f32, 4.0, 0.0], &Device::Cpu).unwrap()).unwrap();
         assert_eq!(grad_norm(&arena).unwrap(), 5.0);
-        let config =
-            AdamW { learning_rate: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step: 1 };
+        let config = AdamW { learning_rate: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step: 1 };
         adamw(&arena, &config, 1.0).unwrap();
         // the first step of Adam is the learning rate against the gradient's sign
         let read = |t: &Tensor| t.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();

@@ -125,9 +125,11 @@ impl Arena {
 
     /// Rounds the masters into the copies the model reads, after an update.
     pub(crate) fn refresh_copies(&self) -> Result<()> {
-        self.0.slots.iter().filter(|slot| slot.is_copied()).try_for_each(|slot| {
-            elementwise::convert_into(&slot.master, &slot.value)
-        })
+        self.0
+            .slots
+            .iter()
+            .filter(|slot| slot.is_copied())
+            .try_for_each(|slot| elementwise::convert_into(&slot.master, &slot.value))
     }
 }
 

@@ -27,7 +27,8 @@ pub(crate) fn add_tokens(
         let tokens = read_list(list).map_err(|reason| Error::Option { option: flag, reason })?;
         let known: Vec<&String> = tokens.iter().filter(|token| tokenizer.token_to_id(token).is_some()).collect();
         if !known.is_empty() {
-            observer.note(&format!("in the vocabulary already: {}", shown(known.into_iter().map(|token| (token, None)))));
+            observer
+                .note(&format!("in the vocabulary already: {}", shown(known.into_iter().map(|token| (token, None)))));
         }
         added.extend(tokenizer.add_tokens(&tokens, special)?);
     }
@@ -39,9 +40,14 @@ pub(crate) fn add_tokens(
     }
     let fresh: Vec<u32> = added.iter().map(|(_, id)| *id).collect();
     base.resize_vocabulary(needed, &fresh)?;
+    let room =
+        if needed == rows { format!("in the {rows} rows there are") } else { format!("from {rows} to {needed} rows") };
     let tokens = shown(added.iter().map(|(token, id)| (token, Some(*id))));
-    let room = if needed == rows { format!("in the {rows} rows there are") } else { format!("from {rows} to {needed} rows") };
-    observer.note(&format!("{} new tokens, {room}: {tokens}", added.len()));
+    observer.note(&match added.len() {
+        0 => format!("no new token, {room}"),
+        1 => format!("a new token, {room}: {tokens}"),
+        more => format!("{more} new tokens, {room}: {tokens}"),
+    });
     save_tables(options, base, observer);
     Ok(())
 }
@@ -55,7 +61,9 @@ fn save_tables(options: &SftOptions, base: &mut Base, observer: &mut dyn Observe
     let all = base.modules_to_save.and(needed);
     if all != base.modules_to_save {
         let names = needed.names().join(",");
-        observer.note(&format!("--modules-to-save {names} is on: new tokens have rows to train, which are saved with the adapter"));
+        observer.note(&format!(
+            "--modules-to-save {names} is on: new tokens have rows to train, which are saved with the adapter"
+        ));
     }
     base.modules_to_save = all;
 }
