@@ -52,6 +52,6 @@ pub use sampler::Sampler;
 pub use source::{Source, Split};
 pub use stats::{Bin, Cut, Lengths, Stats};
 pub use template::{Template, TemplateChoice};
-pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use tokenizer::{StreamDecoder, TOKENIZER_FILES, Tokenizer};
 pub use view::TokenView;
 pub use writer::RowsFile;

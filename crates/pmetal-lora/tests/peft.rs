@@ -65,7 +65,8 @@ fn what_is_saved_reads_back_bit_by_bit_from_folder_and_single_file() {
     let arena = attach_file(model.as_mut(), &original, Use::Training).unwrap().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("adapter");
-    save(&dir, &original.config, "some/base", &arena).unwrap();
+    fs::create_dir(&dir).unwrap();
+    save(&dir, &original.config, "some/base", &arena, false).unwrap();
     for path in [dir.clone(), dir.join(SINGLE_FILE)] {
         let again = AdapterFile::open(&path).unwrap();
         assert_eq!(again.base, "some/base");

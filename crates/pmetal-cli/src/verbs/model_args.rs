@@ -32,9 +32,13 @@ impl ModelArgs {
         Ok(Checkpoint::open(&self.model)?)
     }
 
-    /// The tokenizer of a checkpoint.
+    /// The first adapter's tokenizer where it has one beside it, else the checkpoint's.
     pub fn tokenizer(&self, checkpoint: &Checkpoint) -> Result<Tokenizer> {
-        Ok(Tokenizer::from_model_path(checkpoint.path())?)
+        match Tokenizer::find_with_adapter(checkpoint.path(), self.lora.first().map(PathBuf::as_path))? {
+            Some(tokenizer) => Ok(tokenizer),
+            // the error that says what is missing
+            None => Ok(Tokenizer::from_model_path(checkpoint.path())?),
+        }
     }
 
     /// The adapters, in the order they were named.

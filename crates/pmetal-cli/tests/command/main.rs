@@ -1,5 +1,6 @@
 //! The command as a user meets it: the built binary, run as a process.
 
+mod add_tokens;
 mod bench;
 mod common;
 mod data;
