@@ -66,7 +66,7 @@ pub enum Error {
     },
     /// The model does not take a table.
     #[error(transparent)]
-    Model(#[from] pmetal_models::Error),
+    Model(Box<pmetal_models::Error>),
     /// An operation failed.
     #[error(transparent)]
     Ops(#[from] pmetal_ops::Error),
@@ -80,6 +80,12 @@ pub enum Error {
 
 /// Results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl From<pmetal_models::Error> for Error {
+    fn from(error: pmetal_models::Error) -> Self {
+        Self::Model(Box::new(error))
+    }
+}
 
 impl Error {
     pub(crate) fn broken(path: &Path, reason: impl std::fmt::Display) -> Self {
