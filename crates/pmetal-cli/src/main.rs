@@ -3,6 +3,7 @@
 mod progress;
 mod tell;
 mod thinking;
+mod transfer_bars;
 mod verbs;
 
 use std::process::ExitCode;
@@ -33,6 +34,12 @@ enum Verb {
     /// Write the logits of given token ids, to compare with another implementation
     #[command(after_help = verbs::logits::EXAMPLES)]
     Logits(verbs::logits::Args),
+    /// Download a model, an adapter or a dataset of the hub into the cache, and print where it is
+    #[command(after_help = verbs::download::EXAMPLES)]
+    Download(verbs::download::Args),
+    /// Upload the folder of an adapter or model to the hub, with a model card
+    #[command(after_help = verbs::upload::EXAMPLES)]
+    Upload(verbs::upload::Args),
     /// Measure this machine
     Bench(verbs::bench::Args),
 }
@@ -44,6 +51,8 @@ fn main() -> ExitCode {
         Verb::Train(args) => verbs::train::run(args),
         Verb::Infer(args) => verbs::infer::run(args),
         Verb::Logits(args) => verbs::logits::run(args),
+        Verb::Download(args) => verbs::download::run(args),
+        Verb::Upload(args) => verbs::upload::run(args),
         Verb::Bench(args) => verbs::bench::run(args),
     });
     match result {

@@ -2,13 +2,17 @@
 
 use std::{
     io::IsTerminal,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
-use pmetal::trainer::{EvalMetrics, Observer, StepMetrics};
+use pmetal::{
+    hub::DownloadProgress,
+    trainer::{EvalMetrics, Observer, StepMetrics},
+};
 
-use crate::tell::tell;
+use crate::{tell::tell, transfer_bars::TransferBars};
 
 /// Shows a training run on stderr.
 pub struct Progress {
@@ -16,16 +20,23 @@ pub struct Progress {
     logging_steps: usize,
     total: usize,
     started: Instant,
+    downloads: TransferBars,
 }
 
 impl Progress {
-    /// A bar where stderr is a terminal, else a line every `logging_steps` steps.
-    pub fn new(logging_steps: usize) -> Self {
+    /// A bar where stderr is a terminal, else a line every `logging_steps` steps. `stop` ends a download.
+    pub fn new(logging_steps: usize, stop: Arc<AtomicBool>) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{bar:24} {pos}/{len} steps  {msg}  {elapsed} < {eta}");
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { bar, logging_steps: logging_steps.max(1), total: 0, started: Instant::now() }
+        Self {
+            bar,
+            logging_steps: logging_steps.max(1),
+            total: 0,
+            started: Instant::now(),
+            downloads: TransferBars::downloads().until(stop),
+        }
     }
 
     fn line(&self, line: &str) {
@@ -93,5 +104,9 @@ impl Observer for Progress {
 
     fn note(&mut self, line: &str) {
         self.line(line);
+    }
+
+    fn downloads(&self) -> &dyn DownloadProgress {
+        &self.downloads
     }
 }

@@ -14,7 +14,7 @@ use std::{
 use pmetal_core::{Error as FileError, StagedFile};
 use serde_json::{Value, json};
 
-use crate::{Choice, Error, Kind, RepoId, Result, select::is_plain};
+use crate::{Choice, DownloadProgress, Error, Kind, RepoId, Result, refusal::About, select::is_plain};
 
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -28,8 +28,8 @@ pub(crate) struct RepoCache {
 
 /// What a cached snapshot has of what is wanted.
 pub(crate) enum Cached {
-    /// All of it.
-    Whole { commit: String, files: Vec<String> },
+    /// All of it; not `listed` where nobody noted what the repository has, and what is there fits together.
+    Whole { commit: String, files: Vec<String>, listed: bool },
     /// Only a part.
     Partial { missing: Vec<String> },
     /// There is no snapshot of that revision.
@@ -108,7 +108,11 @@ impl RepoCache {
         if let Some(known) = self.files(&commit) {
             let files = owned(choice.among(self.kind, &self.id, &known)?);
             let missing: Vec<String> = files.iter().filter(|file| !folder.join(file).exists()).cloned().collect();
-            return Ok(if missing.is_empty() { Cached::Whole { commit, files } } else { Cached::Partial { missing } });
+            return Ok(if missing.is_empty() {
+                Cached::Whole { commit, files, listed: true }
+            } else {
+                Cached::Partial { missing }
+            });
         }
         // nobody noted what there should be: what the files themselves say has to do
         let mut here = Vec::new();
@@ -118,14 +122,22 @@ impl RepoCache {
             return Ok(Cached::Nothing);
         }
         let Ok(files) = choice.among(self.kind, &self.id, &here).map(owned) else {
-            return Ok(Cached::Partial { missing: vec!["files that are needed".into()] });
+            let missing = match choice {
+                Choice::File(file) => file.clone(),
+                _ => "files that are needed".into(),
+            };
+            return Ok(Cached::Partial { missing: vec![missing] });
         };
         let missing = if self.kind == Kind::Model && *choice == Choice::Needed {
             missing_of_model(&folder, &files)
         } else {
             Vec::new()
         };
-        Ok(if missing.is_empty() { Cached::Whole { commit, files } } else { Cached::Partial { missing } })
+        Ok(if missing.is_empty() {
+            Cached::Whole { commit, files, listed: false }
+        } else {
+            Cached::Partial { missing }
+        })
     }
 
     /// Puts a blob under its name into a snapshot.
@@ -209,15 +221,29 @@ pub(crate) fn is_commit(revision: &str) -> bool {
 }
 
 impl Cached {
-    /// The error for a snapshot that cannot be completed because of `reason`; `none` for one that is not there.
-    pub(crate) fn or_refuse(self, what: String, reason: String, none: impl FnOnce() -> Error) -> Result<(String, Vec<String>)> {
+    /// What is whole, or the error for a snapshot that cannot be completed because of `reason`; `none` for one that is not there.
+    pub(crate) fn or_refuse(
+        self,
+        about: &About,
+        reason: String,
+        progress: &dyn DownloadProgress,
+        none: impl FnOnce() -> Error,
+    ) -> Result<(String, Vec<String>)> {
         match self {
-            Self::Whole { commit, files } => Ok((commit, files)),
+            Self::Whole { commit, files, listed } => {
+                if !listed && about.kind == Kind::Dataset {
+                    let what = about.what();
+                    progress.note(&format!(
+                        "{what}: the cache does not say which files there should be, taking those it has"
+                    ));
+                }
+                Ok((commit, files))
+            }
             Self::Nothing => Err(none()),
             Self::Partial { missing } => {
                 let more = if missing.len() > 1 { format!(" and {} more", missing.len() - 1) } else { String::new() };
                 let missing = missing.first().map_or(String::new(), |first| format!("{first}{more}"));
-                Err(Error::Incomplete { what, missing, reason })
+                Err(Error::Incomplete { what: about.what(), missing, reason })
             }
         }
     }

@@ -30,7 +30,13 @@ pub(crate) enum Payload<'a> {
     Nothing,
     Bytes(&'a [u8]),
     /// A range of a file, whose way is shown under a name.
-    Part { path: PathBuf, offset: u64, length: u64, name: &'a str, total: u64 },
+    Part {
+        path: PathBuf,
+        offset: u64,
+        length: u64,
+        name: &'a str,
+        total: u64,
+    },
 }
 
 /// A request, before redirects.
@@ -222,7 +228,8 @@ impl Client {
         for (name, value) in &request.headers {
             builder = builder.header(name, value);
         }
-        let bad = |e: ureq::http::Error| Failure::Refused(Error::Protocol { url: url.to_owned(), reason: e.to_string() });
+        let bad =
+            |e: ureq::http::Error| Failure::Refused(Error::Protocol { url: url.to_owned(), reason: e.to_string() });
         let sent = match &request.payload {
             Payload::Nothing => self.agent.run(builder.body(()).map_err(bad)?),
             Payload::Bytes(bytes) => self.agent.run(builder.body(*bytes).map_err(bad)?),
@@ -266,7 +273,7 @@ fn accepted(answer: Answer) -> Result<Answer, Failure> {
         return Ok(answer);
     }
     let header = |name: &str| answer.header(name);
-    let (url, status) = (answer.url.clone(), answer.status());
+    let (url, status) = (without_query(&answer.url), answer.status());
     let code = header("x-error-code").unwrap_or_default();
     let retry_after = retry_after(header, SystemTime::now());
     let message = header("x-error-message").unwrap_or_default();
@@ -282,9 +289,14 @@ fn message_of(answer: Answer) -> String {
     json.and_then(|json| Some(json.get("error")?.as_str()?.to_owned())).unwrap_or_default()
 }
 
+/// An address that may be shown: a signature in its query gives access.
+fn without_query(url: &str) -> String {
+    url.split('?').next().unwrap_or(url).to_owned()
+}
+
 fn failed(url: &str, error: &ureq::Error) -> Failure {
     use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable};
-    let (url, reason) = (url.to_owned(), error.to_string());
+    let (url, reason) = (without_query(url), error.to_string());
     match error {
         ureq::Error::Io(e) if matches!(e.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable) => {
             Failure::NoConnection { url, reason }

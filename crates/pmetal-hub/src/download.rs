@@ -14,7 +14,6 @@ use crate::{
     DownloadProgress, Error, Result,
     client::{Answer, Client, Failure, Request},
     retry::{Tries, pause},
-    url::same_origin,
 };
 
 const BUFFER: usize = 256 << 10;
@@ -29,6 +28,13 @@ pub(crate) struct Remote {
     pub(crate) etag: String,
     /// Its size, where the hub says it.
     pub(crate) size: Option<u64>,
+}
+
+impl Remote {
+    /// Whether the ETag is the sha256 of the file, as it is for large files.
+    fn is_checked(&self) -> bool {
+        self.etag.len() == 64 && self.etag.bytes().all(|b| b.is_ascii_hexdigit())
+    }
 }
 
 /// Where a file goes.
@@ -50,7 +56,12 @@ impl Place {
 }
 
 /// Asks the hub for ETag and size of a file.
-pub(crate) fn ask(client: &Client, name: &str, url: String, progress: &dyn DownloadProgress) -> Result<Remote, Failure> {
+pub(crate) fn ask(
+    client: &Client,
+    name: &str,
+    url: String,
+    progress: &dyn DownloadProgress,
+) -> Result<Remote, Failure> {
     let request = Request::new("HEAD", url.clone());
     let mut tries = Tries::new(client.settings.patience, progress);
     let answer = loop {
@@ -77,7 +88,12 @@ fn etag_of(answer: &Answer) -> Option<String> {
 }
 
 /// Loads a file into its place, unless it is there already. Other processes that want it wait.
-pub(crate) fn fetch(client: &Client, remote: &Remote, place: &Place, progress: &dyn DownloadProgress) -> Result<(), Failure> {
+pub(crate) fn fetch(
+    client: &Client,
+    remote: &Remote,
+    place: &Place,
+    progress: &dyn DownloadProgress,
+) -> Result<(), Failure> {
     for path in [&place.incomplete, &place.path, &place.lock] {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(FileError::io("create", folder)).map_err(Error::from)?;
@@ -133,7 +149,8 @@ fn load(client: &Client, remote: &Remote, path: &Path, progress: &dyn DownloadPr
     match partial.check(remote) {
         Err(Error::Mismatch { .. }) if resumed => {
             // what an earlier run left may have been wrong already
-            progress.note(&format!("{}: what was left of an earlier download does not fit, loading it anew", remote.name));
+            progress
+                .note(&format!("{}: what was left of an earlier download does not fit, loading it anew", remote.name));
             partial.restart()?;
             progress.start(&remote.name, remote.size, 0);
             receive(client, remote, &mut partial, progress)?;
@@ -148,7 +165,12 @@ fn load(client: &Client, remote: &Remote, path: &Path, progress: &dyn DownloadPr
 }
 
 /// Makes requests until the whole file has come.
-fn receive(client: &Client, remote: &Remote, partial: &mut Partial, progress: &dyn DownloadProgress) -> Result<(), Failure> {
+fn receive(
+    client: &Client,
+    remote: &Remote,
+    partial: &mut Partial,
+    progress: &dyn DownloadProgress,
+) -> Result<(), Failure> {
     let mut tries = Tries::new(client.settings.patience, progress);
     let mut ranges = true;
     while partial.length == 0 || remote.size.is_none_or(|size| partial.length < size) {
@@ -197,7 +219,7 @@ fn piece(
         }
         answer => answer?,
     };
-    if answer.status() == 206 && !continues(client, &answer, remote, partial.length) {
+    if answer.status() == 206 && !continues(&answer, remote, partial.length) {
         if partial.length == 0 {
             let reason = "it sends a range of a file that nobody asked for".into();
             return Err(Error::Protocol { url: answer.url.clone(), reason }.into());
@@ -240,9 +262,9 @@ fn anew(remote: &Remote, partial: &mut Partial, progress: &dyn DownloadProgress)
     Ok(())
 }
 
-/// Whether a partial answer goes on where the file ends, with the same version of it. A store that the hub redirects to has ETags of its
-/// own; there the checksum decides.
-fn continues(client: &Client, answer: &Answer, remote: &Remote, length: u64) -> bool {
+/// Whether a partial answer goes on where the file ends, with the same version of it. The store of large files has ETags of its own; there
+/// the checksum decides.
+fn continues(answer: &Answer, remote: &Remote, length: u64) -> bool {
     let range = answer.header("content-range").unwrap_or_default();
     let range = range.trim().strip_prefix("bytes").unwrap_or_default().trim_start();
     let (span, total) = range.split_once('/').unwrap_or_default();
@@ -251,8 +273,7 @@ fn continues(client: &Client, answer: &Answer, remote: &Remote, length: u64) -> 
         (Ok(total), Some(size)) => total == size,
         _ => true,
     };
-    let from_the_hub = same_origin(&client.settings.endpoint, &answer.url);
-    let same_version = !from_the_hub || etag_of(answer).is_none_or(|etag| etag == remote.etag);
+    let same_version = remote.is_checked() || etag_of(answer).is_none_or(|etag| etag == remote.etag);
     starts_here && total_fits && same_version
 }
 
@@ -270,27 +291,28 @@ impl Partial {
     fn open(path: &Path, remote: &Remote) -> Result<Self> {
         let opened = File::options().create(true).truncate(false).read(true).write(true).open(path);
         let file = opened.map_err(FileError::io("write", path))?;
-        let is_sha256 = remote.etag.len() == 64 && remote.etag.bytes().all(|b| b.is_ascii_hexdigit());
-        let mut partial = Self { path: path.to_path_buf(), file, length: 0, hash: is_sha256.then(Sha256::new) };
+        let mut partial =
+            Self { path: path.to_path_buf(), file, length: 0, hash: remote.is_checked().then(Sha256::new) };
         let length = partial.file.metadata().map_err(FileError::io("read", path))?.len();
         if remote.size.is_none_or(|size| length > size) {
             partial.restart()?;
         } else {
-            partial.take_over()?;
+            partial.take_over(length)?;
         }
         Ok(partial)
     }
 
-    /// Reads what is there, up to its end.
-    fn take_over(&mut self) -> Result<()> {
+    /// Reads the `length` bytes that are there.
+    fn take_over(&mut self, length: u64) -> Result<()> {
         let mut buffer = vec![0; BUFFER];
-        loop {
+        while self.length < length {
             let read = self.file.read(&mut buffer).map_err(FileError::io("read", &self.path))?;
             if read == 0 {
-                return Ok(());
+                break;
             }
             self.count(buffer.get(..read).unwrap_or_default());
         }
+        Ok(())
     }
 
     fn count(&mut self, bytes: &[u8]) {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nothing is there under the name, and it is no id.
-    #[error("{name}: no such file or folder, and no id of the hub either (those look like org/name)")]
+    #[error("{name} does not exist, and is no id of the hub either (those look like org/name)")]
     NoSuchPath {
         /// What was given.
         name: String,
@@ -48,15 +48,21 @@ pub enum Error {
         /// The cache.
         cache: PathBuf,
     },
-    /// The hub does not answer, and the cache has nothing.
-    #[error("cannot reach {endpoint}: {reason}; {what} is not in the cache, so check the connection or HF_ENDPOINT and run again")]
+    /// The hub does not answer.
+    #[error("cannot reach {endpoint}: {reason}; check the connection or HF_ENDPOINT and run again")]
     Unreachable {
         /// The hub.
         endpoint: String,
         /// Why.
         reason: String,
+    },
+    /// The hub does not answer, and the cache has nothing.
+    #[error("{what} is not in the cache, and {reason}; check the connection or HF_ENDPOINT and run again")]
+    NotCached {
         /// Id and revision.
         what: String,
+        /// Why the hub did not help.
+        reason: String,
     },
     /// The cache has a part of a snapshot, and the rest cannot be had.
     #[error("the cached snapshot of {what} lacks {missing}, and {reason}: run again with the hub in reach")]
@@ -69,7 +75,7 @@ pub enum Error {
         reason: String,
     },
     /// No such repository, or none that this token may see.
-    #[error("{endpoint} has no {kind} {id}{}: check the spelling{}", if *signed_in { " that your token may see" } else { "" },
+    #[error("{endpoint} has no {kind} {id}{}: check the spelling of the id (or path){}", if *signed_in { " that your token may see" } else { "" },
             if *signed_in { "" } else { ", or set HF_TOKEN if it is private" })]
     RepoNotFound {
         /// The hub.
@@ -126,7 +132,10 @@ pub enum Error {
         message: String,
     },
     /// The hub knows who asks and refuses.
-    #[error("{id}: the hub refuses access (403): accept the licence on {page} if it is gated, and set HF_TOKEN to a token with the rights for this{}", said(message))]
+    #[error(
+        "{id}: the hub refuses access (403): accept the licence on {page} if it is gated, and set HF_TOKEN to a token with the rights for this{}",
+        said(message)
+    )]
     Forbidden {
         /// The id.
         id: String,
@@ -156,7 +165,9 @@ pub enum Error {
         message: String,
     },
     /// A file that does not come whole.
-    #[error("{file}: the transfer broke off {failures} times in a row, the last time with: {reason}; run again to go on where it stopped")]
+    #[error(
+        "{file}: the transfer broke off {failures} times in a row, the last time with: {reason}; run again to go on where it stopped"
+    )]
     Transfer {
         /// The file.
         file: String,
@@ -186,7 +197,9 @@ pub enum Error {
         reason: String,
     },
     /// Weights only as pickles or in other formats.
-    #[error("{id} has no safetensors and no GGUF file (it has {found}): pickles are not read, look for a converted copy on the hub")]
+    #[error(
+        "{id} has no safetensors and no GGUF file (it has {found}): pickles are not read, look for a converted copy on the hub"
+    )]
     NoWeights {
         /// The id.
         id: String,
@@ -212,7 +225,9 @@ pub enum Error {
         files: String,
     },
     /// A GGUF model in parts.
-    #[error("{id}: {file} is one part of a model in several files, which are not read: pick a file that is whole, or join the parts with llama-gguf-split --merge")]
+    #[error(
+        "{id}: {file} is one part of a model in several files, which are not read: pick a file that is whole, or join the parts with llama-gguf-split --merge"
+    )]
     SplitGguf {
         /// The id.
         id: String,

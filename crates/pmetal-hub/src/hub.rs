@@ -1,8 +1,6 @@
 use std::path::PathBuf;
 
-use crate::{
-    DownloadProgress, Error, Result, Settings, Upload, Uploaded, Wanted, client::Client, snapshot, upload,
-};
+use crate::{DownloadProgress, Error, Result, Settings, Upload, Uploaded, Wanted, client::Client, snapshot, upload};
 
 /// A hub and its cache.
 pub struct Hub {

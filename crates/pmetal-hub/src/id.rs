@@ -145,8 +145,29 @@ mod tests {
         assert_eq!(parse("a/b-GGUF:sub/b.gguf"), id("a/b-GGUF", "", "sub/b.gguf"));
         assert_eq!(parse("a/b@v1.0:Q4_K_M"), id("a/b", "v1.0", "Q4_K_M"));
         let paths = [
-            "model", "./a/b", "../a", "/a/b", "~/a", "a/b/c", "a/b/", "a//b", "data/x.jsonl", "m/x.GGUF", "a/b@", "a/b:",
-            "a b/c", "", "/", "a/", "/b", "a/..", "-a/b", "a/b--c", "runs/model.safetensors", "data/x.jsonl.gz", "C:\\a\\b",
+            "model",
+            "./a/b",
+            "../a",
+            "/a/b",
+            "~/a",
+            "a/b/c",
+            "a/b/",
+            "a//b",
+            "data/x.jsonl",
+            "m/x.GGUF",
+            "a/b@",
+            "a/b:",
+            "a b/c",
+            "",
+            "/",
+            "a/",
+            "/b",
+            "a/..",
+            "-a/b",
+            "a/b--c",
+            "runs/model.safetensors",
+            "data/x.jsonl.gz",
+            "C:\\a\\b",
         ];
         for path in paths {
             assert!(!is_repo_id(path), "{path}");

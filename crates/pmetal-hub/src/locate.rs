@@ -7,12 +7,7 @@ use crate::{DownloadProgress, Error, Hub, Kind, RepoId, Result, Wanted};
 ///
 /// # Errors
 /// Where nothing is there and the name is no id, where a path comes with a revision, and as [`Hub::download`].
-pub fn locate(
-    kind: Kind,
-    name: &Path,
-    revision: Option<&str>,
-    progress: &dyn DownloadProgress,
-) -> Result<PathBuf> {
+pub fn locate(kind: Kind, name: &Path, revision: Option<&str>, progress: &dyn DownloadProgress) -> Result<PathBuf> {
     if name.exists() {
         return match revision {
             None => Ok(name.to_path_buf()),

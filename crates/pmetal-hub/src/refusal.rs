@@ -36,7 +36,7 @@ impl About<'_> {
             Failure::Stopped => Error::Stopped,
             Failure::Refused(error) => error,
             Failure::NoConnection { reason, .. } | Failure::Dropped { reason, .. } => {
-                Error::Unreachable { endpoint: self.settings.endpoint.clone(), reason, what: self.what() }
+                Error::Unreachable { endpoint: self.settings.endpoint.clone(), reason }
             }
         }
     }

@@ -36,7 +36,11 @@ impl<'a> Tries<'a> {
         let Some((reason, wait)) = self.wait_of(&failure) else { return Err(failure) };
         self.failures += 1;
         // a server that cannot be connected to is seldom back within seconds
-        let allowed = if matches!(failure, Failure::NoConnection { .. }) { self.patience.failures.min(3) } else { self.patience.failures };
+        let allowed = if matches!(failure, Failure::NoConnection { .. }) {
+            self.patience.failures.min(3)
+        } else {
+            self.patience.failures
+        };
         if self.failures >= allowed {
             return Err(failure);
         }
@@ -49,7 +53,9 @@ impl<'a> Tries<'a> {
         let backoff = self.patience.first_wait * 2u32.saturating_pow(self.failures.min(10));
         match failure {
             Failure::NoConnection { url, reason } => Some((format!("cannot reach {}: {reason}", host(url)), backoff)),
-            Failure::Dropped { url, reason } => Some((format!("the connection to {} broke: {reason}", host(url)), backoff)),
+            Failure::Dropped { url, reason } => {
+                Some((format!("the connection to {} broke: {reason}", host(url)), backoff))
+            }
             Failure::Status(refusal) => {
                 let wait = refusal.retry_after.unwrap_or(backoff);
                 let again = matches!(refusal.status, 408 | 429) || refusal.status >= 500;

@@ -276,7 +276,8 @@ mod tests {
 
     #[test]
     fn an_adapter_is_its_config_and_its_last_weights() {
-        let files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "adapter_model.bin"];
+        let files =
+            ["adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "adapter_model.bin"];
         assert_eq!(needed(&files), ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]);
         let files = ["0000100_adapters.safetensors", "adapter_config.json", "adapters.safetensors"];
         assert_eq!(needed(&files), ["adapter_config.json", "adapters.safetensors"]);
@@ -285,13 +286,17 @@ mod tests {
     #[test]
     fn of_gguf_files_one_is_taken_and_several_are_listed() {
         assert_eq!(needed(&["README.md", "m.gguf", "mmproj-m-f16.gguf"]), ["m.gguf"]);
-        let files = ["m-Q4_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "f32/m-f32-00001-of-00002.gguf", "mmproj-Q8_0.gguf"];
+        let files =
+            ["m-Q4_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "f32/m-f32-00001-of-00002.gguf", "mmproj-Q8_0.gguf"];
         let message = refusal(&Choice::Needed, Kind::Model, &files);
         assert!(message.contains("m-Q4_K.gguf, m-Q4_K_M.gguf") && message.contains("o/n:FILE.gguf"), "{message}");
         let pick = |file: &str| choose(&Choice::File(file.into()), Kind::Model, &files);
-        for (file, expected) in
-            [("m-Q8_0.gguf", "m-Q8_0.gguf"), ("q4_k_m", "m-Q4_K_M.gguf"), ("Q4_K", "m-Q4_K.gguf"), ("q8", "m-Q8_0.gguf")]
-        {
+        for (file, expected) in [
+            ("m-Q8_0.gguf", "m-Q8_0.gguf"),
+            ("q4_k_m", "m-Q4_K_M.gguf"),
+            ("Q4_K", "m-Q4_K.gguf"),
+            ("q8", "m-Q8_0.gguf"),
+        ] {
             assert_eq!(pick(file).unwrap(), [expected], "{file}");
         }
         assert!(pick("Q4").unwrap_err().to_string().contains("several"));
@@ -325,7 +330,8 @@ mod tests {
             include: include.iter().map(|s| s.to_string()).collect(),
             exclude: exclude.iter().map(|s| s.to_string()).collect(),
         };
-        let chosen = |include: &[&str], exclude: &[&str]| choose(&choice(include, exclude), Kind::Model, &files).unwrap();
+        let chosen =
+            |include: &[&str], exclude: &[&str]| choose(&choice(include, exclude), Kind::Model, &files).unwrap();
         assert_eq!(chosen(&["*.onnx", "*.md"], &[]), ["onnx/model.onnx", "README.md"]);
         assert_eq!(chosen(&["onnx/"], &[]), ["onnx/model.onnx"]);
         assert_eq!(chosen(&[], &["*.safetensors"]), ["config.json"]);
@@ -339,6 +345,9 @@ mod tests {
         for path in ["../a.json", "/a.json", "a/../../b.json", "a//b.json", "a\\b.json", "", "./a.json"] {
             assert!(!is_plain(path), "{path}");
         }
-        assert_eq!(needed(&["../config.json", "config.json", "model.safetensors"]), ["config.json", "model.safetensors"]);
+        assert_eq!(
+            needed(&["../config.json", "config.json", "model.safetensors"]),
+            ["config.json", "model.safetensors"]
+        );
     }
 }

@@ -63,7 +63,8 @@ impl Settings {
         let set = |names: &[&str]| names.iter().find_map(|name| var(name).filter(|value| !value.trim().is_empty()));
         let path = |names: &[&str]| set(names).map(|text| expand(&text, user_home));
         let home = path(&["HF_HOME"]).unwrap_or_else(|| {
-            let caches = path(&["XDG_CACHE_HOME"]).unwrap_or_else(|| user_home.unwrap_or(Path::new(".")).join(".cache"));
+            let caches =
+                path(&["XDG_CACHE_HOME"]).unwrap_or_else(|| user_home.unwrap_or(Path::new(".")).join(".cache"));
             caches.join("huggingface")
         });
         let token_file = path(&["HF_TOKEN_PATH"]).unwrap_or_else(|| home.join("token"));
@@ -131,7 +132,8 @@ mod tests {
         for value in ["h:1", "ftp://h", "https://", "http://a b"] {
             assert!(settings(&[("HF_ENDPOINT", value)]).unwrap_err().to_string().contains("HF_ENDPOINT"), "{value}");
         }
-        for (value, offline) in [("1", true), ("True", true), ("YES", true), ("on", true), ("0", false), ("no", false)] {
+        for (value, offline) in [("1", true), ("True", true), ("YES", true), ("on", true), ("0", false), ("no", false)]
+        {
             assert_eq!(settings(&[("HF_HUB_OFFLINE", value)]).unwrap().offline, offline, "{value}");
         }
     }

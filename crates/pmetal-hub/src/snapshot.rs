@@ -53,13 +53,18 @@ pub(crate) fn download(client: &Client, wanted: &Wanted, progress: &dyn Download
     if !is_plain(revision) {
         return Err(about.no_revision());
     }
-    let found = if wanted.local_dir.is_some() { Cached::Nothing } else { cache.look(revision, &wanted.choice)? };
+    let found = match wanted.local_dir {
+        Some(_) => Ok(Cached::Nothing),
+        None => cache.look(revision, &wanted.choice),
+    };
     if client.settings.offline {
         let offline = || Error::Offline { what: about.what(), cache: client.settings.cache.clone() };
-        let (commit, files) = found.or_refuse(about.what(), "HF_HUB_OFFLINE is set".into(), offline)?;
+        let (commit, files) = found?.or_refuse(&about, "HF_HUB_OFFLINE is set".into(), progress, offline)?;
         return Ok(result(wanted, cache.snapshot(&commit), &files));
     }
-    if let (true, Cached::Whole { commit, files }) = (is_commit(revision), &found) {
+    // what did not fit what the cache knows may fit what the hub has now
+    let found = found.unwrap_or(Cached::Nothing);
+    if let (true, Cached::Whole { commit, files, listed: true }) = (is_commit(revision), &found) {
         return Ok(result(wanted, cache.snapshot(commit), files));
     }
     let mut patience = client.settings.patience;
@@ -72,7 +77,13 @@ pub(crate) fn download(client: &Client, wanted: &Wanted, progress: &dyn Download
     };
     let Some(reason) = away(&failure) else { return Err(about.error(failure)) };
     let reason = format!("cannot reach {}: {reason}", client.settings.endpoint);
-    let (commit, files) = found.or_refuse(about.what(), reason.clone(), || about.error(failure))?;
+    let nothing = || match failure {
+        Failure::NoConnection { .. } | Failure::Dropped { .. } => {
+            Error::NotCached { what: about.what(), reason: reason.clone() }
+        }
+        other => about.error(other),
+    };
+    let (commit, files) = found.or_refuse(&about, reason.clone(), progress, nothing)?;
     progress.note(&format!("{reason}; using the cached snapshot of {}", about.what()));
     Ok(result(wanted, cache.snapshot(&commit), &files))
 }

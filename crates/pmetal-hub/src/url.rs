@@ -1,11 +1,15 @@
 //! What is done with URLs: encoding parts of them, telling hosts apart, following a `Location`.
 
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, utf8_percent_encode};
 
 /// Everything but letters, digits and `-._~`.
 const PART: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 /// The same, with slashes left alone.
 const PATH: &AsciiSet = &PART.remove(b'/');
+
+/// What stands in no address, and still comes in a `Location` now and then.
+const STRAY: &AsciiSet =
+    &CONTROLS.add(b' ').add(b'"').add(b'<').add(b'>').add(b'\\').add(b'^').add(b'`').add(b'{').add(b'|').add(b'}');
 
 /// A part of a path, slashes encoded: a revision such as `refs/pr/1`.
 pub(crate) fn encode_part(text: &str) -> String {
@@ -27,13 +31,15 @@ pub(crate) fn origin(url: &str) -> String {
 /// Whether two URLs have the same origin; a step from http to https of one host counts as the same.
 pub(crate) fn same_origin(from: &str, to: &str) -> bool {
     let (from, to) = (origin(from), origin(to));
-    !from.is_empty() && (from == to || from.strip_prefix("http://") == to.strip_prefix("https://"))
+    let upgraded = from.strip_prefix("http://").is_some_and(|host| to.strip_prefix("https://") == Some(host));
+    !from.is_empty() && (from == to || upgraded)
 }
 
 /// Where a `Location` in the answer of `url` leads.
 pub(crate) fn join(url: &str, location: &str) -> String {
-    if location.contains("://") {
-        return location.to_owned();
+    let location = utf8_percent_encode(location.trim(), STRAY).to_string();
+    if location.starts_with("http://") || location.starts_with("https://") {
+        return location;
     }
     if let Some(rest) = location.strip_prefix("//") {
         let scheme = url.split_once("://").map_or("https", |(scheme, _)| scheme);
@@ -64,6 +70,7 @@ mod tests {
             ("//cdn.example/f", "https://cdn.example/f"),
             ("/api/f", "https://hub.example:8443/api/f"),
             ("b.json", "https://hub.example:8443/org/name/resolve/main/b.json"),
+            ("/a b|ü?next=https://x", "https://hub.example:8443/a%20b%7C%C3%BC?next=https://x"),
             ("?y=2", "https://hub.example:8443/org/name/resolve/main/a.json?y=2"),
         ] {
             assert_eq!(join(url, location), expected);

@@ -1,9 +1,14 @@
 //! Supervised fine-tuning from paths to paths: read the rows and the model, train, evaluate, write, read back.
 
-use std::{fs, path::Path, sync::atomic::AtomicBool};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+};
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_data::{Dataset, DatasetOptions, Example, Sampler, Template, Tokenizer, pack, split};
+use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, Use, attach, attach_file};
 use pmetal_models::{
     CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, save_pretrained, spec_of,
@@ -55,14 +60,15 @@ impl Trained {
 /// Runs supervised fine-tuning as `options` say. `stop` ends it after the step under way, and what was trained is written.
 pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
     options.validate()?;
-    let base = Base::open(options)?;
-    let tokenizer = Tokenizer::find(&options.model)?;
+    let inputs = Inputs::locate(options, observer.downloads())?;
+    let base = Base::open(options, &inputs.model)?;
+    let tokenizer = Tokenizer::find(&inputs.model)?;
     let (dataset, eval_rows) = read_rows(options, &base, tokenizer.as_ref(), observer)?;
     let batches = Batches::new(options, &dataset.examples, observer);
     make_output(&options.output)?;
 
     let dtype = options.dtype.resolve(base.stored_dtype);
-    let (model, trained) = prepare(options, &base, dtype, &options.device.resolve())?;
+    let (model, trained) = prepare(options, &inputs, &base, dtype, &options.device.resolve())?;
     let arena = trained.arena();
     let total: usize = model.named_weights().iter().map(|(_, w)| w.shape().elem_count()).sum();
     observer.note(&format!("training {} parameters of a model of {total} in {}", arena.len(), dtype.as_str()));
@@ -72,7 +78,7 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     let epoch = |epoch| batches.epoch(epoch);
     let data = TrainingData { rows: &dataset.examples, eval_rows: &eval_rows, epoch: &epoch };
     let summary = train(model.as_ref(), arena, &data, &loop_settings(options), &mut metrics, observer, stop)?;
-    let written = write(options, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &dataset)?;
+    let written = write(options, &inputs, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &dataset)?;
     Ok(Outcome { summary, written })
 }
 
@@ -81,6 +87,20 @@ fn make_output(folder: &Path) -> Result<()> {
         return Err(Error::OutputIsFile { path: folder.to_path_buf() });
     }
     Ok(fs::create_dir_all(folder).map_err(pmetal_core::Error::io("create", folder))?)
+}
+
+/// Where on this machine lies what the options name by path or id.
+struct Inputs {
+    model: PathBuf,
+    lora: Option<PathBuf>,
+}
+
+impl Inputs {
+    fn locate(options: &SftOptions, progress: &dyn DownloadProgress) -> Result<Self> {
+        let model = locate(Kind::Model, &options.model, options.revision.as_deref(), progress)?;
+        let lora = options.lora.as_ref().map(|lora| locate(Kind::Model, lora, None, progress)).transpose()?;
+        Ok(Self { model, lora })
+    }
 }
 
 /// Where a run starts: a checkpoint, or a configuration alone.
@@ -92,13 +112,13 @@ struct Base {
 }
 
 impl Base {
-    fn open(options: &SftOptions) -> Result<Self> {
+    fn open(options: &SftOptions, model: &Path) -> Result<Self> {
         if options.from_scratch {
-            let config = read_config(&options.model)?;
+            let config = read_config(model)?;
             let stored_dtype = dtype_of(&config).unwrap_or(DType::BF16);
             return Ok(Self { spec: spec_of(&config)?, config, stored_dtype, checkpoint: None });
         }
-        let checkpoint = Checkpoint::open(&options.model)?;
+        let checkpoint = Checkpoint::open(model)?;
         let (config, stored_dtype) = (checkpoint.config().clone(), checkpoint.stored_dtype());
         Ok(Self { config, spec: checkpoint.spec().clone(), stored_dtype, checkpoint: Some(checkpoint) })
     }
@@ -207,6 +227,7 @@ fn loop_settings(options: &SftOptions) -> LoopSettings {
 /// The model with its adapter, or with every weight in an arena.
 fn prepare(
     options: &SftOptions,
+    inputs: &Inputs,
     base: &Base,
     dtype: DType,
     device: &Device,
@@ -221,7 +242,7 @@ fn prepare(
         return Ok((load(checkpoint, dtype, device, Some(&arena))?, Trained::Everything(arena)));
     }
     let mut model = load(checkpoint, dtype, device, None)?;
-    let Some(path) = &options.lora else {
+    let Some(path) = &inputs.lora else {
         let config = options.lora_config();
         let arena = attach(model.as_mut(), &config, options.seed)?;
         return Ok((model, Trained::Adapter(arena, config)));
@@ -238,6 +259,7 @@ fn prepare(
 
 fn write(
     options: &SftOptions,
+    inputs: &Inputs,
     base: &Base,
     tokenizer: Option<&Tokenizer>,
     model: &dyn CausalLMModel,
@@ -258,7 +280,7 @@ fn write(
             if let Some(tokenizer) = tokenizer {
                 tokenizer.save(staged.path())?;
             }
-            copy_generation_config(&options.model, staged.path())?;
+            copy_generation_config(&inputs.model, staged.path())?;
             staged.commit()?;
             check_model(output, model, dtype, &dataset.examples[0])?;
             Ok(Written::Model)

@@ -32,7 +32,8 @@ pub(super) fn model_card(folder: &Path, id: &str, items: &[Item]) -> Result<Stri
 
 fn read_json(path: &Path) -> Result<Value> {
     let text = fs::read(path).map_err(pmetal_core::Error::io("read", path))?;
-    serde_json::from_slice(&text).map_err(|e| Error::Content { path: path.to_path_buf(), reason: format!("bad JSON: {e}") })
+    serde_json::from_slice(&text)
+        .map_err(|e| Error::Content { path: path.to_path_buf(), reason: format!("bad JSON: {e}") })
 }
 
 /// The front matter. The licence is the owner's to name.
@@ -45,7 +46,9 @@ fn front(base: Option<&str>, library: &str, tags: &[&str]) -> String {
 
 /// The id of a model in a text that may be a path of the machine that trained.
 fn base_id(text: Option<&Value>) -> Option<&str> {
-    text.and_then(Value::as_str).map(|text| text.split(['@', ':']).next().unwrap_or(text)).filter(|text| is_repo_id(text))
+    text.and_then(Value::as_str)
+        .map(|text| text.split(['@', ':']).next().unwrap_or(text))
+        .filter(|text| is_repo_id(text))
 }
 
 fn adapter(config: &Value, id: &str, title: &str) -> String {
@@ -100,9 +103,12 @@ fn figures(path: &Path) -> Result<String> {
     let Some(last) = of_steps.last() else { return Ok(String::new()) };
     let number = |name: &str| last.get(name).and_then(Value::as_f64);
     let mut table = String::from("\n## Training\n\n| | |\n|---|---|\n");
-    for (name, key, digits) in
-        [("steps", "step", 0), ("epochs", "epoch", 2), ("tokens", "tokens", 0), ("supervised tokens", "supervised_tokens", 0)]
-    {
+    for (name, key, digits) in [
+        ("steps", "step", 0),
+        ("epochs", "epoch", 2),
+        ("tokens", "tokens", 0),
+        ("supervised tokens", "supervised_tokens", 0),
+    ] {
         if let Some(value) = number(key) {
             table += &format!("| {name} | {value:.digits$} |\n");
         }

@@ -111,9 +111,7 @@ fn transfer(session: &Session, item: &Item, oid: &str, object: Option<&Value>) -
 
 fn part(item: &Item, offset: u64, length: u64) -> Payload<'_> {
     match &item.content {
-        Content::Disk(path) => {
-            Payload::Part { path: path.clone(), offset, length, name: &item.path, total: item.size }
-        }
+        Content::Disk(path) => Payload::Part { path: path.clone(), offset, length, name: &item.path, total: item.size },
         Content::Text(text) => {
             let (from, to) = (offset as usize, (offset + length) as usize);
             Payload::Bytes(text.as_bytes().get(from..to).unwrap_or_default())

@@ -63,7 +63,8 @@ pub(crate) fn upload(client: &Client, what: &Upload, progress: &dyn DownloadProg
         items.push(Item { path: CARD.into(), size: text.len() as u64, content: Content::Text(text) });
     }
     let modes = session.modes(&items)?;
-    let items: Vec<(Item, Mode)> = items.into_iter().zip(modes).filter_map(|(item, mode)| Some((item, mode?))).collect();
+    let items: Vec<(Item, Mode)> =
+        items.into_iter().zip(modes).filter_map(|(item, mode)| Some((item, mode?))).collect();
     let large: Vec<&Item> = items.iter().filter(|(_, mode)| *mode == Mode::Lfs).map(|(item, _)| item).collect();
     let checksums = lfs::upload(&session, &large)?;
     session.commit(&items, &checksums)
@@ -148,7 +149,9 @@ impl Session<'_> {
         for batch in items.chunks(BATCH) {
             let files: Result<Vec<Value>> = batch
                 .iter()
-                .map(|item| Ok(json!({ "path": item.path, "sample": BASE64.encode(item.sample()?), "size": item.size })))
+                .map(|item| {
+                    Ok(json!({ "path": item.path, "sample": BASE64.encode(item.sample()?), "size": item.size }))
+                })
                 .collect();
             let body = json!({ "files": files? }).to_string();
             let pr = if self.what.create_pr { "?create_pr=1" } else { "" };
