@@ -8,6 +8,7 @@ mod stop;
 mod style;
 mod tell;
 mod thinking;
+mod transfer_bars;
 mod verbs;
 
 use std::process::ExitCode;
@@ -40,6 +41,12 @@ enum Verb {
     /// Write the logits of given token ids, to compare with another implementation
     #[command(after_help = verbs::logits::EXAMPLES)]
     Logits(verbs::logits::Args),
+    /// Download a model, an adapter or a dataset of the hub into the cache, and print where it is
+    #[command(after_help = verbs::download::EXAMPLES)]
+    Download(verbs::download::Args),
+    /// Upload the folder of an adapter or model to the hub, with a model card
+    #[command(after_help = verbs::upload::EXAMPLES)]
+    Upload(verbs::upload::Args),
     /// Measure this machine
     Bench(verbs::bench::Args),
 }
@@ -52,6 +59,8 @@ fn main() -> ExitCode {
         Verb::Infer(args) => verbs::infer::run(args),
         Verb::Data(args) => verbs::data::run(args),
         Verb::Logits(args) => verbs::logits::run(args),
+        Verb::Download(args) => verbs::download::run(args),
+        Verb::Upload(args) => verbs::upload::run(args),
         Verb::Bench(args) => verbs::bench::run(args),
     });
     match result {

@@ -14,7 +14,7 @@ mod step;
 mod trainer;
 mod vocabulary;
 
-pub use data_options::{DataOptions, locate};
+pub use data_options::DataOptions;
 pub use error::{Error, Result};
 pub use metrics::{EvalMetrics, MetricsFile, Observer, StepMetrics};
 pub use options::{FineTuneType, SftOptions};

@@ -1,10 +1,15 @@
 //! Supervised fine-tuning from paths to paths: read the rows and the model, train, evaluate, write, read back.
 
-use std::{fs, path::Path, sync::atomic::AtomicBool};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+};
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_core::StagedDir;
 use pmetal_data::{Example, TOKENIZER_FILES, Template, Tokenizer};
+use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
     CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, save_pretrained, spec_of,
@@ -59,8 +64,9 @@ impl Trained {
 /// Runs supervised fine-tuning as `options` say. `stop` ends it after the step under way, and what was trained is written.
 pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
     options.validate()?;
-    let mut base = Base::open(options)?;
-    let mut tokenizer = Tokenizer::find_with_adapter(&options.model, options.lora.as_deref())?;
+    let inputs = Inputs::locate(options, observer.downloads())?;
+    let mut base = Base::open(options, &inputs)?;
+    let mut tokenizer = Tokenizer::find_with_adapter(&inputs.model, inputs.lora.as_deref())?;
     add_tokens(options, &mut base, tokenizer.as_mut(), observer)?;
     let template = Template::choose(&options.data.chat_template, tokenizer.as_ref())?;
     let rows = Rows::read(options, base.spec.vocab_size, tokenizer.as_ref(), &template, observer, stop)?;
@@ -81,7 +87,7 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     let mut metrics = MetricsFile::create(&options.output.join("metrics.jsonl"))?;
     let data = TrainingData { rows: &rows.train, eval_rows: &rows.eval, order: &batches };
     let summary = train(model.as_ref(), arena, &data, &loop_settings(options), &mut metrics, observer, stop)?;
-    let written = write(options, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &rows.train.get(0)?)?;
+    let written = write(options, &inputs, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &rows.train.get(0)?)?;
     Ok(Outcome { summary, written })
 }
 
@@ -109,6 +115,20 @@ fn make_output(folder: &Path) -> Result<()> {
     Ok(fs::create_dir_all(folder).map_err(pmetal_core::Error::io("create", folder))?)
 }
 
+/// Where on this machine lies what the options name by path or id.
+pub(crate) struct Inputs {
+    pub(crate) model: PathBuf,
+    lora: Option<PathBuf>,
+}
+
+impl Inputs {
+    pub(crate) fn locate(options: &SftOptions, progress: &dyn DownloadProgress) -> Result<Self> {
+        let model = locate(Kind::Model, &options.model, options.revision.as_deref(), progress)?;
+        let lora = options.lora.as_ref().map(|lora| locate(Kind::Model, lora, None, progress)).transpose()?;
+        Ok(Self { model, lora })
+    }
+}
+
 /// Where a run starts: a checkpoint, or a configuration alone; and an adapter where one goes on.
 pub(crate) struct Base {
     config: serde_json::Value,
@@ -122,16 +142,16 @@ pub(crate) struct Base {
 }
 
 impl Base {
-    fn open(options: &SftOptions) -> Result<Self> {
+    fn open(options: &SftOptions, inputs: &Inputs) -> Result<Self> {
         if options.from_scratch {
-            let config = read_config(&options.model)?;
+            let config = read_config(&inputs.model)?;
             let stored_dtype = dtype_of(&config).unwrap_or(DType::BF16);
             let (spec, modules_to_save) = (spec_of(&config)?, ModulesToSave::default());
             return Ok(Self { spec, config, stored_dtype, checkpoint: None, adapter: None, modules_to_save });
         }
-        let checkpoint = Checkpoint::open(&options.model)?;
+        let checkpoint = Checkpoint::open(&inputs.model)?;
         let (config, mut spec) = (checkpoint.config().clone(), checkpoint.spec().clone());
-        let adapter = options.lora.as_deref().map(AdapterFile::open).transpose()?;
+        let adapter = inputs.lora.as_deref().map(AdapterFile::open).transpose()?;
         if let Some(rows) = adapter.as_ref().and_then(AdapterFile::vocab_rows) {
             spec.vocab_size = rows;
         }
@@ -210,6 +230,7 @@ fn prepare(
 
 fn write(
     options: &SftOptions,
+    inputs: &Inputs,
     base: &Base,
     tokenizer: Option<&Tokenizer>,
     model: &dyn CausalLMModel,
@@ -232,7 +253,7 @@ fn write(
         }
         Trained::Everything(_) => {
             save_pretrained(model, &base.config, dtype, staged.path(), MAX_SHARD_BYTES)?;
-            copy_generation_config(&options.model, staged.path())?;
+            copy_generation_config(&inputs.model, staged.path())?;
             commit(staged, output)?;
             check_model(output, model, dtype, row)?;
             Ok(Written::Model)

@@ -2,11 +2,13 @@
 
 pub mod bench;
 pub mod data;
+pub mod download;
 mod failure;
 pub mod infer;
 pub mod logits;
 mod model_args;
 pub mod train;
+pub mod upload;
 
 pub use failure::{Failure, Result};
 use model_args::ModelArgs;

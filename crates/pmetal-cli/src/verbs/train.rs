@@ -17,6 +17,7 @@ pub const EXAMPLES: &str = "\
 Examples:
   pmetal train --model ./SmolLM2-135M-Instruct.gguf --dataset rows.jsonl --eval-split 0.1
   pmetal train --model ./Qwen3-0.6B --dataset rows.jsonl --max-seq-len 2048 --packing --epochs 3
+  pmetal train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset rows.jsonl --output ./adapter
   pmetal train --model ./base --dataset rows.jsonl --fine-tune-type full --learning-rate 2e-5";
 
 /// Flags of `pmetal train`.
@@ -39,7 +40,7 @@ pub fn run(args: &Args) -> Result<()> {
     if let Err(e) = handler {
         tell(format_args!("Ctrl-C will end the run without writing: {e}"));
     }
-    let outcome = sft(&args.options, &mut Progress::new(args.options.logging_steps), &stop)?;
+    let outcome = sft(&args.options, &mut Progress::new(args.options.logging_steps, stop.clone()), &stop)?;
     report(&args.options, &outcome)
 }
 

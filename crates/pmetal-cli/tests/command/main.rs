@@ -6,6 +6,9 @@ mod common;
 mod data;
 mod data_errors;
 mod flag_errors;
+mod hub;
+#[path = "../../../pmetal-hub/tests/server/mod.rs"]
+mod hub_server;
 mod infer;
 mod infer_errors;
 mod infer_files;
