@@ -1,58 +1,86 @@
 //! `pmetal`: fine-tune large language models on the machine in front of you.
 
 mod progress;
+mod style;
 mod tell;
 mod thinking;
 mod verbs;
+mod version;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use pmetal::memory::PoolAllocator;
 
 /// Keeps large blocks between steps and counts what lives.
 #[global_allocator]
 static ALLOCATOR: PoolAllocator = PoolAllocator;
 
+/// A first look around, shown under `--help`.
+const TOUR: &str = "\
+A short tour:
+  pmetal models                        # which models can be trained
+  pmetal train --model ./Qwen3-0.6B --dataset rows.jsonl --output ./adapter
+  pmetal infer --model ./Qwen3-0.6B --lora ./adapter --chat --prompt \"Hi!\"
+
+A model is a Hugging Face folder or a GGUF file. Rows are JSON lines: messages,
+ShareGPT, Alpaca, text or token ids. `pmetal VERB --help` has examples and every
+flag. Results go to stdout, everything else to stderr.";
+
 /// Fine-tune large language models on the machine in front of you
 #[derive(Parser)]
-#[command(name = "pmetal", version, arg_required_else_help = true)]
+#[command(name = "pmetal", version = version::VERSION.as_str(), arg_required_else_help = true, max_term_width = 80)]
+#[command(after_long_help = TOUR)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
+    #[command(flatten)]
+    volume: tell::Volume,
 }
 
 #[derive(Subcommand)]
 enum Verb {
     /// Fine-tune a model on rows of text: a LoRA adapter, or every weight
-    #[command(after_help = verbs::train::EXAMPLES)]
+    #[command(after_long_help = verbs::train::EXAMPLES)]
     Train(Box<verbs::train::Args>),
     /// Continue a prompt, or answer it as a chat
-    #[command(after_help = verbs::infer::EXAMPLES)]
+    #[command(after_long_help = verbs::infer::EXAMPLES)]
     Infer(verbs::infer::Args),
+    /// List the families of models, and what each supports
+    #[command(after_long_help = verbs::models::EXAMPLES)]
+    Models(verbs::models::Args),
     /// Write the logits of given token ids, to compare with another implementation
-    #[command(after_help = verbs::logits::EXAMPLES)]
+    #[command(after_long_help = verbs::logits::EXAMPLES)]
     Logits(verbs::logits::Args),
     /// Measure this machine
+    #[command(after_long_help = verbs::bench::EXAMPLES)]
     Bench(verbs::bench::Args),
+    /// Print a script that completes verbs, flags and paths in a shell
+    #[command(after_long_help = verbs::completions::EXAMPLES)]
+    Completions(verbs::completions::Args),
+    /// Write the manual pages
+    #[command(hide = true, after_long_help = verbs::man::EXAMPLES)]
+    Man(verbs::man::Args),
 }
 
 fn main() -> ExitCode {
-    let verb = Cli::parse().verb;
+    let cli = Cli::parse();
+    cli.volume.set();
     // on a thread of the pool, so that kernels need not wake it for each call
-    let result = rayon::scope(|_| match &verb {
+    let result = rayon::scope(|_| match &cli.verb {
         Verb::Train(args) => verbs::train::run(args),
         Verb::Infer(args) => verbs::infer::run(args),
+        Verb::Models(args) => verbs::models::run(args),
         Verb::Logits(args) => verbs::logits::run(args),
         Verb::Bench(args) => verbs::bench::run(args),
+        Verb::Completions(args) => verbs::completions::run(args, Cli::command()),
+        Verb::Man(args) => verbs::man::run(args, Cli::command()),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(failure) if failure.is_closed_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
-            // what templates and libraries say may have several lines
-            let message = failure.to_string();
-            let lines: Vec<&str> = message.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-            tell::tell(format_args!("error: {}", lines.join(" ")));
+            tell::tell_error(&failure);
             ExitCode::from(failure.exit_code())
         }
     }

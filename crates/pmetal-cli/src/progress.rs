@@ -1,14 +1,11 @@
 //! What a run shows while it goes: a bar on a terminal, plain lines elsewhere.
 
-use std::{
-    io::IsTerminal,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use pmetal::trainer::{EvalMetrics, Observer, StepMetrics};
 
-use crate::tell::tell;
+use crate::tell::{shows_bars, tell};
 
 /// Shows a training run on stderr.
 pub struct Progress {
@@ -21,7 +18,7 @@ pub struct Progress {
 impl Progress {
     /// A bar where stderr is a terminal, else a line every `logging_steps` steps.
     pub fn new(logging_steps: usize) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
+        let bar = shows_bars().then(|| {
             let style = ProgressStyle::with_template("{bar:24} {pos}/{len} steps  {msg}  {elapsed} < {eta}");
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });

@@ -1,10 +1,13 @@
 //! One file per verb: its flags, and what it prints.
 
 pub mod bench;
+pub mod completions;
 mod failure;
 pub mod infer;
 pub mod logits;
+pub mod man;
 mod model_args;
+pub mod models;
 pub mod train;
 
 pub use failure::{Failure, Result};
