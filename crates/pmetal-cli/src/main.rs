@@ -4,6 +4,7 @@ mod progress;
 mod style;
 mod tell;
 mod thinking;
+mod usage;
 mod verbs;
 mod version;
 
@@ -64,8 +65,12 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage::explain(&error, &Cli::command()),
+    };
     cli.volume.set();
+    tracing::debug!(version = version::VERSION.as_str(), threads = rayon::current_num_threads(), "started");
     // on a thread of the pool, so that kernels need not wake it for each call
     let result = rayon::scope(|_| match &cli.verb {
         Verb::Train(args) => verbs::train::run(args),

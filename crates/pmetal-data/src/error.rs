@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be opened or read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {source}{}", path.display(), pmetal_core::next_step(source))]
     Read {
         /// The file.
         path: PathBuf,
@@ -12,7 +12,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file could not be written.
-    #[error("cannot write {}: {source}", path.display())]
+    #[error("cannot write {}: {source}{}", path.display(), pmetal_core::next_step(source))]
     Write {
         /// The file.
         path: PathBuf,

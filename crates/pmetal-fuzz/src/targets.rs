@@ -41,10 +41,10 @@ pub fn safetensors(bytes: &[u8]) -> bool {
     open_folder(&[("config.json", CONFIG), ("model.safetensors", bytes)]).is_some()
 }
 
-/// `config.json` of a folder, and as a description of a model alone.
+/// `config.json`: as a description of a model, and beside the weights of one.
 pub fn config(bytes: &[u8]) -> bool {
-    let spec = serde_json::from_slice(bytes).ok().map(|config| pmetal_models::spec_of(&config).is_ok());
-    open_folder(&[("config.json", bytes), ("model.safetensors", WEIGHTS)]).is_some() && spec == Some(true)
+    let _ = open_folder(&[("config.json", bytes), ("model.safetensors", WEIGHTS)]);
+    serde_json::from_slice(bytes).is_ok_and(|config| pmetal_models::spec_of(&config).is_ok())
 }
 
 /// Opens a folder of these files and loads its model.

@@ -70,10 +70,10 @@ fn scaled(scaling: &Keys, config: &Keys, plain: Vec<f64>, max_positions: usize) 
             }
             Ok(plain.into_iter().zip(factors).map(|(f, factor)| f / factor).collect())
         }
-        other => {
-            Err(scaling
-                .refuse("rope_type", format!("{other} is not supported, only {}", ROPE_SCALING_KINDS.join(", "))))
-        }
+        other => Err(scaling.refuse(
+            "rope_type",
+            format!("{other} is not supported, only {}; choose another model", ROPE_SCALING_KINDS.join(", ")),
+        )),
     }
 }
 

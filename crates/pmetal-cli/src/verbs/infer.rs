@@ -16,8 +16,7 @@ use crate::{tell::tell, thinking::ThinkFilter};
 pub const EXAMPLES: &str = "\
 Examples:
   pmetal infer --model ./model --chat --prompt \"What is the capital of France?\"
-  pmetal infer --model ./model.gguf --lora ./output --chat --temperature 0.7 \\
-      --system \"Be brief.\" --prompt \"Why is the sky blue?\"
+  pmetal infer --model ./model.gguf --lora ./output --chat --system \"Be brief.\" --prompt \"Why is the sky blue?\" --temperature 0.7
   pmetal infer --model ./base --prompt \"Once upon a time\" --max-tokens 64";
 
 /// Flags of `pmetal infer`.
