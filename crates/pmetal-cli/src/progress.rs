@@ -1,7 +1,6 @@
 //! What a run shows while it goes: a bar on a terminal, plain lines elsewhere.
 
 use std::{
-    io::IsTerminal,
     path::Path,
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
@@ -13,7 +12,11 @@ use pmetal::{
     trainer::{EvalMetrics, Observer, StepMetrics},
 };
 
-use crate::{reading::Reading, tell::tell, transfer_bars::TransferBars};
+use crate::{
+    reading::Reading,
+    tell::{shows_bars, tell},
+    transfer_bars::TransferBars,
+};
 
 /// Shows a training run on stderr.
 pub struct Progress {
@@ -28,7 +31,7 @@ pub struct Progress {
 impl Progress {
     /// A bar where stderr is a terminal, else a line every `logging_steps` steps. `stop` ends a download.
     pub fn new(logging_steps: usize, stop: Arc<AtomicBool>) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
+        let bar = shows_bars().then(|| {
             let style = ProgressStyle::with_template("{bar:24} {pos}/{len} steps  {msg}  {elapsed} < {eta}");
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });

@@ -5,6 +5,7 @@ use std::{
 };
 
 use pmetal_gguf::{GgufFile, gguf_files_in};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Encoding};
 
@@ -46,7 +47,10 @@ impl Tokenizer {
     pub fn from_model_path(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let kind = fs::metadata(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
-        if kind.is_dir() { Self::from_folder(path) } else { Self::from_gguf(path) }
+        let tokenizer = if kind.is_dir() { Self::from_folder(path) } else { Self::from_gguf(path) }?;
+        let (tokens, template) = (tokenizer.vocab_size(), tokenizer.chat_template().map(|(origin, _)| origin));
+        tracing::debug!(path = %path.display(), tokens, template, "opened tokenizer");
+        Ok(tokenizer)
     }
 
     /// The tokenizer of a model, `None` for one without: rows of ids need none.
@@ -112,8 +116,12 @@ impl Tokenizer {
             }
             Err(source) => return Err(Error::Read { path, source }),
         };
-        let inner = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|e| Error::TokenizerFile { path: path.clone(), reason: e.to_string() })?;
+        let broken = |reason: String| Error::TokenizerFile { path: path.clone(), reason };
+        refuse_charsmap(&bytes).map_err(broken)?;
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| match pmetal_core::what_it_is(&bytes) {
+            Some(kind) => broken(format!("is {kind}")),
+            None => broken(format!("{e}; fetch the model's own file again")),
+        })?;
         let config_path = folder.join("tokenizer_config.json");
         let config = json(&config_path)?;
         let map = json(&folder.join("special_tokens_map.json"))?;
@@ -365,11 +373,33 @@ fn failed(error: tokenizers::Error) -> Error {
 /// A JSON file's value, null if there is no such file.
 fn json(path: &PathBuf) -> Result<Value> {
     match fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map_err(|e| Error::TokenizerFile { path: path.clone(), reason: format!("bad JSON: {e}") }),
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| Error::TokenizerFile {
+            path: path.clone(),
+            reason: format!("bad JSON: {e}; fetch the model's own file again"),
+        }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
         Err(source) => Err(Error::Read { path: path.clone(), source }),
     }
+}
+
+/// The library panics at a SentencePiece normalizer whose table is broken, so the table is read beforehand where there may be one.
+fn refuse_charsmap(bytes: &[u8]) -> std::result::Result<(), String> {
+    const KIND: &str = "Precompiled";
+    if !bytes.windows(KIND.len()).any(|window| window == KIND.as_bytes()) {
+        return Ok(());
+    }
+    // whatever is no JSON the library refuses in its own words
+    let Ok(json) = serde_json::from_slice::<Value>(bytes) else { return Ok(()) };
+    let mut waiting = vec![json.get("normalizer")];
+    while let Some(normalizer) = waiting.pop() {
+        let Some(normalizer) = normalizer else { continue };
+        if normalizer.get("type").is_some_and(|kind| kind == KIND) {
+            spm_precompiled::Precompiled::deserialize(normalizer)
+                .map_err(|e| format!("normalizer {KIND}: {e}; fetch the model's own file again"))?;
+        }
+        waiting.extend(normalizer.get("normalizers").and_then(Value::as_array).into_iter().flatten().map(Some));
+    }
+    Ok(())
 }
 
 /// A token is written as its text, or as an object with the text under `content`.

@@ -82,7 +82,7 @@ impl Checkpoint {
     fn open_folder(folder: &Path) -> Result<Self> {
         let config_path = folder.join(CONFIG);
         let mut config = read_object(&config_path)?;
-        let mut spec = spec_of(&config).map_err(|e| at(e, &config_path))?;
+        let mut spec = spec_of(&config).map_err(|e| e.at(&config_path))?;
         let Some(weights) = SafetensorsFolder::open(folder)? else { return Err(not_a_model(folder)) };
         if spec.tie_word_embeddings && has_its_own_head(&weights) {
             spec.tie_word_embeddings = false;
@@ -90,7 +90,8 @@ impl Checkpoint {
         }
         let generation_path = folder.join(GENERATION_CONFIG);
         let generation = if generation_path.exists() { Some(read_object(&generation_path)?) } else { None };
-        let generation = GenerationConfig::read(generation.as_ref(), &config).map_err(|e| at(e, &generation_path))?;
+        let generation =
+            GenerationConfig::read(generation.as_ref().map(|json| (json, &*generation_path)), (&config, &config_path))?;
         let checkpoint = Self {
             path: folder.to_path_buf(),
             config,
@@ -106,8 +107,8 @@ impl Checkpoint {
     fn open_gguf(path: &Path, file: &Path) -> Result<Self> {
         let gguf = GgufFile::open(file)?;
         let config = gguf_config::standard(gguf.hf_config()?);
-        let spec = spec_of(&config).map_err(|e| at(e, file))?;
-        let mut generation = GenerationConfig::read(None, &config).map_err(|e| at(e, file))?;
+        let spec = spec_of(&config).map_err(|e| e.at(file))?;
+        let mut generation = GenerationConfig::read(None, (&config, file))?;
         let ends: Vec<u32> = gguf.special_tokens()?.end_of_generation.iter().map(|token| token.id).collect();
         if !ends.is_empty() {
             generation.eos_token_ids = ends;
@@ -234,6 +235,9 @@ impl Checkpoint {
     /// Every tensor of the decoder is there in its shape, and no other is.
     fn check_tensors(&self) -> Result<()> {
         let mut found: HashMap<String, Found> = self.found()?.into_iter().collect();
+        let (family, layers, dtype) =
+            (&self.spec.model_type, self.spec.num_hidden_layers, self.stored_dtype().as_str());
+        tracing::debug!(path = %self.path.display(), family, layers, dtype, tensors = found.len(), "opened model");
         for (tensor, shape) in self.tensors() {
             let expected = shape.dims().to_vec();
             match found.remove(&tensor) {
@@ -299,14 +303,6 @@ fn plain_dtype(block_type: &str) -> Option<DType> {
         "F16" => Some(DType::F16),
         "BF16" => Some(DType::BF16),
         _ => None,
-    }
-}
-
-/// The error with the file that a configuration came from.
-fn at(error: Error, path: &Path) -> Error {
-    match error {
-        Error::Config { key, reason, .. } => Error::Config { path: path.to_path_buf(), key, reason },
-        other => other,
     }
 }
 

@@ -15,10 +15,14 @@ use crate::{progress::Progress, tell::tell};
 /// Examples shown under `--help`.
 pub const EXAMPLES: &str = "\
 Examples:
-  pmetal train --model ./SmolLM2-135M-Instruct.gguf --dataset rows.jsonl --eval-split 0.1
-  pmetal train --model ./Qwen3-0.6B --dataset rows.jsonl --max-seq-len 2048 --packing --epochs 3
-  pmetal train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset rows.jsonl --output ./adapter
-  pmetal train --model ./base --dataset rows.jsonl --fine-tune-type full --learning-rate 2e-5";
+  pmetal train --model ./SmolLM2-135M-Instruct.gguf --dataset rows.jsonl \\
+      --eval-split 0.1
+  pmetal train --model ./Qwen3-0.6B --dataset rows.jsonl --epochs 3 \\
+      --max-seq-len 2048 --packing
+  pmetal train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset rows.csv \\
+      --columns instruction=question,output=answer --dry-run
+  pmetal train --model ./base --dataset rows.jsonl --fine-tune-type full \\
+      --learning-rate 2e-5";
 
 /// Flags of `pmetal train`.
 #[derive(clap::Args)]
