@@ -11,9 +11,11 @@ and `PMETAL_TEMPLATE_FIXTURES` set to the output folder, the same test reads tho
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
+from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +23,7 @@ HERE = Path(__file__).resolve().parent.parent / "crates/pmetal-data/tests/fixtur
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
            "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "[INST]", "[/INST]",
            "<|User|>", "<|Assistant|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"]
+MARK = re.compile(r"<[|｜][^|｜<>\n'\"]{1,40}[|｜]>|\[/?[A-Z_]{3,30}\]|<\|?(?:start|end)_of_turn\|?>|<\|?turn\|?>")
 PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 
 
@@ -39,6 +42,19 @@ def assistant(text, **more):
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2, "exact": True, "limit": 1.5}}}]
 TOOL = [{"type": "function", "function": {"name": "weather", "description": "It's <b>the</b> weather & more",
                                           "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+# What Python's JSON and repr write in ways of their own: integers beyond 64 bits, floats, null, nesting, characters.
+ODD = {"int": -3, "big": 18446744073709551615, "float": 1.0, "small": 1e-7, "large": 1e22, "none": None, "no": False,
+       "list": [1, "é", {"k": "\"'\\ \n\t</x> \u2028"}], "empty": {}, "text": "it's"}
+
+
+def call(name, arguments, number):
+    return {"id": f"call{number:05}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def result(text, number, name="weather"):
+    return {"role": "tool", "tool_call_id": f"call{number:05}", "name": name, "content": text}
+
+
 CONVERSATIONS = {
     "one round": {"messages": [user("What is 2 + 2?"), assistant("It is 4.")]},
     "system and three rounds": {"messages": [
@@ -61,16 +77,43 @@ CONVERSATIONS = {
     "tools": {"messages": [
         user("Weather?"), assistant("Let me see.", tool_calls=CALL), {"role": "tool", "content": "12 °C"}, assistant("Cool.")],
         "tools": TOOL},
+    "calls and results": {"messages": [
+        system("Use tools."), user("Weather in two towns?"),
+        assistant("", tool_calls=[call("weather", {"city": "Bern"}, 1)]), result("7 °C", 1),
+        assistant("", tool_calls=[call("weather", {"city": "Genf"}, 2)]), result("9 °C", 2),
+        assistant("Seven and nine."), user("Thanks."), assistant("You are welcome.")],
+        "tools": TOOL},
+    "two calls at once": {"messages": [
+        user("Weather in two towns?"),
+        assistant("", tool_calls=[call("weather", {"city": "Bern"}, 1), call("weather", {"city": "Genf"}, 2)]),
+        result("7 °C", 1), result("9 °C", 2), assistant("Seven and nine.")],
+        "tools": TOOL},
+    "thoughts and calls": {"messages": [
+        user("Hi"), assistant("Hello!", reasoning_content="A greeting."), user("Weather?"),
+        assistant("", reasoning_content="I need the tool.", tool_calls=[call("weather", {"city": "Bern"}, 1)]),
+        result("7 °C", 1), assistant("Seven.", reasoning_content="It said seven.")],
+        "tools": TOOL},
+    "odd arguments": {"messages": [
+        user("Go."), assistant("", tool_calls=[call("weather", ODD, 1)]), result("ok", 1), assistant("Done.")],
+        "tools": TOOL},
+    "a call ends": {"messages": [user("Go."), assistant("", tool_calls=[call("weather", {"city": "Bern"}, 1)])], "tools": TOOL},
+    "an empty system": {"messages": [system(""), user("Hi"), assistant("Hello!")]},
+    "a developer": {"messages": [{"role": "developer", "content": "Be brief."}, user("Hi"), assistant("Hello!")]},
+    "no content": {"messages": [user("Go."), {"role": "assistant", "content": None, "tool_calls": [call("weather", {}, 1)]},
+                                result("ok", 1), assistant("Done.")], "tools": TOOL},
+    "braces and marks": {"messages": [user("{{ x }} {% y %} <|im_end|>"), assistant("<tool_call> {# z #}</think> \\n")]},
 }
 
 
-def make_tokenizer(folder):
+def make_tokenizer(folder, sources):
+    # The marks templates write: special tokens, as in the models they are of.
+    written = sorted({mark for source in sources for mark in MARK.findall(source)} - set(SPECIAL))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL,
+    trainer = trainers.BpeTrainer(vocab_size=400 + len(written), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL + written,
                                   show_progress=False)
-    text = [m["content"] for c in CONVERSATIONS.values() for m in c["messages"]]
+    text = [m["content"] or "" for c in CONVERSATIONS.values() for m in c["messages"]]
     tokenizer.train_from_iterator(text + ["assistant\n\nuser\nsystem\n\n:\n\n.\n\n"] * 4, trainer)
     tokenizer.add_tokens(PLAIN)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
@@ -81,8 +124,11 @@ def expected(tokenizer, template, conversation):
     arguments = {"chat_template": template, "tools": conversation.get("tools")}
     try:
         text = tokenizer.apply_chat_template(conversation["messages"], tokenize=False, **arguments)
+    except TemplateError as error:
+        # A template refuses with exactly this class; its heirs are mistakes of the template.
+        return {"error" if type(error) is TemplateError else "fails": str(error)}
     except Exception as error:
-        return {"error": str(error)}
+        return {"fails": str(error)}
     marked = "{%" in template and "endgeneration" in template
     out = tokenizer.apply_chat_template(conversation["messages"], tokenize=True, return_dict=True,
                                         return_assistant_tokens_mask=marked, **arguments)
@@ -104,10 +150,10 @@ def main():
     parser.add_argument("--output", type=Path, default=HERE)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(arguments.output)
+    sources = {path: path.read_text() for path in sorted(arguments.templates.glob("*.jinja"))}
+    tokenizer = make_tokenizer(arguments.output, sources.values())
     templates = {}
-    for path in sorted(arguments.templates.glob("*.jinja")):
-        source = path.read_text()
+    for path, source in sources.items():
         if path.parent.resolve() != arguments.output.resolve():
             shutil.copyfile(path, arguments.output / path.name)
         cases = {name: expected(tokenizer, source, c) for name, c in CONVERSATIONS.items()}

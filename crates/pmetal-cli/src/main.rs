@@ -1,6 +1,11 @@
 //! `pmetal`: fine-tune large language models on the machine in front of you.
 
+mod interrupt;
+mod layout;
 mod progress;
+mod reading;
+mod stop;
+mod style;
 mod tell;
 mod thinking;
 mod verbs;
@@ -27,9 +32,11 @@ enum Verb {
     /// Fine-tune a model on rows of text: a LoRA adapter, or every weight
     #[command(after_help = verbs::train::EXAMPLES)]
     Train(Box<verbs::train::Args>),
-    /// Continue a prompt, or answer it as a chat
+    /// Chat with a model, answer or continue a prompt, or a file of them
     #[command(after_help = verbs::infer::EXAMPLES)]
-    Infer(verbs::infer::Args),
+    Infer(Box<verbs::infer::Args>),
+    /// Look at a dataset: preview what is trained, count it, convert it
+    Data(verbs::data::Args),
     /// Write the logits of given token ids, to compare with another implementation
     #[command(after_help = verbs::logits::EXAMPLES)]
     Logits(verbs::logits::Args),
@@ -43,6 +50,7 @@ fn main() -> ExitCode {
     let result = rayon::scope(|_| match &verb {
         Verb::Train(args) => verbs::train::run(args),
         Verb::Infer(args) => verbs::infer::run(args),
+        Verb::Data(args) => verbs::data::run(args),
         Verb::Logits(args) => verbs::logits::run(args),
         Verb::Bench(args) => verbs::bench::run(args),
     });

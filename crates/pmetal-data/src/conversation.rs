@@ -2,46 +2,61 @@ use serde_json::{Map, Value};
 
 /// One message of a conversation: the object a chat template sees, with at least `role`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Message(Map<String, Value>);
+pub struct Message {
+    object: Map<String, Value>,
+    /// Where the assistant says it: whether it is trained.
+    trained: bool,
+}
 
 impl Message {
     /// A message of text.
     pub fn new(role: &str, content: impl Into<String>) -> Self {
         let pairs = [("role", role.into()), ("content", content.into())];
-        Self(pairs.map(|(key, text): (_, String)| (key.to_string(), Value::String(text))).into_iter().collect())
+        let object = pairs.map(|(key, text): (_, String)| (key.to_string(), Value::String(text))).into_iter().collect();
+        Self { object, trained: true }
     }
 
     /// A message with further keys a template may read, as `tool_calls`.
     pub(crate) fn from_object(object: Map<String, Value>) -> Self {
-        Self(object)
+        Self { object, trained: true }
     }
 
     /// Adds or replaces a key.
-    pub(crate) fn set(&mut self, key: &str, value: impl Into<Value>) {
-        self.0.insert(key.to_string(), value.into());
+    pub fn set(&mut self, key: &str, value: impl Into<Value>) {
+        self.object.insert(key.to_string(), value.into());
+    }
+
+    /// Takes a key away.
+    pub(crate) fn remove(&mut self, key: &str) {
+        self.object.shift_remove(key);
+    }
+
+    /// Says whether an assistant's message is trained; nobody else's ever is.
+    pub(crate) fn set_trained(&mut self, trained: bool) {
+        self.trained = trained || self.role() != "assistant";
+    }
+
+    /// Whether it may be trained: false for an answer with `weight` 0, `train` false, or within a prompt.
+    pub(crate) fn trained(&self) -> bool {
+        self.trained
     }
 
     /// `user`, `assistant`, `system`, ...
-    pub(crate) fn role(&self) -> &str {
-        self.0.get("role").and_then(Value::as_str).unwrap_or_default()
-    }
-
-    /// The text, unless the message has none (an assistant that only calls tools).
-    pub(crate) fn content(&self) -> Option<&str> {
-        self.0.get("content").and_then(Value::as_str)
+    pub fn role(&self) -> &str {
+        self.object.get("role").and_then(Value::as_str).unwrap_or_default()
     }
 
     /// The keys and values.
-    pub(crate) fn object(&self) -> &Map<String, Value> {
-        &self.0
+    pub fn object(&self) -> &Map<String, Value> {
+        &self.object
     }
 }
 
 /// Messages in order, and the tools a template may describe to the model.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub(crate) struct Conversation {
+pub struct Conversation {
     /// Who said what.
-    pub(crate) messages: Vec<Message>,
+    pub messages: Vec<Message>,
     /// A JSON array of tool descriptions.
-    pub(crate) tools: Option<Value>,
+    pub tools: Option<Value>,
 }

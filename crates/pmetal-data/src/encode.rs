@@ -7,6 +7,7 @@ use crate::{
     row::Row,
     template::{ChatTemplate, Prepared, Template},
     tokenizer::Tokenizer,
+    view::{self, TokenView},
 };
 
 /// The label of a token that is not trained.
@@ -39,16 +40,20 @@ impl Example {
         }
     }
 
-    /// Cuts to the first `length` tokens.
-    pub(crate) fn truncate(&mut self, length: usize) {
-        self.input_ids.truncate(length);
-        self.labels.truncate(length);
-    }
-
     fn all_trained(input_ids: Vec<u32>) -> Self {
         let labels = input_ids.iter().map(|&id| i64::from(id)).collect();
         Self { input_ids, labels }
     }
+}
+
+/// A row of text with what it was encoded from.
+pub(crate) struct Encoded {
+    pub(crate) example: Example,
+    pub(crate) text: String,
+    /// Per token of the text, its place in it, in bytes.
+    pub(crate) offsets: Vec<(usize, usize)>,
+    /// Tokens before those of the text: what the tokenizer puts before one.
+    pub(crate) before: usize,
 }
 
 /// A template and what probing it taught.
@@ -95,38 +100,78 @@ impl<'a> RowEncoder<'a> {
     /// A text row is what the tokenizer makes of the text, and eos. A rendered row is encoded as it is: the template writes
     /// bos if it wants one. Where it ends an answer in plain text, so that nothing would teach the model to stop, eos follows.
     pub(crate) fn encode(&self, row: &Row) -> Result<Example, RowFault> {
-        let rendering = || self.rendering.as_ref().ok_or(RowFault::NoTokenizer);
         match row {
-            Row::Conversation(conversation) => {
-                let rendering = rendering()?;
-                rendering.conversation(&rendering.conversation, conversation).map_err(RowFault::Encode)
-            }
-            Row::Alpaca(alpaca) => {
-                let rendering = rendering()?;
-                rendering.conversation(&rendering.alpaca, &alpaca.conversation()).map_err(RowFault::Encode)
-            }
-            Row::Text(text) => rendering()?.text(text).map_err(RowFault::Encode),
             Row::Tokens { input_ids, labels: Some(labels) } => {
                 Ok(Example { input_ids: input_ids.clone(), labels: labels.clone() })
             }
             Row::Tokens { input_ids, labels: None } => Ok(Example::all_trained(input_ids.clone())),
+            _ => self.rendered(row).map(|encoded| encoded.example),
         }
+    }
+
+    /// One row token by token, as [`RowEncoder::encode`] makes it. The texts joined are what was rendered, with the tokens the
+    /// tokenizer or the encoder put around it; a character that takes several tokens is the first one's.
+    ///
+    /// # Errors
+    /// As [`RowEncoder::encode`].
+    pub(crate) fn view(&self, row: &Row) -> Result<Vec<TokenView>, RowFault> {
+        let tokenizer = self.rendering.as_ref().map(|rendering| rendering.tokenizer);
+        if let Row::Tokens { .. } = row {
+            return view::ids(&self.encode(row)?, tokenizer).map_err(RowFault::Encode);
+        }
+        let encoded = self.rendered(row)?;
+        let rendering = self.rendering.as_ref().ok_or(RowFault::NoTokenizer)?;
+        let ends = match row {
+            Row::Conversation(_) => &rendering.conversation.ends,
+            _ => &rendering.alpaca.ends,
+        };
+        Ok(view::text(&encoded, rendering.tokenizer, ends))
+    }
+
+    fn rendered(&self, row: &Row) -> Result<Encoded, RowFault> {
+        let rendering = self.rendering.as_ref().ok_or(RowFault::NoTokenizer)?;
+        let encoded = match row {
+            Row::Conversation(conversation) => rendering.conversation(&rendering.conversation, conversation),
+            Row::Alpaca(alpaca) => rendering.conversation(&rendering.alpaca, &alpaca.conversation()),
+            Row::PromptCompletion { prompt, completion } => rendering.completion(prompt, completion),
+            Row::Text(text) => rendering.text(text),
+            Row::Preference(preference) => return Err(preference.fault()),
+            Row::Tokens { .. } => return Err(RowFault::NoTokenizer),
+        };
+        encoded.map_err(RowFault::Encode)
     }
 }
 
 impl Rendering<'_> {
-    fn text(&self, text: &str) -> Result<Example> {
+    fn text(&self, text: &str) -> Result<Encoded> {
         let mut ids = self.tokenizer.encode(text, true)?;
         let eos = self.tokenizer.eos_ids();
         if let (Some(&eos), false) = (eos.first(), ids.last().is_some_and(|last| eos.contains(last))) {
             ids.push(eos);
         }
-        Ok(Example::all_trained(ids))
+        let encoding = self.tokenizer.encode_with_offsets(text)?;
+        let inner = encoding.get_ids();
+        let before = ids.windows(inner.len().max(1)).position(|window| window == inner).unwrap_or(0);
+        let (text, offsets) = (text.to_string(), encoding.get_offsets().to_vec());
+        Ok(Encoded { example: Example::all_trained(ids), text, offsets, before })
     }
 
-    fn conversation(&self, shaped: &Shaped, conversation: &Conversation) -> Result<Example> {
+    /// The two texts as one, with eos: the tokens with a part in the second and eos are trained, or all of them.
+    fn completion(&self, prompt: &str, completion: &str) -> Result<Encoded> {
+        let mut encoded = self.text(&format!("{prompt}{completion}"))?;
+        if self.train_on != TrainOn::All {
+            let trained = tokens_in(&encoded.offsets, &[prompt.len()..encoded.text.len()]);
+            let untrained = std::iter::repeat_n(true, encoded.before).chain(trained.iter().map(|trained| !trained));
+            for (label, untrained) in encoded.example.labels.iter_mut().zip(untrained) {
+                *label = if untrained { IGNORE } else { *label };
+            }
+        }
+        Ok(encoded)
+    }
+
+    fn conversation(&self, shaped: &Shaped, conversation: &Conversation) -> Result<Encoded> {
         let template = &shaped.template;
-        let prepared = Prepared::new(conversation);
+        let prepared = Prepared::new(template, conversation);
         let text = template.render_messages(&prepared, prepared.messages(), false)?;
         let encoding = self.tokenizer.encode_with_offsets(&text)?;
         let mut ids = encoding.get_ids().to_vec();
@@ -145,13 +190,14 @@ impl Rendering<'_> {
             shaped.include_ends(&ids, &mut trained);
             trained
         };
-        let answered = conversation.messages.last().is_some_and(|message| message.role() == "assistant");
+        let answered = conversation.messages.last().is_some_and(|m| m.role() == "assistant" && m.trained());
         if answered {
             shaped.end_row(&text, encoding.get_offsets(), self.tokenizer, &mut ids, &mut trained);
         }
         let label = |(&id, trained): (&u32, bool)| if trained { i64::from(id) } else { IGNORE };
         let labels = ids.iter().zip(trained).map(label).collect();
-        Ok(Example { input_ids: ids, labels })
+        let example = Example { input_ids: ids, labels };
+        Ok(Encoded { example, text, offsets: encoding.get_offsets().to_vec(), before: 0 })
     }
 }
 

@@ -3,11 +3,12 @@
 use std::{collections::HashSet, ops::Range, str::FromStr};
 
 use minijinja::Value;
+use serde_json::{Value as Json, json};
 
 use crate::{
     conversation::{Conversation, Message},
     error::{Error, Result},
-    template::{ChatTemplate, Prepared, message_value},
+    template::{ChatTemplate, Prepared},
     tokenizer::Tokenizer,
 };
 
@@ -58,7 +59,8 @@ impl TurnShape {
         let asked = Conversation { messages: vec![question.clone()], tools: None };
         let answer = Message::new("assistant", PROBES[0]);
         let answered = Conversation { messages: vec![question, answer], tools: None };
-        let prompted = template.render(&asked, true).unwrap_or_default();
+        // A template that runs away is not asked twice.
+        let Ok(prompted) = template.render(&asked, true) else { return Self::default() };
         let plain = template.render(&asked, false).unwrap_or_default();
         let answered = template.render(&answered, false).unwrap_or_default();
         let header = prompted.get(common_prefix(&prompted, &plain)..).map(str::to_string);
@@ -85,30 +87,50 @@ impl Turns<'_> {
     ///
     /// `{% generation %}` tags say it where a template has them. Elsewhere a turn is what is between the rendering of all that
     /// came before it, with a generation prompt, and the rendering up to and with it; where those are not how the whole
-    /// begins, because the template treats the last turn in its own way, its content is found by putting others in its place.
+    /// begins, because the template treats the last turn in its own way, what it says is found by putting other words in
+    /// its place. So a turn is what the model generates: reasoning, content, calls of tools and the token that ends it, but
+    /// not the header, nor a mark of reasoning that the generation prompt already opened.
     pub(crate) fn spans(&self, train_on: TrainOn) -> Result<Vec<Range<usize>>> {
-        let messages = self.conversation.messages.iter().enumerate();
-        let turns: Vec<usize> = messages.filter(|(_, m)| m.role() == "assistant").map(|(index, _)| index).collect();
-        let Some(&last) = turns.last() else { return Ok(Vec::new()) };
-        match (train_on, self.template.render_marked(self.prepared, self.text)?) {
-            (TrainOn::Last, None) => Ok(vec![self.turn(last, 0)?]),
-            (TrainOn::Last, Some(marked)) => {
-                let start = self.turn(last, 0)?.start;
-                Ok(marked.into_iter().filter(|span| span.end > start).collect())
+        let spoken = |trained: bool| {
+            let messages = self.conversation.messages.iter().enumerate();
+            messages.filter(move |(_, m)| m.role() == "assistant" && (m.trained() || !trained)).map(|(turn, _)| turn)
+        };
+        let mut wanted: Vec<usize> = spoken(true).collect();
+        if train_on == TrainOn::Last {
+            wanted.drain(..wanted.len().saturating_sub(1));
+        }
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        let marked = self.template.render_marked(self.prepared, self.text)?;
+        match marked {
+            Some(marked) if wanted.len() == spoken(false).count() => Ok(marked),
+            None => self.each_turn(spoken(false), &wanted),
+            Some(marked) => {
+                let turns = self.each_turn(spoken(false), &wanted)?;
+                let meets = |span: &Range<usize>| {
+                    turns.iter().any(|t| span.start < t.end && t.start < span.end.max(span.start + 1))
+                };
+                Ok(marked.into_iter().filter(meets).collect())
             }
-            (_, Some(marked)) => Ok(marked),
-            (_, None) => self.each_turn(&turns),
         }
     }
 
-    /// The turns the text shows: a template may leave one out. When it shows none, the error is that of the first.
-    fn each_turn(&self, turns: &[usize]) -> Result<Vec<Range<usize>>> {
-        let mut spans: Vec<Range<usize>> = Vec::with_capacity(turns.len());
-        let mut lost = None;
-        for &turn in turns {
-            match self.turn(turn, spans.last().map_or(0, |span| span.end)) {
-                Ok(span) => spans.push(span),
-                Err(error) => lost = lost.or(Some(error)),
+    /// The wanted of the turns, where the text shows them: a template may leave one out. When it shows none, the error is
+    /// that of the first.
+    fn each_turn(&self, turns: impl Iterator<Item = usize>, wanted: &[usize]) -> Result<Vec<Range<usize>>> {
+        let mut spans: Vec<Range<usize>> = Vec::with_capacity(wanted.len());
+        let (mut lost, mut floor) = (None, 0);
+        for turn in turns {
+            match self.turn(turn, floor) {
+                Ok(span) => {
+                    floor = span.end;
+                    if wanted.contains(&turn) {
+                        spans.push(span);
+                    }
+                }
+                Err(error) if wanted.contains(&turn) => lost = lost.or(Some(error)),
+                Err(_) => {}
             }
         }
         match lost {
@@ -126,55 +148,88 @@ impl Turns<'_> {
         };
         let (start, end) = match (prefix(turn, true), prefix(turn + 1, false)) {
             (Some(start), Some(end)) if start < end => (start, end),
-            (start, _) => self.by_content(turn, floor, start)?,
+            (start, _) => self.by_words(turn, floor, start)?,
         };
         Ok(start..self.trim_to_end_of_turn(start, end))
     }
 
-    /// The turn around its content: where two renderings of the whole, with other contents in its place, differ.
-    fn by_content(&self, turn: usize, floor: usize, start: Option<usize>) -> Result<(usize, usize)> {
+    /// The turn around its words: where two renderings of the whole, with other words in its place, differ.
+    fn by_words(&self, turn: usize, floor: usize, start: Option<usize>) -> Result<(usize, usize)> {
         let lost = || Error::TurnNotFound { template: self.template.origin().to_string(), message: turn };
-        let message = self.conversation.messages.get(turn).filter(|m| m.content().is_some()).ok_or_else(lost)?;
+        let message = self.conversation.messages.get(turn).ok_or_else(lost)?;
         let swapped = |probe: &str, end: usize| {
-            let mut message = message.clone();
-            message.set("content", probe);
+            let message = self.prepared.value(&with_words(message, probe));
             let others = self.prepared.messages().iter().take(end).enumerate();
             let messages: Vec<Value> =
-                others.map(|(i, m)| if i == turn { message_value(&message) } else { m.clone() }).collect();
+                others.map(|(i, m)| if i == turn { message.clone() } else { m.clone() }).collect();
             self.template.render_messages(self.prepared, &messages, false)
         };
         let all = self.conversation.messages.len();
         let [one, other] = [swapped(PROBES[0], all)?, swapped(PROBES[1], all)?];
         let shared_start = one.get(..common_prefix(&one, &other)).unwrap_or_default();
         let shared_end = one.get(one.len() - common_suffix(&one, &other)..).unwrap_or_default();
-        let content_start = common_prefix(self.text, shared_start);
-        let content_end = self.text.len() - common_suffix(self.text, shared_end);
-        if one == other || content_start < floor || content_end < content_start {
+        let words_start = common_prefix(self.text, shared_start);
+        let words_end = self.text.len() - common_suffix(self.text, shared_end);
+        if one == other || words_start < floor || words_end < words_start {
             return Err(lost());
         }
-        let header = || {
-            let header = self.shape.header.as_deref()?;
-            let found = self.text.get(floor..content_start)?.rfind(header)?;
-            Some(floor + found + header.len())
-        };
-        let lead =
-            || self.text.get(floor..content_start)?.strip_suffix(&self.shape.lead).map(|rest| floor + rest.len());
-        let start =
-            start.filter(|&start| start <= content_start).or_else(header).or_else(lead).unwrap_or(content_start);
+        let before = self.text.get(floor..words_start).unwrap_or_default();
+        let lead = || before.strip_suffix(&self.shape.lead).map(|rest| floor + rest.len());
+        let header = || self.after_header(before).map(|at| floor + at);
+        let start = start.filter(|&start| start <= words_start).or_else(header).or_else(lead).unwrap_or(words_start);
         let alone = swapped(PROBES[0], turn + 1)?;
         let tail = alone.rfind(PROBES[0]).and_then(|at| alone.get(at + PROBES[0].len()..)).unwrap_or_default();
-        Ok((start, content_end + self.tail_length(content_end, tail)))
+        // The tail is that of the words put in place, of which the text has what follows its own.
+        let behind = self.text.len().saturating_sub(shared_end.len());
+        let end = (behind + self.shared_tail(shared_end, tail)).max(words_end);
+        Ok((start, end + self.end_at(end, tail)))
     }
 
-    /// Bytes after a turn's content that still belong to it, given the tail it has as the last turn.
-    fn tail_length(&self, content_end: usize, tail: &str) -> usize {
-        let rest = self.text.get(content_end..).unwrap_or_default();
-        let after_space = rest.trim_start();
-        match starting_special(after_space, self.tokenizer.special_set()) {
-            Some(special) => rest.len() - after_space.len() + special.len(),
-            None if rest.starts_with(tail.trim_end()) => tail.trim_end().len(),
-            None => 0,
+    /// Where the last header of an assistant's turn ends. A generation prompt may open the reasoning, which turns of the past
+    /// do not have: its beginning is a header, too.
+    fn after_header(&self, before: &str) -> Option<usize> {
+        let header = self.shape.header.as_deref()?;
+        let special = self.tokenizer.special_set();
+        let mut ends = vec![header.len()];
+        for (at, c) in header.char_indices().rev() {
+            let named = starting_special(header.get(at..).unwrap_or_default(), special).map(|token| at + token.len());
+            ends.extend(named.into_iter().chain((c == '\n').then_some(at + 1)));
         }
+        ends.sort_unstable_by(|a, b| b.cmp(a));
+        let words = |text: &str| starting_special(text, special).is_none_or(|token| token.len() < text.len());
+        let starts = ends.into_iter().filter_map(|end| header.get(..end));
+        let mut starts = starts.filter(|start| start.len() == header.len() || words(start));
+        starts.find_map(|start| Some(before.rfind(start)? + start.len()))
+    }
+
+    /// Bytes with which both begin, with no special token in pieces.
+    fn shared_tail(&self, text: &str, tail: &str) -> usize {
+        let tail = tail.trim_end();
+        let shared = common_prefix(text, tail);
+        let whole = |at: usize| {
+            let special = starting_special(tail.get(at..)?, self.tokenizer.special_set())?;
+            (at < shared && shared < at + special.len()).then_some(at)
+        };
+        (0..shared).find_map(whole).unwrap_or(shared)
+    }
+
+    /// Bytes from `end` on that end the turn, where its tail as the last turn ends it otherwise or not yet.
+    fn end_at(&self, end: usize, tail: &str) -> usize {
+        let rest = self.text.get(end..).unwrap_or_default();
+        let after_space = rest.trim_start();
+        let ends = |special: &str| self.shape.end_of_turn.as_deref() == Some(special) || self.ends_text(special);
+        let done = ending_special(self.text.get(..end).unwrap_or_default(), self.tokenizer.special_set());
+        match starting_special(after_space, self.tokenizer.special_set()) {
+            Some(special) if !done.is_some_and(ends) && (ends(special) || self.closes(tail)) => {
+                rest.len() - after_space.len() + special.len()
+            }
+            _ => 0,
+        }
+    }
+
+    /// Whether the tail of a last turn is, or begins with, a special token.
+    fn closes(&self, tail: &str) -> bool {
+        starting_special(tail.trim_start(), self.tokenizer.special_set()).is_some()
     }
 
     /// Cuts what follows the token that ends the turn: a line break, or what a template writes behind the last turn. A span
@@ -197,6 +252,49 @@ impl Turns<'_> {
     fn ends_text(&self, special: &str) -> bool {
         self.tokenizer.token_to_id(special).is_some_and(|id| self.tokenizer.eos_ids().contains(&id))
     }
+}
+
+/// The message with other words: its text, its reasoning and the arguments of its calls. The names of tools stay, since a
+/// template may write them again with the result.
+fn with_words(message: &Message, words: &str) -> Message {
+    let mut changed = message.clone();
+    let mut said = false;
+    for key in ["reasoning_content", "reasoning", "thinking"] {
+        if message.object().get(key).and_then(Json::as_str).is_some_and(|text| !text.is_empty()) {
+            changed.set(key, words);
+            said = true;
+        }
+    }
+    if let Some(Json::Array(calls)) = message.object().get("tool_calls")
+        && !calls.is_empty()
+    {
+        let mut calls = calls.clone();
+        for call in &mut calls {
+            let Some(Json::Object(function)) = call.get_mut("function") else { continue };
+            let other = json!({ "word": words });
+            let text = function.get("arguments").is_some_and(Json::is_string);
+            function.insert("arguments".to_string(), if text { other.to_string().into() } else { other });
+            said = true;
+        }
+        changed.set("tool_calls", calls);
+    }
+    match message.object().get("content") {
+        Some(Json::Array(parts)) if !parts.is_empty() => {
+            let mut parts = parts.clone();
+            for part in parts.iter_mut().filter_map(Json::as_object_mut) {
+                for key in ["text", "thinking", "reasoning"] {
+                    if let Some(value) = part.get_mut(key) {
+                        *value = words.into();
+                    }
+                }
+            }
+            changed.set("content", parts);
+        }
+        Some(Json::String(text)) if !said || !text.is_empty() => changed.set("content", words),
+        _ if !said => changed.set("content", words),
+        _ => {}
+    }
+    changed
 }
 
 /// The longest special token `text` starts with.

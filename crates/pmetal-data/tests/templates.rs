@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pmetal_data::{Dataset, DatasetOptions, Example, Message, Template, TemplateChoice, Tokenizer, TrainOn};
+use pmetal_data::{
+    CacheChoice, Dataset, DatasetOptions, Example, Message, Source, Template, TemplateChoice, Tokenizer, TrainOn,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -47,9 +49,11 @@ impl Model {
         fs::write(&path, row.to_string()).unwrap();
         let tokenizer = self.tokenizer();
         let template = Template::choose(&TemplateChoice::Auto, &tokenizer).unwrap();
-        let options = DatasetOptions { train_on, template, max_seq_len: 0, vocab_size: usize::MAX };
-        let mut dataset = Dataset::load(path, &tokenizer, &options).map_err(|e| e.to_string())?;
-        Ok(dataset.examples.remove(0))
+        let options =
+            DatasetOptions { train_on, cache: CacheChoice::Temporary, ..DatasetOptions::new(template, usize::MAX) };
+        let source = Source::find(&path).unwrap();
+        let dataset = Dataset::load(&source.into(), &tokenizer, &options, &mut ()).map_err(|e| e.to_string())?;
+        Ok(dataset.examples.get(0).unwrap())
     }
 }
 
@@ -97,6 +101,10 @@ fn each_case(mut check: impl FnMut(&str, &str, &Value, &Value)) {
 fn ids_are_those_of_transformers() {
     let mut failures = Vec::new();
     each_case(|name, template, row, expected| {
+        // Where Python fails over a mistake in the template, what we make of it is free.
+        if expected.get("fails").is_some() {
+            return;
+        }
         let got = Model::new(Some(template)).encode(row, TrainOn::All);
         match (got, expected["error"].as_str()) {
             (Err(message), Some(theirs)) if message.contains(theirs) || !theirs.contains("raise") => {}

@@ -37,6 +37,11 @@ impl Target {
     }
 }
 
+/// Takes every adapter off a model.
+pub fn detach(model: &mut dyn CausalLMModel) {
+    model.for_each_linear(&mut |_, member| member.adapter = None);
+}
+
 /// Gives every target layer a fresh adapter: A uniform in `±1 / sqrt(in)` as PEFT's Kaiming start, B zero. Returns their arena.
 pub fn attach(model: &mut dyn CausalLMModel, config: &LoraConfig, seed: u64) -> Result<Arena> {
     config.validate()?;
@@ -58,7 +63,7 @@ pub fn attach(model: &mut dyn CausalLMModel, config: &LoraConfig, seed: u64) -> 
     Ok(arena)
 }
 
-/// Puts an adapter from disk on a model. For training, its tensors go to the arena that is returned.
+/// Puts an adapter from disk on a model, in the place of one that was there. For training, its tensors go to the arena that is returned.
 pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: Use) -> Result<Option<Arena>> {
     let other = |reason: String| Error::OtherModel {
         path: file.path.clone(),
@@ -142,6 +147,7 @@ fn arena_for(targets: &[Target], r: usize, head: &Weight) -> Result<Arena> {
     Ok(Arena::new(&params, DType::F32, &device)?)
 }
 
+/// Gives the targets their adapters and every other layer none.
 fn put(
     model: &mut dyn CausalLMModel,
     targets: &[Target],
@@ -149,14 +155,10 @@ fn put(
     weight: impl Fn(&str) -> Option<Weight>,
 ) {
     model.for_each_linear(&mut |module, member| {
-        let Some(place) = targets.iter().position(|t| t.module == module) else { return };
-        let [a, b] = targets[place].names();
-        member.adapter = weight(&a).zip(weight(&b)).map(|(a, b)| Adapter {
-            a,
-            b,
-            scale: config.scale(),
-            dropout: config.lora_dropout as f32,
-            place: place as u64,
+        member.adapter = targets.iter().enumerate().find(|(_, t)| t.module == module).and_then(|(place, target)| {
+            let [a, b] = target.names();
+            let (a, b) = weight(&a).zip(weight(&b))?;
+            Some(Adapter { a, b, scale: config.scale(), dropout: config.lora_dropout as f32, place: place as u64 })
         });
     });
 }

@@ -9,7 +9,7 @@ mod config;
 mod error;
 mod peft;
 
-pub use attach::{Use, attach, attach_file};
+pub use attach::{Use, attach, attach_file, detach};
 pub use config::{LoraConfig, TargetModules};
 pub use error::{Error, Result};
 pub use peft::{AdapterFile, SINGLE_FILE, save};

@@ -2,9 +2,12 @@
 
 mod bench;
 mod common;
+mod data;
 mod data_errors;
 mod flag_errors;
 mod infer;
+mod infer_errors;
+mod infer_files;
 mod interrupt;
 mod model_errors;
 mod train;

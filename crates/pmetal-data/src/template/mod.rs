@@ -4,17 +4,16 @@ mod builtin;
 mod environment;
 mod generation;
 mod python_json;
+mod reads;
 mod strftime;
 
-use std::{ops::Range, path::Path};
+use std::{ops::Range, path::Path, sync::OnceLock};
 
-use minijinja::{
-    Environment, Value,
-    value::{Serde, ValueKind},
-};
+use minijinja::{Environment, Value, value::Serde};
 
 pub use builtin::{Template, TemplateChoice};
-use environment::Raised;
+use environment::{Raised, today};
+use reads::Reads;
 
 use crate::{
     conversation::{Conversation, Message},
@@ -28,14 +27,18 @@ const NAME: &str = "chat";
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     origin: String,
+    source: String,
     special_tokens: Vec<(String, String)>,
     marks_generation: bool,
+    /// Learnt when the first conversation comes.
+    reads: OnceLock<Reads>,
 }
 
 /// What a template is given, prepared once for several renderings of one conversation.
 pub(crate) struct Prepared {
     messages: Vec<Value>,
     tools: Value,
+    reads: Reads,
 }
 
 impl ChatTemplate {
@@ -49,7 +52,14 @@ impl ChatTemplate {
         let (rewritten, marks_generation) = generation::rewrite(&source);
         let mut environment = environment::like_transformers();
         environment.add_template_owned(NAME, rewritten).map_err(|e| template_error(origin, &e))?;
-        Ok(Self { environment, origin: origin.to_string(), special_tokens: special_tokens.to_vec(), marks_generation })
+        Ok(Self {
+            environment,
+            origin: origin.to_string(),
+            source,
+            special_tokens: special_tokens.to_vec(),
+            marks_generation,
+            reads: OnceLock::new(),
+        })
     }
 
     /// Compiles the template in a file.
@@ -62,6 +72,11 @@ impl ChatTemplate {
         Self::new(&path.display().to_string(), &source, special_tokens)
     }
 
+    /// The Jinja text.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
+    }
+
     /// Where it comes from: a file, or `built in: chatml`.
     pub(crate) fn origin(&self) -> &str {
         &self.origin
@@ -72,8 +87,12 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Refused`] with the template's own words, [`Error::Template`] when it fails or takes too long.
     pub(crate) fn render(&self, conversation: &Conversation, add_generation_prompt: bool) -> Result<String> {
-        let prepared = Prepared::new(conversation);
+        let prepared = Prepared::new(self, conversation);
         self.render_messages(&prepared, prepared.messages(), add_generation_prompt)
+    }
+
+    fn reads(&self) -> &Reads {
+        self.reads.get_or_init(|| Reads::learn(self))
     }
 
     /// The text of some messages of a prepared conversation.
@@ -110,33 +129,43 @@ impl ChatTemplate {
 }
 
 impl Prepared {
-    pub(crate) fn new(conversation: &Conversation) -> Self {
+    /// The conversation in the form the template reads.
+    pub(crate) fn new(template: &ChatTemplate, conversation: &Conversation) -> Self {
+        Self::with(*template.reads(), conversation)
+    }
+
+    fn with(reads: Reads, conversation: &Conversation) -> Self {
         let tools = conversation.tools.as_ref().filter(|tools| !tools.is_null());
         Self {
-            messages: conversation.messages.iter().map(message_value).collect(),
+            messages: conversation.messages.iter().map(|message| message_value(message, reads)).collect(),
             tools: tools.map_or(Value::from(()), |tools| Value::from(Serde(tools))),
+            reads,
         }
     }
 
     pub(crate) fn messages(&self) -> &[Value] {
         &self.messages
     }
+
+    /// Another message in the same form.
+    pub(crate) fn value(&self, message: &Message) -> Value {
+        message_value(message, self.reads)
+    }
 }
 
-/// A message as a template sees it. Reasoning goes by three names: like `transformers`, the one given fills the others that
-/// templates read.
-pub(crate) fn message_value(message: &Message) -> Value {
-    let object = message.object();
-    let given = ["reasoning_content", "thinking", "reasoning"].into_iter().filter_map(|key| object.get(key));
-    let Some(reasoning) = given.into_iter().find(|value| !value.is_null()) else { return Value::from(Serde(object)) };
-    let mut filled = object.clone();
-    if !filled.contains_key("thinking") {
-        filled.insert("thinking".to_string(), reasoning.clone());
+/// A message as a template sees it. Like `transformers`, keys without a value are left out, and reasoning, which goes by three
+/// names, is filled in under the others that templates read.
+fn message_value(message: &Message, reads: Reads) -> Value {
+    let mut object = reads.adapt(message.object());
+    object.retain(|_, value| !value.is_null());
+    let reasoning = ["reasoning_content", "thinking", "reasoning"].into_iter().find_map(|key| object.get(key).cloned());
+    if let Some(reasoning) = reasoning {
+        if !object.contains_key("thinking") {
+            object.shift_insert(0, "thinking".to_string(), reasoning.clone());
+        }
+        object.insert("reasoning_content".to_string(), reasoning);
     }
-    filled.insert("reasoning_content".to_string(), reasoning.clone());
-    let value = Value::from(Serde(filled));
-    debug_assert_eq!(value.kind(), ValueKind::Map);
-    value
+    Value::from(Serde(object))
 }
 
 fn template_error(origin: &str, error: &minijinja::Error) -> Error {

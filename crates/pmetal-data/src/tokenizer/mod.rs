@@ -171,13 +171,19 @@ impl Tokenizer {
         template_files::write(folder, &self.chat_templates)
     }
 
+    /// Everything that decides which ids a text becomes and which of them end it, in words.
+    pub(crate) fn describe(&self) -> String {
+        let vocabulary = self.inner.to_string(false).unwrap_or_default();
+        format!("{vocabulary}\n{:?}\n{:?}", self.special, self.eos)
+    }
+
     /// The id of a token given by its text, as `<|im_end|>`.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
     /// The text of a token as the vocabulary has it.
-    pub(crate) fn token(&self, id: u32) -> Option<String> {
+    pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
