@@ -65,7 +65,10 @@ impl AdapterFile {
         for (name, view) in file.tensors() {
             let Some(name) = plain_name(&name) else { continue };
             let tensor = read_tensor(&view, &name).ok_or_else(|| {
-                let reason = format!("{name} is {:?}, expected f32, f16 or bf16; save the adapter in one of these", view.dtype());
+                let reason = format!(
+                    "{name} is {:?}, expected f32, f16 or bf16; save the adapter in one of these",
+                    view.dtype()
+                );
                 Error::broken(weights_path, reason)
             })??;
             tensors.insert(name, tensor);

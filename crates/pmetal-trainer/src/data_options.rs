@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use pmetal_data::{
-    CacheChoice, ColumnMap, DatasetOptions, Mix, Source, Split, Template, TemplateChoice, TrainOn,
-};
+use pmetal_data::{CacheChoice, ColumnMap, DatasetOptions, Mix, Source, Split, Template, TemplateChoice, TrainOn};
 use pmetal_hub::{DownloadProgress, Kind, locate};
 
 use crate::{Error, Result};

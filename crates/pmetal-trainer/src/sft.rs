@@ -87,7 +87,8 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     let mut metrics = MetricsFile::create(&options.output.join("metrics.jsonl"))?;
     let data = TrainingData { rows: &rows.train, eval_rows: &rows.eval, order: &batches };
     let summary = train(model.as_ref(), arena, &data, &loop_settings(options), &mut metrics, observer, stop)?;
-    let written = write(options, &inputs, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &rows.train.get(0)?)?;
+    let written =
+        write(options, &inputs, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &rows.train.get(0)?)?;
     Ok(Outcome { summary, written })
 }
 
