@@ -78,7 +78,7 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     let epoch = |epoch| batches.epoch(epoch);
     let data = TrainingData { rows: &dataset.examples, eval_rows: &eval_rows, epoch: &epoch };
     let summary = train(model.as_ref(), arena, &data, &loop_settings(options), &mut metrics, observer, stop)?;
-    let written = write(options, &inputs, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &dataset)?;
+    let written = write(options, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &dataset)?;
     Ok(Outcome { summary, written })
 }
 
@@ -105,6 +105,7 @@ impl Inputs {
 
 /// Where a run starts: a checkpoint, or a configuration alone.
 struct Base {
+    path: PathBuf,
     config: serde_json::Value,
     spec: DecoderSpec,
     stored_dtype: DType,
@@ -113,14 +114,15 @@ struct Base {
 
 impl Base {
     fn open(options: &SftOptions, model: &Path) -> Result<Self> {
+        let path = model.to_path_buf();
         if options.from_scratch {
             let config = read_config(model)?;
             let stored_dtype = dtype_of(&config).unwrap_or(DType::BF16);
-            return Ok(Self { spec: spec_of(&config)?, config, stored_dtype, checkpoint: None });
+            return Ok(Self { path, spec: spec_of(&config)?, config, stored_dtype, checkpoint: None });
         }
         let checkpoint = Checkpoint::open(model)?;
         let (config, stored_dtype) = (checkpoint.config().clone(), checkpoint.stored_dtype());
-        Ok(Self { config, spec: checkpoint.spec().clone(), stored_dtype, checkpoint: Some(checkpoint) })
+        Ok(Self { path, config, spec: checkpoint.spec().clone(), stored_dtype, checkpoint: Some(checkpoint) })
     }
 }
 
@@ -259,7 +261,6 @@ fn prepare(
 
 fn write(
     options: &SftOptions,
-    inputs: &Inputs,
     base: &Base,
     tokenizer: Option<&Tokenizer>,
     model: &dyn CausalLMModel,
@@ -280,7 +281,7 @@ fn write(
             if let Some(tokenizer) = tokenizer {
                 tokenizer.save(staged.path())?;
             }
-            copy_generation_config(&inputs.model, staged.path())?;
+            copy_generation_config(&base.path, staged.path())?;
             staged.commit()?;
             check_model(output, model, dtype, &dataset.examples[0])?;
             Ok(Written::Model)
