@@ -2,7 +2,9 @@
 
 use std::{fs, path::Path};
 
-use crate::common::{Space, close, column, command, finish, logits, metrics, model, read_json, refused, rows, says, succeed, tensors};
+use crate::common::{
+    Space, close, column, command, finish, logits, metrics, model, read_json, refused, rows, says, succeed, tensors,
+};
 
 /// Trains an adapter of the fixture `llama` into the folder `name`, and returns the folder.
 fn train(space: &Space, name: &str, more: &[&str]) -> String {
@@ -157,7 +159,10 @@ fn a_dry_run_says_what_would_happen_and_leaves_nothing() {
     let output = space.path("out");
     let base = ["train", "--model", &model("llama"), "--dataset", &rows(), "--output", &output];
     let ran = succeed([&base[..], &["--dry-run", "--epochs", "3", "--lora-r", "4", "--eval-split", "4"]].concat());
-    says(&ran.stdout, &["12 to train on, 4 to evaluate on", "9 (3 an epoch)", "optimizer", "activations", "2 of 2 layers"]);
+    says(
+        &ran.stdout,
+        &["12 to train on, 4 to evaluate on", "9 (3 an epoch)", "optimizer", "activations", "2 of 2 layers"],
+    );
     assert!(!std::fs::exists(&output).unwrap());
     // the figure is the one that the run itself reports
     let adapter = succeed([&base[..], &["--max-steps", "1", "--lora-r", "4"]].concat());
