@@ -4,6 +4,7 @@ mod builtin;
 mod environment;
 mod generation;
 mod python_json;
+mod python_str;
 mod reads;
 mod strftime;
 
