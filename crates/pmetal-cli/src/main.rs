@@ -1,6 +1,9 @@
 //! `pmetal`: fine-tune large language models on the machine in front of you.
 
+mod layout;
 mod progress;
+mod reading;
+mod style;
 mod tell;
 mod thinking;
 mod verbs;
@@ -30,6 +33,8 @@ enum Verb {
     /// Continue a prompt, or answer it as a chat
     #[command(after_help = verbs::infer::EXAMPLES)]
     Infer(verbs::infer::Args),
+    /// Look at a dataset: preview what is trained, count it, convert it
+    Data(verbs::data::Args),
     /// Write the logits of given token ids, to compare with another implementation
     #[command(after_help = verbs::logits::EXAMPLES)]
     Logits(verbs::logits::Args),
@@ -43,6 +48,7 @@ fn main() -> ExitCode {
     let result = rayon::scope(|_| match &verb {
         Verb::Train(args) => verbs::train::run(args),
         Verb::Infer(args) => verbs::infer::run(args),
+        Verb::Data(args) => verbs::data::run(args),
         Verb::Logits(args) => verbs::logits::run(args),
         Verb::Bench(args) => verbs::bench::run(args),
     });

@@ -2,13 +2,14 @@
 
 use std::{
     io::IsTerminal,
+    path::Path,
     time::{Duration, Instant},
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
 use pmetal::trainer::{EvalMetrics, Observer, StepMetrics};
 
-use crate::tell::tell;
+use crate::{reading::Reading, tell::tell};
 
 /// Shows a training run on stderr.
 pub struct Progress {
@@ -16,6 +17,7 @@ pub struct Progress {
     logging_steps: usize,
     total: usize,
     started: Instant,
+    reading: Reading,
 }
 
 impl Progress {
@@ -25,7 +27,7 @@ impl Progress {
             let style = ProgressStyle::with_template("{bar:24} {pos}/{len} steps  {msg}  {elapsed} < {eta}");
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { bar, logging_steps: logging_steps.max(1), total: 0, started: Instant::now() }
+        Self { bar, logging_steps: logging_steps.max(1), total: 0, started: Instant::now(), reading: Reading::new() }
     }
 
     fn line(&self, line: &str) {
@@ -51,6 +53,10 @@ impl Drop for Progress {
 }
 
 impl Observer for Progress {
+    fn reading(&mut self, file: &Path, read: u64, total: u64, rows: usize) {
+        self.reading.update(file, read, total, rows);
+    }
+
     fn start(&mut self, total_steps: usize) {
         self.total = total_steps;
         self.started = Instant::now();

@@ -1,84 +1,36 @@
-use std::{fmt, path::Path};
+use std::{ops::ControlFlow, path::Path, sync::Arc};
 
 use rayon::prelude::*;
+use serde_json::Value;
 
 use crate::{
+    cache::{CacheChoice, key},
+    columns::ColumnMap,
     encode::{Example, RowEncoder},
     error::{Error, Place, Result, RowFault},
+    examples::Examples,
     mask::TrainOn,
-    mix::permutation,
-    reader::for_each_row,
+    reader::{for_each_row, size_of},
+    report::{Counts, DropReason, Report},
     row::Row,
+    source::{Source, Split},
+    store::{Store, StoreWriter},
     template::Template,
     tokenizer::Tokenizer,
 };
 
 /// Rows tokenized at a time: enough for all threads, few enough to hold beside the tokens.
-const CHUNK: usize = 2048;
+const CHUNK_ROWS: usize = 2048;
+/// Characters tokenized at a time: rows may be long.
+const CHUNK_BYTES: usize = 8 << 20;
 
-/// Rows named when there is nothing to train on.
-const NAMED: usize = 3;
-
-/// Tokenized rows, in the order of the file.
+/// Tokenized rows, in the order of their files.
 #[derive(Debug, Clone, Default)]
 pub struct Dataset {
     /// The rows with something to train.
-    pub examples: Vec<Example>,
-    /// What became of the file.
+    pub examples: Examples,
+    /// What became of the files.
     pub report: Report,
-}
-
-/// What became of a file's rows.
-#[derive(Debug, Clone, Default)]
-pub struct Report {
-    /// Rows read.
-    pub rows: usize,
-    /// Rows left out, and why.
-    pub dropped: Vec<Dropped>,
-    /// Rows kept that were cut to the longest length allowed.
-    pub truncated: usize,
-    /// Tokens of the examples.
-    pub tokens: usize,
-    /// Trained tokens of the examples: with a label, and not the first of their row.
-    pub supervised_tokens: usize,
-    /// Tokens of the longest example.
-    pub longest: usize,
-}
-
-/// A row left out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Dropped {
-    /// Where it stands.
-    pub place: Place,
-    /// Why.
-    pub reason: DropReason,
-}
-
-/// Why a row has nothing to train.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DropReason {
-    /// A conversation without an answer.
-    NoAnswer,
-    /// Pre-tokenized, and every label but perhaps the first is -100.
-    NoLabel,
-    /// A single token, or none.
-    TooShort,
-    /// What would be trained begins after the last token that is kept.
-    Truncated {
-        /// Tokens of the whole row.
-        tokens: usize,
-    },
-}
-
-impl fmt::Display for DropReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoAnswer => f.write_str("the assistant says nothing"),
-            Self::NoLabel => f.write_str("no label but -100"),
-            Self::TooShort => f.write_str("fewer than two tokens"),
-            Self::Truncated { tokens } => write!(f, "{tokens} tokens, and the answer is behind the cut"),
-        }
-    }
 }
 
 /// How rows become examples.
@@ -92,159 +44,223 @@ pub struct DatasetOptions {
     pub max_seq_len: usize,
     /// Ids the model knows: a row with one from here on is refused.
     pub vocab_size: usize,
+    /// Which columns are which keys.
+    pub columns: ColumnMap,
+    /// At most this many rows of each file are read.
+    pub max_samples: Option<usize>,
+    /// Where the tokens go.
+    pub cache: CacheChoice,
+}
+
+impl DatasetOptions {
+    /// What a run does unless told otherwise.
+    pub fn new(template: Template, vocab_size: usize) -> Self {
+        Self {
+            train_on: TrainOn::default(),
+            template,
+            max_seq_len: 0,
+            vocab_size,
+            columns: ColumnMap::default(),
+            max_samples: None,
+            cache: CacheChoice::default(),
+        }
+    }
+}
+
+/// Someone who watches rows being read.
+pub trait Watch {
+    /// `read` of the `total` bytes of a file were read and `rows` rows tokenized. [`ControlFlow::Break`] ends it with
+    /// [`Error::Interrupted`].
+    fn reading(&mut self, _file: &Path, _read: u64, _total: u64, _rows: usize) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+/// Watches nothing.
+impl Watch for () {}
+
+/// Files that are read as one, some more often than others.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Mix {
+    /// Each source, and how often its rows occur: 2 is twice each, 0.5 every second one.
+    pub parts: Vec<(Source, f64)>,
+    /// The part of each source.
+    pub split: Split,
+    /// Chooses the rows where a weight is no whole number.
+    pub seed: u64,
+}
+
+impl From<Source> for Mix {
+    fn from(source: Source) -> Self {
+        Self { parts: vec![(source, 1.0)], split: Split::Train, seed: 0 }
+    }
 }
 
 impl Dataset {
-    /// Reads and tokenizes a file. Rows with nothing to train are left out and reported. Without a tokenizer, rows have to be
-    /// ids.
+    /// Reads and tokenizes files, or finds again what was tokenized before. Rows with nothing to train are left out and reported. Without a
+    /// tokenizer, rows have to be ids.
+    ///
+    /// Memory does not grow with the files: tokens lie on disk, in [`DatasetOptions::cache`].
     ///
     /// # Errors
-    /// When the file cannot be read, at the first broken row, and when no row has anything to train.
+    /// When a file cannot be read, at the first broken row, when the cache cannot be written, and when no row has anything to train.
     pub fn load<'a>(
-        path: impl AsRef<Path>,
+        mix: &Mix,
         tokenizer: impl Into<Option<&'a Tokenizer>>,
         options: &DatasetOptions,
+        watch: &mut dyn Watch,
     ) -> Result<Self> {
-        let path = path.as_ref();
-        let encoder = &RowEncoder::new(tokenizer.into(), &options.template, options.train_on);
+        let tokenizer = tokenizer.into();
+        let loader = Loader {
+            encoder: RowEncoder::new(tokenizer, &options.template, options.train_on),
+            settings: settings(tokenizer, options),
+            options,
+        };
         let mut dataset = Self::default();
-        let mut chunk = Vec::with_capacity(CHUNK);
-        for_each_row(path, |place, row| {
-            chunk.push((place, row));
-            if chunk.len() == CHUNK { dataset.add(path, encoder, options, &mut chunk) } else { Ok(()) }
-        })?;
-        dataset.add(path, encoder, options, &mut chunk)?;
-        if dataset.examples.is_empty() {
-            let named = dataset.report.dropped.iter().take(NAMED);
-            let mut reasons: Vec<String> = named.map(|row| format!("line {}: {}", row.place, row.reason)).collect();
-            if dataset.report.rows > NAMED {
-                reasons.push("…".to_string());
+        for (place, (source, weight)) in mix.parts.iter().enumerate() {
+            let mut part = Self::default();
+            for file in source.files(mix.split)? {
+                let (examples, report) = loader.load(&file, watch)?;
+                part.examples.append(examples);
+                part.report.add(report);
             }
-            let reasons = if reasons.is_empty() { "the file is empty".to_string() } else { reasons.join("; ") };
-            return Err(Error::NothingToTrain { path: path.to_path_buf(), rows: dataset.report.rows, reasons });
+            if part.examples.is_empty() {
+                let (rows, reasons) = (part.report.rows, part.report.reasons());
+                return Err(Error::NothingToTrain { path: source.name().to_path_buf(), rows, reasons });
+            }
+            if *weight != 1.0 {
+                part.examples = part.examples.weighted(*weight, mix.seed.wrapping_add(place as u64));
+            }
+            dataset.examples.append(part.examples);
+            dataset.report.add(part.report);
         }
         Ok(dataset)
     }
+}
 
-    /// Tokenizes rows on all threads and takes them in, in order.
-    fn add(
-        &mut self,
-        path: &Path,
-        encoder: &RowEncoder,
-        options: &DatasetOptions,
-        rows: &mut Vec<(Place, Row)>,
-    ) -> Result<()> {
-        let encoded: Vec<Result<Example, RowFault>> = rows
-            .par_iter()
-            .map(|(_, row)| encoder.encode(row).and_then(|example| example.within(options.vocab_size)))
-            .collect();
-        for ((place, row), encoded) in rows.drain(..).zip(encoded) {
-            let example =
-                encoded.map_err(|fault| Error::Row { path: path.to_path_buf(), place, fault: Box::new(fault) })?;
-            self.report.rows += 1;
-            match cut(example, &row, options.max_seq_len) {
-                Ok((example, truncated)) => {
-                    self.report.truncated += usize::from(truncated);
-                    self.report.count(&example);
-                    self.examples.push(example);
+/// Everything but the file that decides what becomes of it.
+fn settings(tokenizer: Option<&Tokenizer>, options: &DatasetOptions) -> blake3::Hasher {
+    let mut hasher = blake3::Hasher::new();
+    let mut add = |part: &str| {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    };
+    add(env!("CARGO_PKG_VERSION"));
+    add(&format!("{:?} {} {:?}", options.train_on, options.vocab_size, options.max_samples));
+    add(&options.columns.to_string());
+    add(&tokenizer.map(Tokenizer::describe).unwrap_or_default());
+    options.template.describe(&mut add);
+    hasher
+}
+
+struct Loader<'a> {
+    encoder: RowEncoder<'a>,
+    settings: blake3::Hasher,
+    options: &'a DatasetOptions,
+}
+
+impl Loader<'_> {
+    fn load(&self, file: &Path, watch: &mut dyn Watch) -> Result<(Examples, Report)> {
+        let (key, cache) = (key(file, &self.settings)?, &self.options.cache);
+        if let Some(store) = cache.find(&key) {
+            return Examples::stored(Arc::new(store), self.options.max_seq_len, None);
+        }
+        let staged = cache.start()?;
+        self.tokenize(file, staged.path(), watch)?;
+        let (store, folder): (Store, _) = cache.keep(staged, &key)?;
+        Examples::stored(Arc::new(store), self.options.max_seq_len, folder)
+    }
+
+    fn tokenize(&self, file: &Path, folder: &Path, watch: &mut dyn Watch) -> Result<()> {
+        let total = size_of(file)?;
+        let mut chunks = Chunks {
+            loader: self,
+            file,
+            writer: StoreWriter::create(folder)?,
+            counts: Counts::default(),
+            rows: Vec::new(),
+            bytes: 0,
+        };
+        let mut taken = 0;
+        for_each_row(file, &mut |row| {
+            if Some(taken) == self.options.max_samples {
+                return Ok(ControlFlow::Break(()));
+            }
+            taken += 1;
+            chunks.bytes += size_of_value(&row.value);
+            chunks.rows.push((row.place, row.value));
+            if chunks.rows.len() < CHUNK_ROWS && chunks.bytes < CHUNK_BYTES {
+                return Ok(ControlFlow::Continue(()));
+            }
+            chunks.encode()?;
+            match watch.reading(file, row.bytes_read, total, chunks.counts.rows) {
+                ControlFlow::Continue(()) => Ok(ControlFlow::Continue(())),
+                ControlFlow::Break(()) => Err(Error::Interrupted),
+            }
+        })?;
+        chunks.encode()?;
+        // whoever watches may not come to know otherwise that a file is done
+        if watch.reading(file, total, total, chunks.counts.rows).is_break() {
+            return Err(Error::Interrupted);
+        }
+        chunks.writer.finish(&chunks.counts)
+    }
+}
+
+/// Rows on their way into a store.
+struct Chunks<'a> {
+    loader: &'a Loader<'a>,
+    file: &'a Path,
+    writer: StoreWriter,
+    counts: Counts,
+    rows: Vec<(Place, Value)>,
+    bytes: usize,
+}
+
+impl Chunks<'_> {
+    /// Tokenizes the rows on all threads and writes them, in order.
+    fn encode(&mut self) -> Result<()> {
+        let rows = std::mem::take(&mut self.rows);
+        self.bytes = 0;
+        let encode = |(place, value): (Place, Value)| (place, self.loader.encode(value));
+        let encoded: Vec<_> = rows.into_par_iter().map(encode).collect();
+        for (place, encoded) in encoded {
+            let fault = |fault| Error::Row { path: self.file.to_path_buf(), place, fault: Box::new(fault) };
+            self.counts.rows += 1;
+            match encoded.map_err(fault)? {
+                Ok(example) => {
+                    self.writer.push(&example, place)?;
+                    self.counts.kept += 1;
                 }
-                Err(reason) => self.report.dropped.push(Dropped { place, reason }),
+                Err(reason) => self.counts.dropped(place, reason),
             }
         }
         Ok(())
     }
 }
 
-/// Sets `held` of the rows aside, spread over the file: the same ones for the same seed and number of rows. Both parts keep
-/// the file's order.
-pub fn split(rows: Vec<Example>, held: usize, seed: u64) -> (Vec<Example>, Vec<Example>) {
-    let mut aside = vec![false; rows.len()];
-    for row in permutation(rows.len(), seed).into_iter().take(held) {
-        aside.iter_mut().skip(row).take(1).for_each(|aside| *aside = true);
-    }
-    let mut aside = aside.into_iter();
-    let (held, rest) = rows.into_iter().partition(|_| aside.next() == Some(true));
-    (rest, held)
-}
-
-impl Report {
-    fn count(&mut self, example: &Example) {
-        let tokens = example.input_ids.len();
-        self.tokens += tokens;
-        self.supervised_tokens += example.supervised_tokens();
-        self.longest = self.longest.max(tokens);
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { rows, tokens, supervised_tokens, longest, .. } = self;
-        write!(f, "{rows} rows, {tokens} tokens, {supervised_tokens} of them trained, the longest row has {longest}")?;
-        if self.truncated > 0 {
-            write!(f, "; {} rows cut to length", self.truncated)?;
+impl Loader<'_> {
+    /// The row as an example, or why nothing of it can be trained.
+    fn encode(&self, value: Value) -> Result<Result<Example, DropReason>, RowFault> {
+        let row = Row::parse(self.options.columns.apply(value)?)?;
+        let example = self.encoder.encode(&row)?.within(self.options.vocab_size)?;
+        if example.input_ids.len() < 2 {
+            return Ok(Err(DropReason::TooShort));
         }
-        if let Some(first) = self.dropped.first() {
-            write!(f, "; {} rows left out (the first in line {}: {})", self.dropped.len(), first.place, first.reason)?;
+        if example.supervised_tokens() == 0 {
+            let labelled = matches!(row, Row::Tokens { .. });
+            return Ok(Err(if labelled { DropReason::NoLabel } else { DropReason::NoAnswer }));
         }
-        Ok(())
+        Ok(Ok(example))
     }
 }
 
-/// The example cut to length, and whether it was; or why nothing of it can be trained.
-fn cut(mut example: Example, row: &Row, max_seq_len: usize) -> Result<(Example, bool), DropReason> {
-    let tokens = example.input_ids.len();
-    if tokens < 2 {
-        return Err(DropReason::TooShort);
-    }
-    if example.supervised_tokens() == 0 {
-        let labelled = matches!(row, Row::Tokens { .. });
-        return Err(if labelled { DropReason::NoLabel } else { DropReason::NoAnswer });
-    }
-    let truncated = max_seq_len > 0 && tokens > max_seq_len;
-    if truncated {
-        example.truncate(max_seq_len);
-    }
-    if example.supervised_tokens() == 0 { Err(DropReason::Truncated { tokens }) } else { Ok((example, truncated)) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::encode::IGNORE;
-
-    fn example(labels: &[i64]) -> Example {
-        Example { input_ids: (0..labels.len() as u32).collect(), labels: labels.to_vec() }
-    }
-
-    fn tokens() -> Row {
-        Row::Tokens { input_ids: vec![], labels: None }
-    }
-
-    #[test]
-    fn rows_are_cut_or_left_out_with_a_reason() {
-        let row = example(&[IGNORE, IGNORE, 2, 3]);
-        assert_eq!(cut(row.clone(), &tokens(), 0), Ok((row.clone(), false)));
-        assert_eq!(cut(row.clone(), &tokens(), 4), Ok((row.clone(), false)));
-        assert_eq!(cut(row.clone(), &tokens(), 3), Ok((example(&[IGNORE, IGNORE, 2]), true)));
-        assert_eq!(cut(row, &tokens(), 2), Err(DropReason::Truncated { tokens: 4 }));
-        assert_eq!(cut(example(&[0, IGNORE]), &tokens(), 0), Err(DropReason::NoLabel));
-        assert_eq!(cut(example(&[0, IGNORE]), &Row::Text(String::new()), 0), Err(DropReason::NoAnswer));
-        assert_eq!(cut(example(&[0]), &tokens(), 0), Err(DropReason::TooShort));
-    }
-
-    #[test]
-    fn a_split_is_deterministic_and_keeps_order() {
-        let parts = |seed| {
-            let rows = (0..10).map(|i| example(&vec![i; 2 + i as usize])).collect();
-            let (rest, held) = split(rows, 3, seed);
-            let lengths = |part: Vec<Example>| part.iter().map(|e| e.labels.len()).collect::<Vec<_>>();
-            (lengths(rest), lengths(held))
-        };
-        let (rest, held) = parts(1);
-        assert_eq!((rest.len(), held.len()), (7, 3));
-        assert!(rest.is_sorted() && held.is_sorted());
-        assert_eq!(rest.iter().chain(&held).sum::<usize>(), 65);
-        assert_eq!(parts(1), (rest, held));
-        assert_ne!(parts(1), parts(2));
+/// The characters of all strings in a value, and something for each number.
+fn size_of_value(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(list) => list.iter().map(size_of_value).sum(),
+        Value::Object(object) => object.values().map(size_of_value).sum(),
+        _ => 8,
     }
 }

@@ -40,12 +40,6 @@ impl Example {
         }
     }
 
-    /// Cuts to the first `length` tokens.
-    pub(crate) fn truncate(&mut self, length: usize) {
-        self.input_ids.truncate(length);
-        self.labels.truncate(length);
-    }
-
     fn all_trained(input_ids: Vec<u32>) -> Self {
         let labels = input_ids.iter().map(|&id| i64::from(id)).collect();
         Self { input_ids, labels }

@@ -1,5 +1,7 @@
 use std::{fmt, path::PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 /// What goes wrong between a file of rows and a batch.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -90,13 +92,13 @@ pub enum Error {
         name: String,
     },
     /// A format of rows that is not written.
-    #[error("no row format '{name}': expected messages, sharegpt, alpaca, text, prompt-completion or preference")]
+    #[error("no row format '{name}': expected messages, sharegpt, alpaca, text, prompt-completion, preference or tokens")]
     UnknownFormat {
         /// What was given.
         name: String,
     },
     /// A row that cannot be used.
-    #[error("{}:{place}: {fault}", path.display())]
+    #[error("{}:{}: {fault}", path.display(), place.behind_file())]
     Row {
         /// The file.
         path: PathBuf,
@@ -106,11 +108,73 @@ pub enum Error {
         fault: Box<RowFault>,
     },
     /// A dataset file of a kind that is not read.
-    #[error("{}: expected a .jsonl or .json file of rows; convert it to one JSON object per line", path.display())]
+    #[error("{}: expected rows in JSON, JSON lines, CSV, TSV, Parquet or plain text (also .gz or .zst), found {found}", path.display())]
     NotRows {
         /// The file or folder.
         path: PathBuf,
+        /// What it is instead.
+        found: &'static str,
     },
+    /// A Parquet file that cannot be read as one.
+    #[error("{} is no whole Parquet file: {reason}; fetch or write it again", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A folder without a file that could be rows.
+    #[error("{} has no file of rows: expected files that end in {endings} (also with .gz or .zst)", path.display())]
+    NoRowsIn {
+        /// The folder.
+        path: PathBuf,
+        /// The endings of files of rows.
+        endings: String,
+    },
+    /// A folder without a part that was asked for.
+    #[error("{} has no files of '{split}' (their names, or their folder's, begin with that word); name a file", path.display())]
+    NoSplit {
+        /// The folder.
+        path: PathBuf,
+        /// The part.
+        split: &'static str,
+    },
+    /// A folder with training files in several folders.
+    #[error("{} holds several datasets, in {} and in {}: name one of the folders", path.display(), first.display(), second.display())]
+    SeveralDatasets {
+        /// The folder.
+        path: PathBuf,
+        /// A folder in it.
+        first: PathBuf,
+        /// Another.
+        second: PathBuf,
+    },
+    /// A file of rows to be written whose ending is none of those known.
+    #[error("{}: rows are written as .jsonl, .json, .csv or .tsv (with .gz or .zst behind it, too)", path.display())]
+    OutputKind {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file could not be written in its place.
+    #[error(transparent)]
+    File(#[from] pmetal_core::Error),
+    /// `--columns` that cannot be understood.
+    #[error("--columns: {reason}; expected pairs such as instruction=question,output=answer")]
+    Columns {
+        /// What is wrong.
+        reason: String,
+    },
+    /// The cache of tokenized rows cannot be written.
+    #[error("cannot keep tokenized rows in {}: {source}; name another folder in PMETAL_CACHE, or add --no-cache", path.display())]
+    Cache {
+        /// The folder.
+        path: PathBuf,
+        /// The system's own words.
+        source: std::io::Error,
+    },
+    /// Reading was stopped by who watched it.
+    #[error("interrupted while the dataset was read; nothing was written")]
+    Interrupted,
     /// No row of the dataset has a token that would be trained.
     #[error("{}: nothing to train on in {rows} rows: {reasons}", path.display())]
     NothingToTrain {
@@ -129,6 +193,29 @@ pub enum RowFault {
     /// Not JSON.
     #[error("bad JSON: {0}")]
     Json(String),
+    /// A row of more bytes than any row has.
+    #[error("the row is longer than {limit} bytes; a row is one line, or an element of a JSON array")]
+    TooLong {
+        /// The most there may be.
+        limit: u64,
+    },
+    /// A record of a table that cannot be read.
+    #[error("{0}")]
+    Table(String),
+    /// Text in another encoding.
+    #[error("no UTF-8 at byte {byte} of the line; save the file as UTF-8")]
+    Encoding {
+        /// Counted from 0.
+        byte: usize,
+    },
+    /// A column that `--columns` names and the row lacks.
+    #[error("there is no column '{column}'; the row has {columns}")]
+    NoColumn {
+        /// The column.
+        column: String,
+        /// Those there are.
+        columns: String,
+    },
     /// JSON, and no object.
     #[error("expected a JSON object, found {0}")]
     NotObject(&'static str),
@@ -276,20 +363,45 @@ const FORMATS: &str = "ShareGPT (conversations: from, value), Messages (messages
     pre-tokenized (input_ids, labels)";
 
 /// Where a row stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    /// Line on which the row starts, from 1.
-    pub line: usize,
-    /// Index of the row within a JSON array, from 0; `None` in a file of JSON lines.
-    pub element: Option<usize>,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Place {
+    /// On this line, from 1.
+    Line(usize),
+    /// In a JSON array.
+    Element {
+        /// The line on which it starts, from 1.
+        line: usize,
+        /// Its index in the array, from 0.
+        element: usize,
+    },
+    /// This row of a Parquet file, from 0.
+    Row(usize),
+}
+
+impl Place {
+    /// As it stands behind a file's name and a colon.
+    fn behind_file(self) -> String {
+        match self {
+            Self::Line(line) => line.to_string(),
+            Self::Element { line, element } => format!("{line}: element {element}"),
+            Self::Row(row) => format!(" row {row}"),
+        }
+    }
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.element {
-            Some(element) => write!(f, "{}: element {element}", self.line),
-            None => write!(f, "{}", self.line),
+        match self {
+            Self::Line(line) => write!(f, "line {line}"),
+            Self::Element { line, element } => write!(f, "line {line}, element {element}"),
+            Self::Row(row) => write!(f, "row {row}"),
         }
+    }
+}
+
+impl RowFault {
+    pub(crate) fn utf8(error: std::str::Utf8Error) -> Self {
+        Self::Encoding { byte: error.valid_up_to() }
     }
 }
 

@@ -11,28 +11,45 @@
 //! 4. [`Sampler`] says which examples share a micro-batch, by length; with packing, which packs do ([`pack`]). There is no
 //!    padding: a batch is rows one after another.
 
+mod cache;
+mod columns;
 mod conversation;
 mod dataset;
 mod encode;
 mod error;
+mod examples;
+mod look;
 mod mask;
 mod mix;
 mod packing;
 mod reader;
+mod report;
 mod row;
 mod sampler;
+mod source;
+mod stats;
+mod store;
 mod template;
 mod tokenizer;
 mod view;
+mod writer;
 
+pub use cache::CacheChoice;
+pub use columns::ColumnMap;
 pub use conversation::Message;
-pub use dataset::{Dataset, DatasetOptions, DropReason, Dropped, Report, split};
+pub use dataset::{Dataset, DatasetOptions, Mix, Watch};
 pub use encode::Example;
 pub use error::{Error, Place, Result, RowFault};
+pub use examples::Examples;
+pub use look::{RowView, Words, convert, preview};
 pub use mask::TrainOn;
 pub use packing::{Packing, pack};
+pub use report::{DropReason, Dropped, Report};
 pub use row::Format;
 pub use sampler::Sampler;
+pub use source::{Source, Split};
+pub use stats::{Bin, Cut, Lengths, Stats};
 pub use template::{Template, TemplateChoice};
 pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use writer::RowsFile;
 pub use view::TokenView;

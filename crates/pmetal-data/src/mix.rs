@@ -13,9 +13,9 @@ pub(crate) fn derive(seed: u64, use_: u64) -> u64 {
     mix(mix(seed) ^ use_)
 }
 
-/// The numbers below `n` in an order that the seed alone decides (Fisher and Yates).
-pub(crate) fn permutation(n: usize, seed: u64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..n).collect();
+/// The numbers below `n` (at most 2^32) in an order that the seed alone decides (Fisher and Yates).
+pub(crate) fn permutation(n: usize, seed: u64) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..n as u32).collect();
     for last in (1..n).rev() {
         let bits = u128::from(derive(seed, last as u64));
         // A 64-bit fraction of the range: its bias is below 2^-32 for any number of rows.
@@ -42,7 +42,7 @@ mod tests {
         assert_ne!(sorted, permutation(100, 4));
         assert_eq!(sorted, permutation(100, 3));
         sorted.sort_unstable();
-        assert_eq!(sorted, (0..100).collect::<Vec<_>>());
+        assert_eq!(sorted, (0..100).collect::<Vec<u32>>());
         // Each of the 24 orders of 4 in 24,000 draws: 1,000 expected, standard deviation 31.
         let mut counts = std::collections::HashMap::new();
         for seed in 0..24_000 {

@@ -192,6 +192,12 @@ impl Tokenizer {
         }
     }
 
+    /// Everything that decides which ids a text becomes and which of them end it, in words.
+    pub(crate) fn describe(&self) -> String {
+        let vocabulary = self.inner.to_string(false).unwrap_or_default();
+        format!("{vocabulary}\n{:?}\n{:?}", self.special, self.eos)
+    }
+
     /// The id of a token given by its text, as `<|im_end|>`.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)

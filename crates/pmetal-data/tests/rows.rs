@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use pmetal_data::{Dataset, DatasetOptions, Example, Template, TemplateChoice, Tokenizer, TrainOn};
+use pmetal_data::{
+    CacheChoice, Dataset, DatasetOptions, Example, Source, Template, TemplateChoice, Tokenizer, TrainOn,
+};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
@@ -49,12 +51,15 @@ fn load(folder: &TempDir, rows: &str, template: &str, train_on: &str, max_seq_le
     fs::write(&path, rows).unwrap();
     let tokenizer = Tokenizer::find(folder.path()).unwrap();
     let template = Template::choose(&template.parse().unwrap(), tokenizer.as_ref()).unwrap();
-    let options = DatasetOptions { train_on: train_on.parse().unwrap(), template, max_seq_len, vocab_size: usize::MAX };
-    Dataset::load(path, tokenizer.as_ref(), &options).map_err(|e| e.to_string())
+    let train_on = train_on.parse().unwrap();
+    let cache = CacheChoice::Temporary;
+    let options = DatasetOptions { train_on, max_seq_len, cache, ..DatasetOptions::new(template, usize::MAX) };
+    let source = Source::find(&path).unwrap();
+    Dataset::load(&source.into(), tokenizer.as_ref(), &options, &mut ()).map_err(|e| e.to_string())
 }
 
 fn one(folder: &TempDir, row: Value, template: &str, train_on: &str) -> Example {
-    load(folder, &row.to_string(), template, train_on, 0).unwrap().examples.remove(0)
+    load(folder, &row.to_string(), template, train_on, 0).unwrap().examples.get(0).unwrap()
 }
 
 /// The text of the ids, special ones by name.

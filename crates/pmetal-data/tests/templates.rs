@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pmetal_data::{Dataset, DatasetOptions, Example, Message, Template, TemplateChoice, Tokenizer, TrainOn};
+use pmetal_data::{
+    CacheChoice, Dataset, DatasetOptions, Example, Message, Source, Template, TemplateChoice, Tokenizer, TrainOn,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -47,9 +49,11 @@ impl Model {
         fs::write(&path, row.to_string()).unwrap();
         let tokenizer = self.tokenizer();
         let template = Template::choose(&TemplateChoice::Auto, &tokenizer).unwrap();
-        let options = DatasetOptions { train_on, template, max_seq_len: 0, vocab_size: usize::MAX };
-        let mut dataset = Dataset::load(path, &tokenizer, &options).map_err(|e| e.to_string())?;
-        Ok(dataset.examples.remove(0))
+        let options =
+            DatasetOptions { train_on, cache: CacheChoice::Temporary, ..DatasetOptions::new(template, usize::MAX) };
+        let source = Source::find(&path).unwrap();
+        let dataset = Dataset::load(&source.into(), &tokenizer, &options, &mut ()).map_err(|e| e.to_string())?;
+        Ok(dataset.examples.get(0).unwrap())
     }
 }
 

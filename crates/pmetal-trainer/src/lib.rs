@@ -3,18 +3,21 @@
 //! [`sft`] is the run that `pmetal train` makes. Below it, [`train`] is the loop over rows that are in memory already, and [`train_step`]
 //! one optimizer step.
 
+mod data_options;
 mod error;
 mod metrics;
 mod options;
+mod rows;
 mod schedule;
 mod sft;
 mod step;
 mod trainer;
 
+pub use data_options::{DataOptions, locate};
 pub use error::{Error, Result};
 pub use metrics::{EvalMetrics, MetricsFile, Observer, StepMetrics};
 pub use options::{FineTuneType, SftOptions};
 pub use schedule::{Schedule, SchedulerType};
 pub use sft::{Outcome, Written, sft};
 pub use step::{MicroBatch, StepResult, StepSettings, train_step};
-pub use trainer::{LoopSettings, Summary, TrainingData, train};
+pub use trainer::{Epochs, LoopSettings, Summary, TrainingData, train};

@@ -48,6 +48,8 @@ pub struct EvalMetrics {
 
 /// Someone who watches a run.
 pub trait Observer {
+    /// `read` of the `total` bytes of a file of rows were read, and `rows` rows tokenized.
+    fn reading(&mut self, _file: &Path, _read: u64, _total: u64, _rows: usize) {}
     /// The run is about to start.
     fn start(&mut self, _total_steps: usize) {}
     /// A step was taken.

@@ -4,10 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Command, FromArgMatches, ValueEnum};
 use pmetal_core::{DTypeChoice, DeviceChoice};
-use pmetal_data::{TemplateChoice, TrainOn};
 use pmetal_lora::{LoraConfig, TargetModules};
 
-use crate::{Error, Result, SchedulerType};
+use crate::{DataOptions, Error, Result, SchedulerType};
 
 /// What is trained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -25,24 +24,15 @@ pub struct SftOptions {
     /// Model to start from: a Hugging Face folder or a GGUF file
     #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH", help_heading = "Input")]
     pub model: PathBuf,
-    /// Rows to train on: .jsonl or .json with ShareGPT, Alpaca, messages, text or pre-tokenized rows
-    #[arg(long, visible_aliases = ["data", "dataset-name"], value_name = "FILE", help_heading = "Input")]
-    pub dataset: PathBuf,
-    /// Rows to evaluate on before and after training
-    #[arg(long, value_name = "FILE", conflicts_with = "eval_split", help_heading = "Input")]
+    /// The rows.
+    #[command(flatten)]
+    pub data: DataOptions,
+    /// Rows to evaluate on before and after training; without it, the valid files of a --dataset that is a folder
+    #[arg(long, value_name = "PATH", conflicts_with = "eval_split", help_heading = "Input")]
     pub eval_dataset: Option<PathBuf>,
     /// Share of the dataset held back for evaluation, or a number of rows
     #[arg(long, value_name = "SHARE", help_heading = "Input")]
     pub eval_split: Option<f64>,
-    /// Which turns are trained
-    #[arg(long, default_value = "assistant", value_name = "TURNS", help_heading = "Input")]
-    pub train_on: TrainOn,
-    /// Chat template: auto (the model's own), chatml, llama-3, alpaca, or a Jinja file
-    #[arg(long, default_value = "auto", value_name = "NAME|FILE", help_heading = "Input")]
-    pub chat_template: TemplateChoice,
-    /// Rows are cut to this many tokens; 0 keeps them whole. With packing, the length of a pack
-    #[arg(long, visible_aliases = ["max-length", "max-seq-length"], default_value_t = 0, value_name = "TOKENS", help_heading = "Input")]
-    pub max_seq_len: usize,
     /// Fill packs of --max-seq-len tokens with whole rows; rows do not see each other
     #[arg(long, visible_alias = "packing", help_heading = "Input")]
     pub use_sequence_packing: bool,
@@ -166,6 +156,7 @@ impl SftOptions {
     pub fn validate(&self) -> Result<()> {
         let refuse = |option, reason: &str| Err(Error::Option { option, reason: reason.into() });
         let finite = |x: f64| x.is_finite() && x >= 0.0;
+        self.data.validate()?;
         if self.batch_size == 0 {
             return refuse("--batch-size", "must be at least 1");
         }
@@ -187,7 +178,7 @@ impl SftOptions {
         if !(0.0..=1.0).contains(&self.warmup_ratio) {
             return refuse("--warmup-ratio", "must lie between 0 and 1");
         }
-        if self.use_sequence_packing && self.max_seq_len == 0 {
+        if self.use_sequence_packing && self.data.max_seq_len == 0 {
             return refuse("--use-sequence-packing", "needs the length of a pack: add --max-seq-len 2048");
         }
         if self.fine_tune_type == FineTuneType::Full && self.has_adapter_options() {

@@ -3,7 +3,7 @@
 use std::{fs, path::Path, sync::atomic::AtomicBool};
 
 use candle_core::{DType, Device, Tensor};
-use pmetal_data::{Dataset, DatasetOptions, Example, Sampler, Template, Tokenizer, pack, split};
+use pmetal_data::{Example, Tokenizer};
 use pmetal_lora::{AdapterFile, LoraConfig, Use, attach, attach_file};
 use pmetal_models::{
     CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, save_pretrained, spec_of,
@@ -13,7 +13,9 @@ use pmetal_ops::{Arena, Policy, no_grad};
 
 use crate::{
     Error, FineTuneType, LoopSettings, MetricsFile, Observer, Result, Schedule, SftOptions, StepSettings, Summary,
-    TrainingData, train,
+    TrainingData,
+    rows::{Batches, Rows},
+    train,
 };
 
 /// Largest file of a model that is written.
@@ -57,8 +59,9 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     options.validate()?;
     let base = Base::open(options)?;
     let tokenizer = Tokenizer::find(&options.model)?;
-    let (dataset, eval_rows) = read_rows(options, &base, tokenizer.as_ref(), observer)?;
-    let batches = Batches::new(options, &dataset.examples, observer);
+    let rows = Rows::read(options, base.spec.vocab_size, tokenizer.as_ref(), observer, stop)?;
+    let batches = Batches::new(options, &rows.train)?;
+    describe(options, &rows, &batches, observer);
     make_output(&options.output)?;
 
     let dtype = options.dtype.resolve(base.stored_dtype);
@@ -69,11 +72,27 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
 
     // not before all else is known to be right: a run that cannot start leaves the metrics of the last one alone
     let mut metrics = MetricsFile::create(&options.output.join("metrics.jsonl"))?;
-    let epoch = |epoch| batches.epoch(epoch);
-    let data = TrainingData { rows: &dataset.examples, eval_rows: &eval_rows, epoch: &epoch };
+    let data = TrainingData { rows: &rows.train, eval_rows: &rows.eval, order: &batches };
     let summary = train(model.as_ref(), arena, &data, &loop_settings(options), &mut metrics, observer, stop)?;
-    let written = write(options, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &dataset)?;
+    let written = write(options, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &rows.train.get(0)?)?;
     Ok(Outcome { summary, written })
+}
+
+/// Says what will be trained on.
+fn describe(options: &SftOptions, rows: &Rows, batches: &Batches, observer: &mut dyn Observer) {
+    observer.note(&rows.report.to_string());
+    if !rows.eval.is_empty() {
+        observer.note(&format!("{} rows to train on, {} to evaluate on", rows.train.len(), rows.eval.len()));
+    }
+    if let Some(packing) = &batches.packing {
+        observer.note(&format!(
+            "packing: {} rows in {} packs of {} tokens, {:.2} % filled (the last pack aside)",
+            rows.train.len(),
+            packing.len(),
+            options.data.max_seq_len,
+            packing.efficiency * 100.0
+        ));
+    }
 }
 
 fn make_output(folder: &Path) -> Result<()> {
@@ -101,84 +120,6 @@ impl Base {
         let checkpoint = Checkpoint::open(&options.model)?;
         let (config, stored_dtype) = (checkpoint.config().clone(), checkpoint.stored_dtype());
         Ok(Self { config, spec: checkpoint.spec().clone(), stored_dtype, checkpoint: Some(checkpoint) })
-    }
-}
-
-/// Training and evaluation rows, tokenized.
-fn read_rows(
-    options: &SftOptions,
-    base: &Base,
-    tokenizer: Option<&Tokenizer>,
-    observer: &mut dyn Observer,
-) -> Result<(Dataset, Vec<Example>)> {
-    let dataset_options = DatasetOptions {
-        train_on: options.train_on,
-        template: Template::choose(&options.chat_template, tokenizer)?,
-        max_seq_len: options.max_seq_len,
-        vocab_size: base.spec.vocab_size,
-    };
-    let mut dataset = Dataset::load(&options.dataset, tokenizer, &dataset_options)?;
-    let mut eval_rows = Vec::new();
-    if let Some(path) = &options.eval_dataset {
-        eval_rows = Dataset::load(path, tokenizer, &dataset_options)?.examples;
-    } else if let Some(share) = options.eval_split {
-        (dataset.examples, eval_rows) = hold_back(dataset.examples, share, options.seed)?;
-    }
-    observer.note(&dataset.report.to_string());
-    if !eval_rows.is_empty() {
-        observer.note(&format!("{} rows to evaluate on", eval_rows.len()));
-    }
-    Ok((dataset, eval_rows))
-}
-
-/// Holds back a share of the rows (below 1) or a number of them (whole).
-fn hold_back(rows: Vec<Example>, share: f64, seed: u64) -> Result<(Vec<Example>, Vec<Example>)> {
-    let n = rows.len();
-    if share > 1.0 && share.fract() != 0.0 {
-        let reason = format!("{share} is neither a share of the rows, such as 0.1, nor a whole number of them");
-        return Err(Error::Option { option: "--eval-split", reason });
-    }
-    let held = if share < 1.0 { (share * n as f64).round() } else { share };
-    if !(held >= 1.0 && held < n as f64) {
-        let reason = format!("{share} of {n} rows leaves nothing to train on or to evaluate on");
-        return Err(Error::Option { option: "--eval-split", reason });
-    }
-    Ok(split(rows, held as usize, seed))
-}
-
-/// The micro-batches of each epoch: of rows, or of packs of rows.
-struct Batches {
-    sampler: Sampler,
-    packs: Option<Vec<Vec<usize>>>,
-}
-
-impl Batches {
-    fn new(options: &SftOptions, rows: &[Example], observer: &mut dyn Observer) -> Self {
-        let mut lengths: Vec<usize> = rows.iter().map(|row| row.input_ids.len()).collect();
-        let mut packs = None;
-        if options.use_sequence_packing {
-            let packing = pack(&lengths, options.max_seq_len);
-            observer.note(&format!(
-                "packing: {} rows in {} packs of {} tokens, {:.2} % filled (the last pack aside)",
-                rows.len(),
-                packing.packs.len(),
-                options.max_seq_len,
-                packing.efficiency * 100.0
-            ));
-            lengths = packing.packs.iter().map(|pack| pack.iter().map(|&row| lengths[row]).sum()).collect();
-            packs = Some(packing.packs);
-        }
-        Self { sampler: Sampler::new(lengths, options.batch_size, options.seed, !options.no_shuffle), packs }
-    }
-
-    fn epoch(&self, epoch: usize) -> Vec<Vec<usize>> {
-        let batches = self.sampler.epoch(epoch);
-        match &self.packs {
-            None => batches,
-            Some(packs) => {
-                batches.into_iter().map(|b| b.into_iter().flat_map(|p| packs[p].clone()).collect()).collect()
-            }
-        }
     }
 }
 
@@ -243,7 +184,7 @@ fn write(
     model: &dyn CausalLMModel,
     trained: &Trained,
     dtype: DType,
-    dataset: &Dataset,
+    row: &Example,
 ) -> Result<Written> {
     let output = &options.output;
     match trained {
@@ -260,7 +201,7 @@ fn write(
             }
             copy_generation_config(&options.model, staged.path())?;
             staged.commit()?;
-            check_model(output, model, dtype, &dataset.examples[0])?;
+            check_model(output, model, dtype, row)?;
             Ok(Written::Model)
         }
     }

@@ -1,11 +1,12 @@
 //! The loop: epochs of micro-batches, steps, evaluations, and when to stop.
 
 use std::{
+    ops::Range,
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
 };
 
-use pmetal_data::Example;
+use pmetal_data::{Example, Examples};
 use pmetal_models::CausalLMModel;
 use pmetal_ops::{Arena, memory};
 
@@ -20,17 +21,22 @@ const TOLERATED: usize = 3;
 /// Tokens that go through the model together in an evaluation, roughly.
 const EVAL_TOKENS: usize = 4096;
 
-/// Which rows go together in which order: for each epoch, micro-batches of row indices.
-pub type Epochs<'a> = dyn Fn(usize) -> Vec<Vec<usize>> + 'a;
+/// Which rows go together in which order.
+pub trait Epochs {
+    /// Micro-batches of an epoch.
+    fn batches(&self) -> usize;
+    /// The rows of each micro-batch of an epoch, counted from 0.
+    fn epoch(&self, epoch: usize) -> Box<dyn Iterator<Item = Vec<usize>> + '_>;
+}
 
 /// The rows of a run.
 pub struct TrainingData<'a> {
     /// Rows to train on.
-    pub rows: &'a [Example],
+    pub rows: &'a Examples,
     /// Rows to evaluate on, none for no evaluation.
-    pub eval_rows: &'a [Example],
-    /// The micro-batches of an epoch.
-    pub epoch: &'a Epochs<'a>,
+    pub eval_rows: &'a Examples,
+    /// The order.
+    pub order: &'a dyn Epochs,
 }
 
 /// How long, how often, how fast.
@@ -83,8 +89,7 @@ pub fn train(
     observer: &mut dyn Observer,
     stop: &AtomicBool,
 ) -> Result<Summary> {
-    let first = (data.epoch)(0);
-    let steps_per_epoch = first.len().div_ceil(settings.gradient_accumulation_steps);
+    let steps_per_epoch = data.order.batches().div_ceil(settings.gradient_accumulation_steps);
     if steps_per_epoch == 0 {
         return Err(Error::NoSteps { reason: "there are no rows".into() });
     }
@@ -115,7 +120,7 @@ pub fn train(
     };
     run.observer.start(planned);
     run.summary.eval_loss_before = run.evaluate()?;
-    run.epochs(first)?;
+    run.epochs()?;
     let evaluated =
         settings.eval_steps > 0 && run.summary.steps > 0 && run.summary.steps.is_multiple_of(settings.eval_steps);
     if !evaluated {
@@ -142,13 +147,14 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn epochs(&mut self, first: Vec<Vec<usize>>) -> Result<()> {
-        let mut batches = first;
+    fn epochs(&mut self) -> Result<()> {
         for epoch in 0.. {
-            if epoch > 0 {
-                batches = (self.data.epoch)(epoch);
-            }
-            for group in batches.chunks(self.settings.gradient_accumulation_steps) {
+            let mut batches = self.data.order.epoch(epoch);
+            loop {
+                let group: Vec<Vec<usize>> = batches.by_ref().take(self.settings.gradient_accumulation_steps).collect();
+                if group.is_empty() {
+                    break;
+                }
                 if self.summary.steps == self.summary.planned_steps {
                     return Ok(());
                 }
@@ -156,7 +162,7 @@ impl Run<'_> {
                     self.summary.interrupted = true;
                     return Ok(());
                 }
-                self.step(group)?;
+                self.step(&group)?;
                 let every = self.settings.eval_steps;
                 if every > 0 && self.summary.steps.is_multiple_of(every) {
                     self.summary.eval_loss_after = self.evaluate()?;
@@ -167,8 +173,9 @@ impl Run<'_> {
     }
 
     fn step(&mut self, group: &[Vec<usize>]) -> Result<()> {
-        let rows = self.data.rows;
-        let batches: Vec<MicroBatch> = group.iter().map(|b| b.iter().map(|&i| &rows[i]).collect()).collect();
+        let read = |batch: &Vec<usize>| batch.iter().map(|&row| self.data.rows.get(row)).collect();
+        let rows: Vec<Vec<Example>> = group.iter().map(read).collect::<Result<_, _>>()?;
+        let batches: Vec<MicroBatch> = rows.iter().map(|batch| batch.iter().collect()).collect();
         let step = self.summary.steps;
         let learning_rate = self.schedule.at(step);
         let started = Instant::now();
@@ -219,11 +226,12 @@ impl Run<'_> {
     /// The mean loss over the supervised tokens of the evaluation rows; nothing where there are none or the run is to stop.
     fn evaluate(&mut self) -> Result<Option<f64>> {
         let (mut sum, mut tokens) = (0.0, 0);
-        for batch in eval_batches(self.data.eval_rows) {
+        for batch in eval_batches(&self.data.eval_rows.lengths()?) {
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let (loss, supervised) = evaluate_rows(self.model, &batch)?;
+            let rows = batch.map(|row| self.data.eval_rows.get(row)).collect::<Result<Vec<_>, _>>()?;
+            let (loss, supervised) = evaluate_rows(self.model, &rows.iter().collect::<Vec<_>>())?;
             sum += loss;
             tokens += supervised;
         }
@@ -240,16 +248,16 @@ impl Run<'_> {
 }
 
 /// Rows in file order, together as long as they have at most [`EVAL_TOKENS`] tokens.
-fn eval_batches(rows: &[Example]) -> Vec<Vec<&Example>> {
-    let mut batches: Vec<Vec<&Example>> = Vec::new();
+fn eval_batches(lengths: &[u32]) -> Vec<Range<usize>> {
+    let mut batches: Vec<Range<usize>> = Vec::new();
     let mut held = 0;
-    for row in rows {
-        held += row.input_ids.len();
+    for (row, &length) in lengths.iter().enumerate() {
+        held += length as usize;
         match batches.last_mut() {
-            Some(batch) if held <= EVAL_TOKENS => batch.push(row),
+            Some(batch) if held <= EVAL_TOKENS => batch.end = row + 1,
             _ => {
-                held = row.input_ids.len();
-                batches.push(vec![row]);
+                held = length as usize;
+                batches.push(row..row + 1);
             }
         }
     }

@@ -7,12 +7,13 @@ use std::{
 };
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use pmetal_data::Example;
+use pmetal_data::{Example, Examples};
 use pmetal_lora::{AdapterFile, Use, attach_file};
 use pmetal_models::{CausalLMModel, Checkpoint, load, tensors_of};
 use pmetal_ops::{Arena, Policy};
 use pmetal_trainer::{
-    LoopSettings, MetricsFile, Observer, Schedule, SchedulerType, StepMetrics, StepSettings, TrainingData, train,
+    Epochs, LoopSettings, MetricsFile, Observer, Schedule, SchedulerType, StepMetrics, StepSettings, TrainingData,
+    train,
 };
 use serde_json::Value;
 
@@ -44,6 +45,23 @@ impl Observer for Log {
     }
 }
 
+/// Batches of rows as they come.
+struct InOrder {
+    rows: usize,
+    batch: usize,
+}
+
+impl Epochs for InOrder {
+    fn batches(&self) -> usize {
+        self.rows.div_ceil(self.batch)
+    }
+
+    fn epoch(&self, _: usize) -> Box<dyn Iterator<Item = Vec<usize>> + '_> {
+        let rows = (0..self.rows).collect::<Vec<_>>();
+        Box::new(rows.chunks(self.batch).map(<[usize]>::to_vec).collect::<Vec<_>>().into_iter())
+    }
+}
+
 /// How the rows of a step are spread.
 #[derive(Clone, Copy, Default)]
 struct Variant {
@@ -56,11 +74,11 @@ struct Variant {
 fn run(model: &dyn CausalLMModel, arena: &Arena, settings: &Value, variant: Variant) -> Vec<StepMetrics> {
     let number = |key: &str| settings[key].as_f64().unwrap();
     let count = |key: &str| settings[key].as_u64().unwrap() as usize;
-    let rows = rows();
+    let rows = Examples::from(rows());
     let per_step = count("batch_size") * count("gradient_accumulation_steps");
     let (batch, accumulation) =
         if variant.one_by_one { (1, per_step) } else { (count("batch_size"), count("gradient_accumulation_steps")) };
-    let epoch = |_| (0..rows.len()).collect::<Vec<_>>().chunks(batch).map(<[usize]>::to_vec).collect();
+    let order = InOrder { rows: rows.len(), batch };
     let kind = match settings["scheduler"].as_str().unwrap() {
         "linear" => SchedulerType::Linear,
         "cosine" => SchedulerType::Cosine,
@@ -83,7 +101,7 @@ fn run(model: &dyn CausalLMModel, arena: &Arena, settings: &Value, variant: Vari
     let folder = tempfile::tempdir().unwrap();
     let mut metrics = MetricsFile::create(&folder.path().join("metrics.jsonl")).unwrap();
     let mut log = Log::default();
-    let data = TrainingData { rows: &rows, eval_rows: &[], epoch: &epoch };
+    let data = TrainingData { rows: &rows, eval_rows: &Examples::default(), order: &order };
     train(model, arena, &data, &settings, &mut metrics, &mut log, &AtomicBool::new(false)).unwrap();
     log.0
 }

@@ -1,6 +1,7 @@
 //! One file per verb: its flags, and what it prints.
 
 pub mod bench;
+pub mod data;
 mod failure;
 pub mod infer;
 pub mod logits;

@@ -28,21 +28,39 @@ pub enum Format {
     PromptCompletion,
     /// `prompt`, `chosen` and `rejected`, or `prompt`, `completion` and `label`.
     Preference,
+    /// `input_ids` and `labels`.
+    Tokens,
 }
 
-const FORMATS: [(&str, Format); 6] = [
+const FORMATS: [(&str, Format); 7] = [
     ("messages", Format::Messages),
     ("sharegpt", Format::ShareGpt),
     ("alpaca", Format::Alpaca),
     ("text", Format::Text),
     ("prompt-completion", Format::PromptCompletion),
     ("preference", Format::Preference),
+    ("tokens", Format::Tokens),
 ];
+
+impl Format {
+    /// The keys of a row, in order.
+    pub(crate) fn columns(self) -> &'static [&'static str] {
+        match self {
+            Self::Messages => &["messages", "tools"],
+            Self::ShareGpt => &["conversations", "system", "tools"],
+            Self::Alpaca => &["instruction", "input", "output", "system", "history"],
+            Self::Text => &["text"],
+            Self::PromptCompletion => &["prompt", "completion", "tools"],
+            Self::Preference => &["prompt", "chosen", "rejected", "completion", "label", "tools"],
+            Self::Tokens => &["input_ids", "labels"],
+        }
+    }
+}
 
 impl FromStr for Format {
     type Err = Error;
 
-    /// Reads `messages`, `sharegpt`, `alpaca`, `text`, `prompt-completion` or `preference`.
+    /// Reads `messages`, `sharegpt`, `alpaca`, `text`, `prompt-completion`, `preference` or `tokens`.
     fn from_str(text: &str) -> Result<Self, Error> {
         let found = FORMATS.iter().find(|(name, _)| *name == text).map(|&(_, format)| format);
         found.ok_or_else(|| Error::UnknownFormat { name: text.to_string() })
@@ -68,6 +86,10 @@ impl Row {
     pub(crate) fn write(&self, format: Format) -> Written {
         let no = |reason: &str| RowFault::DoesNotFit { format: format.to_string(), reason: reason.to_string() };
         match (self, format) {
+            (Self::Tokens { input_ids, labels }, Format::Tokens) => {
+                Ok(json!({ "input_ids": input_ids, "labels": labels }))
+            }
+            (_, Format::Tokens) => Err(no("ids are made by a model's tokenizer: name one with --model")),
             (Self::Text(text), Format::Text) => Ok(json!({ "text": text })),
             (Self::Text(_), _) => Err(no("the row is one text without turns")),
             (Self::Tokens { .. }, _) => Err(no("the row is token ids, not text")),
@@ -90,7 +112,7 @@ impl Row {
                 [&alpaca.instruction, &alpaca.input, &alpaca.output],
             )),
             (Self::Alpaca(alpaca), _) => plain(alpaca.conversation()).write(format),
-            (Self::Conversation(_), Format::Text) => Err(no("a conversation becomes a text through a chat template")),
+            (Self::Conversation(_), Format::Text) => Err(no("a conversation becomes a text through a chat template: name a model with --model")),
             (Self::Conversation(conversation), Format::Messages) => {
                 Ok(with_tools(json!({ "messages": turns(&conversation.messages) }), conversation.tools.clone()))
             }

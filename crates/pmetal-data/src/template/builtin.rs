@@ -4,7 +4,7 @@ use std::{
     sync::Arc,
 };
 
-use super::ChatTemplate;
+use super::{ChatTemplate, today};
 use crate::{
     conversation::{Conversation, Message},
     error::{Error, Result},
@@ -191,6 +191,16 @@ impl Template {
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let conversation = Conversation { messages: messages.to_vec(), tools: None };
         self.conversation.render(&conversation, add_generation_prompt)
+    }
+
+    /// Tells what decides the text that conversations become.
+    pub(crate) fn describe(&self, add: &mut impl FnMut(&str)) {
+        for template in [&self.conversation, &self.alpaca] {
+            add(template.source());
+            if template.source().contains("strftime_now") {
+                add(&today());
+            }
+        }
     }
 
     /// The token with which the template ends an assistant's turn, if it is a special one.

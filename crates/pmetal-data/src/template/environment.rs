@@ -65,6 +65,11 @@ fn strftime_now(format: String) -> String {
     strftime(seconds, &format)
 }
 
+/// The day that templates are told.
+pub(super) fn today() -> String {
+    strftime_now("%F".to_string())
+}
+
 /// `json.dumps(x, ensure_ascii, indent, separators, sort_keys)`, in this order of arguments.
 fn to_json(
     value: &Value,

@@ -13,7 +13,7 @@ use std::{ops::Range, path::Path, sync::OnceLock};
 use minijinja::{Environment, Value, value::Serde};
 
 pub use builtin::{Template, TemplateChoice};
-use environment::Raised;
+use environment::{Raised, today};
 use reads::Reads;
 
 use crate::{
@@ -28,6 +28,7 @@ const NAME: &str = "chat";
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     origin: String,
+    source: String,
     special_tokens: Vec<(String, String)>,
     marks_generation: bool,
     /// Learnt when the first conversation comes.
@@ -55,6 +56,7 @@ impl ChatTemplate {
         Ok(Self {
             environment,
             origin: origin.to_string(),
+            source,
             special_tokens: special_tokens.to_vec(),
             marks_generation,
             reads: OnceLock::new(),
@@ -69,6 +71,11 @@ impl ChatTemplate {
         let source =
             std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
         Self::new(&path.display().to_string(), &source, special_tokens)
+    }
+
+    /// The Jinja text.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
     }
 
     /// Where it comes from: a file, or `built in: chatml`.
