@@ -178,14 +178,41 @@ def prompt(tokenizer, template):
         return None
 
 
+# Built-in templates and the public ones whose text they write.
+NAMED = {"gemma": "google-gemma-2-2b-it", "mistral": "mistralai-Mistral-Nemo-Instruct-2407", "phi-3": "microsoft-Phi-3.5-mini-instruct",
+         "deepseek-r1": "deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "qwen-2.5": "Qwen-Qwen2.5-7B-Instruct",
+         "qwen-3": "Qwen-Qwen3-0.6B"}
+
+
+def named(tokenizer, folder):
+    """What public templates make of conversations of plain text, with and without a generation prompt."""
+    out = {}
+    for name, public in NAMED.items():
+        source = (folder / f"{public}.jinja").read_text()
+        for case, conversation in CONVERSATIONS.items():
+            messages = conversation["messages"]
+            if "tools" in conversation or any(len(message) > 2 for message in messages):
+                continue
+            try:
+                texts = [tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=prompt)
+                         for prompt in (False, True)]
+            except TemplateError:
+                continue
+            out.setdefault(name, []).append({"messages": messages, "text": texts[0], "prompt": texts[1]})
+    return out
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--templates", type=Path, default=HERE)
     parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--named", type=Path, help="write what the public templates in DIR make of plain conversations to this file")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     sources = {path: path.read_text() for path in sorted(arguments.templates.glob("*.jinja"))}
     tokenizer = make_tokenizer(arguments.output, sources.values())
+    if arguments.named:
+        arguments.named.write_text(json.dumps(named(tokenizer, arguments.templates), ensure_ascii=False, indent=0) + "\n")
     templates = {}
     for path, source in sources.items():
         if path.parent.resolve() != arguments.output.resolve():

@@ -33,7 +33,7 @@ pub struct Args {
     /// System turn before the prompt
     #[arg(long, value_name = "TEXT", requires = "chat")]
     system: Option<String>,
-    /// Chat template: auto (the model's own), chatml, llama-3, alpaca, or a Jinja file
+    /// Chat template: auto (the model's own), a built-in one (chatml, llama-3, gemma, qwen-3, ...), or a Jinja file
     #[arg(long, default_value = "auto", value_name = "NAME|FILE", requires = "chat")]
     chat_template: TemplateChoice,
     /// Print the reasoning between think tags too
