@@ -13,8 +13,11 @@ import sys
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
 
 
 def main():
@@ -25,6 +28,9 @@ def main():
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager")
     if args.adapter != "-":
+        with safe_open(f"{args.adapter}/adapter_model.safetensors", "pt") as file:
+            if EMBEDDING in file.keys():  # an adapter that carries an embedding may have been trained with more tokens
+                model.resize_token_embeddings(file.get_slice(EMBEDDING).get_shape()[0])
         model = PeftModel.from_pretrained(model, args.adapter)
     model.eval()
     ours = load_file(args.logits)

@@ -13,6 +13,7 @@ Each folder of crates/pmetal-models/tests/fixtures is an ordinary Hugging Face f
     full_grad.NAME   f32               (some) gradient of the same loss without the adapter, for every weight; `full_loss` beside it
     rslora_logits.N  f32 [len, vocab]  (some) with `adapter-rslora/` (rsLoRA, r 8, alpha 8, q_proj and v_proj)
 The folders of crates/pmetal-trainer/tests/fixtures hold eight optimizer steps; see `parity/sft.py`.
+Those of crates/pmetal-lora/tests/fixtures hold adapters with an embedding or a head; see `parity/tables.py`.
 """
 
 import json
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.utils import logging
 
-from parity import sft
+from parity import sft, tables
 from parity.lora import ALL_LINEAR, peft_gradients, save_adapter, with_random_adapter
 from parity.loss import padded_loss
 
@@ -174,6 +175,7 @@ def main():
         print(f"{name}: {len(tensors)} tensors, loss {tensors['loss'].item():.5f}, logits' standard deviation {spread:.2f}")
     if len(sys.argv) == 1:
         sft.write_all(FIXTURES, load)
+        tables.write_all(FIXTURES, load)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,11 @@ impl Layout {
         let cut = row.tokens.len() - kept.len();
         let cut = if cut > 0 { format!(", {cut} more are cut off") } else { String::new() };
         let place = format!("{}, {}", row.file.display(), row.place);
-        writeln!(out, "{}", self.style.bold(&format!("row {number} ({place}): {} tokens, {trained} trained{cut}", kept.len())))?;
+        writeln!(
+            out,
+            "{}",
+            self.style.bold(&format!("row {number} ({place}): {} tokens, {trained} trained{cut}", kept.len()))
+        )?;
         let mut line: Option<Line> = None;
         for token in kept {
             if line.as_ref().is_some_and(|line| line.trained != token.trained) {
@@ -62,7 +66,12 @@ impl Layout {
     pub fn legend(&self, out: &mut impl Write) -> io::Result<()> {
         let example = |text: &str, trained: bool| self.paint(text, trained, false);
         let special = self.paint("special token", false, true);
-        writeln!(out, "{}trained   {}not trained   {special}   {BETWEEN} between tokens   ⏎ line break", example("+ ", true), example("  ", false))
+        writeln!(
+            out,
+            "{}trained   {}not trained   {special}   {BETWEEN} between tokens   ⏎ line break",
+            example("+ ", true),
+            example("  ", false)
+        )
     }
 
     fn token(&self, out: &mut impl Write, token: &TokenView, line: &mut Option<Line>) -> io::Result<()> {
@@ -82,7 +91,14 @@ impl Layout {
     }
 
     /// Appends to the line, or begins another where it is full; a piece wider than a line is cut.
-    fn piece(&self, out: &mut impl Write, piece: &str, token: &TokenView, first: bool, line: &mut Option<Line>) -> io::Result<()> {
+    fn piece(
+        &self,
+        out: &mut impl Write,
+        piece: &str,
+        token: &TokenView,
+        first: bool,
+        line: &mut Option<Line>,
+    ) -> io::Result<()> {
         let room = self.width.saturating_sub(MARGINS[0].len()).max(8);
         let columns = console::measure_text_width(piece);
         if line.as_ref().is_some_and(|line| line.columns + 1 + columns > room) {
@@ -92,7 +108,8 @@ impl Layout {
         while console::measure_text_width(rest) > room {
             let head = console::truncate_str(rest, room, "").into_owned();
             rest = rest.get(head.len()..).unwrap_or_default();
-            let full = Line { text: self.paint(&head, token.trained, token.special), columns: room, trained: token.trained };
+            let full =
+                Line { text: self.paint(&head, token.trained, token.special), columns: room, trained: token.trained };
             self.end(out, Some(full), "")?;
         }
         let columns = console::measure_text_width(rest);

@@ -1,8 +1,10 @@
 //! `pmetal`: fine-tune large language models on the machine in front of you.
 
+mod interrupt;
 mod layout;
 mod progress;
 mod reading;
+mod stop;
 mod style;
 mod tell;
 mod thinking;
@@ -30,9 +32,9 @@ enum Verb {
     /// Fine-tune a model on rows of text: a LoRA adapter, or every weight
     #[command(after_help = verbs::train::EXAMPLES)]
     Train(Box<verbs::train::Args>),
-    /// Continue a prompt, or answer it as a chat
+    /// Chat with a model, answer or continue a prompt, or a file of them
     #[command(after_help = verbs::infer::EXAMPLES)]
-    Infer(verbs::infer::Args),
+    Infer(Box<verbs::infer::Args>),
     /// Look at a dataset: preview what is trained, count it, convert it
     Data(verbs::data::Args),
     /// Write the logits of given token ids, to compare with another implementation

@@ -49,7 +49,8 @@ impl Reading {
             let seconds = self.started.elapsed().as_secs_f64();
             let left = seconds * (total - read) as f64 / read.max(1) as f64;
             let (name, share) = (file.display(), 100.0 * read as f64 / total.max(1) as f64);
-            let (rate, left) = (HumanBytes((read as f64 / seconds) as u64), HumanDuration(Duration::from_secs_f64(left)));
+            let (rate, left) =
+                (HumanBytes((read as f64 / seconds) as u64), HumanDuration(Duration::from_secs_f64(left)));
             tell(format_args!("tokenizing {name}: {share:.0} %, {rows} rows, {rate}/s, ETA {left}"));
         }
     }

@@ -5,10 +5,10 @@
 //! lists, one per size class, for the next request.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::hint::spin_loop;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 
 /// Blocks from this size on are kept.
 const SMALLEST: usize = 1 << 20;
@@ -24,24 +24,25 @@ const ALIGNMENT: usize = 64;
 /// that would go beyond gives kept blocks back to the system first.
 pub struct PoolAllocator;
 
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
+static LIVE: AtomicIsize = AtomicIsize::new(0);
+static PEAK: AtomicIsize = AtomicIsize::new(0);
 static KEPT: AtomicUsize = AtomicUsize::new(0);
 static LISTS: [List; CLASSES] = [const { List::new() }; CLASSES];
 
-/// Bytes in use, as requested; zero while [`PoolAllocator`] is not the program's allocator.
+/// Bytes in use, as requested, up to 64 KiB a thread; zero while [`PoolAllocator`] is not the program's allocator.
 pub fn live_bytes() -> usize {
-    LIVE.load(Ordering::Relaxed)
+    // what one thread took another may give back and tell first
+    LIVE.load(Ordering::Relaxed).max(0).unsigned_abs()
 }
 
 /// The most bytes in use at a time since the start or the last [`reset_peak`].
 pub fn peak_bytes() -> usize {
-    PEAK.load(Ordering::Relaxed)
+    PEAK.load(Ordering::Relaxed).max(0).unsigned_abs()
 }
 
 /// Starts a new measurement of the peak at what is in use now.
 pub fn reset_peak() {
-    PEAK.store(live_bytes(), Ordering::Relaxed);
+    PEAK.store(LIVE.load(Ordering::Relaxed), Ordering::Relaxed);
 }
 
 /// Gives every kept block back to the system.
@@ -134,11 +135,25 @@ fn class_layout(class: usize) -> Layout {
     unsafe { Layout::from_size_align_unchecked(class_size(class), ALIGNMENT) }
 }
 
-fn count_allocation(size: usize) {
-    let live = LIVE.fetch_add(size, Ordering::Relaxed) + size;
-    if live > PEAK.load(Ordering::Relaxed) {
-        PEAK.fetch_max(live, Ordering::Relaxed);
+/// Bytes a thread counts by itself before it tells: counters that all threads write to for every small block would cost more than the
+/// blocks.
+const UNTOLD: isize = 1 << 16;
+
+thread_local! {
+    /// Bytes taken less bytes given back, not yet in [`LIVE`]. Without a destructor: it is used until the thread's very end.
+    static OWN: Cell<isize> = const { Cell::new(0) };
+}
+
+/// Counts bytes that were taken (above 0) or given back.
+fn count(bytes: isize) {
+    let untold = OWN.get() + bytes;
+    if untold.unsigned_abs() < UNTOLD.unsigned_abs() {
+        OWN.set(untold);
+        return;
     }
+    OWN.set(0);
+    let live = LIVE.fetch_add(untold, Ordering::Relaxed) + untold;
+    PEAK.fetch_max(live, Ordering::Relaxed);
 }
 
 impl PoolAllocator {
@@ -171,7 +186,7 @@ unsafe impl GlobalAlloc for PoolAllocator {
         // SAFETY: the size is not zero, by the caller's promise.
         let (block, _) = Self::take(layout, |layout| unsafe { System.alloc(layout) });
         if !block.is_null() {
-            count_allocation(layout.size());
+            count(layout.size() as isize);
         }
         block
     }
@@ -184,13 +199,13 @@ unsafe impl GlobalAlloc for PoolAllocator {
             unsafe { block.write_bytes(0, layout.size()) };
         }
         if !block.is_null() {
-            count_allocation(layout.size());
+            count(layout.size() as isize);
         }
         block
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
+        count(-(layout.size() as isize));
         match class_of(layout) {
             // SAFETY: the caller gives the block up; it came from `take` with the same layout, hence the same class.
             Some(class) => unsafe {
@@ -210,14 +225,12 @@ unsafe impl GlobalAlloc for PoolAllocator {
             // SAFETY: the block came from `System` with this layout.
             let moved = unsafe { System.realloc(block, layout, new_size) };
             if !moved.is_null() {
-                LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
-                count_allocation(new_size);
+                count(new_size as isize - layout.size() as isize);
             }
             return moved;
         }
         if old == new {
-            LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
-            count_allocation(new_size);
+            count(new_size as isize - layout.size() as isize);
             return block;
         }
         // SAFETY: both layouts are valid; the blocks are distinct and hold at least the bytes copied.

@@ -110,7 +110,12 @@ impl ColumnMap {
         for (key, value) in &mut row {
             if let Some(text) = value.as_str().filter(|_| STRUCTURED.contains(&key.as_str())) {
                 // a table has a cell where there is nothing
-                let parsed = if text.is_empty() && !TEXTS.contains(&key.as_str()) { Some(Value::Null) } else { structure(text) };
+                let may_be_text = TEXTS.contains(&key.as_str());
+                let parsed = match structure(text) {
+                    None if text.is_empty() && !may_be_text => Some(Value::Null),
+                    Some(structure) if may_be_text && !is_turns(&structure) => None,
+                    found => found,
+                };
                 *value = parsed.unwrap_or_else(|| std::mem::take(value));
             }
         }
@@ -154,6 +159,12 @@ fn structure(text: &str) -> Option<Value> {
     opens(text).then(|| serde_json::from_str(text).ok()).flatten().filter(|value: &Value| !value.is_string())
 }
 
+/// Whether a value is a list of messages: an answer may itself be JSON.
+fn is_turns(value: &Value) -> bool {
+    let first = value.as_array().and_then(|turns| turns.first());
+    first.is_some_and(|turn| turn.get("role").or(turn.get("from")).is_some())
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -172,10 +183,11 @@ mod tests {
 
     #[test]
     fn lists_in_strings_are_parsed_and_prompts_are_not() {
-        let row = json!({"messages": "[{\"role\": \"user\", \"content\": \"[1]\"}]", "text": "[1]", "prompt": "[x] is", "n": 1});
+        let row = json!({"messages": "[{\"role\": \"user\", \"content\": \"[1]\"}]", "text": "[1]", "prompt": "[x] is", "completion": "[{\"a\": 1}]", "n": 1});
         let parsed = ColumnMap::default().apply(row).unwrap();
         assert_eq!(parsed["messages"][0]["content"], "[1]");
         assert_eq!((&parsed["text"], &parsed["prompt"]), (&json!("[1]"), &json!("[x] is")));
+        assert_eq!(parsed["completion"], "[{\"a\": 1}]");
     }
 
     #[test]

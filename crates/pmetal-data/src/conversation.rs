@@ -22,7 +22,7 @@ impl Message {
     }
 
     /// Adds or replaces a key.
-    pub(crate) fn set(&mut self, key: &str, value: impl Into<Value>) {
+    pub fn set(&mut self, key: &str, value: impl Into<Value>) {
         self.object.insert(key.to_string(), value.into());
     }
 
@@ -42,21 +42,21 @@ impl Message {
     }
 
     /// `user`, `assistant`, `system`, ...
-    pub(crate) fn role(&self) -> &str {
+    pub fn role(&self) -> &str {
         self.object.get("role").and_then(Value::as_str).unwrap_or_default()
     }
 
     /// The keys and values.
-    pub(crate) fn object(&self) -> &Map<String, Value> {
+    pub fn object(&self) -> &Map<String, Value> {
         &self.object
     }
 }
 
 /// Messages in order, and the tools a template may describe to the model.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub(crate) struct Conversation {
+pub struct Conversation {
     /// Who said what.
-    pub(crate) messages: Vec<Message>,
+    pub messages: Vec<Message>,
     /// A JSON array of tool descriptions.
-    pub(crate) tools: Option<Value>,
+    pub tools: Option<Value>,
 }

@@ -148,7 +148,7 @@ fn settings(tokenizer: Option<&Tokenizer>, options: &DatasetOptions) -> blake3::
     add(env!("CARGO_PKG_VERSION"));
     add(&format!("{:?} {} {:?}", options.train_on, options.vocab_size, options.max_samples));
     add(&options.columns.to_string());
-    add(&tokenizer.map(Tokenizer::describe).unwrap_or_default());
+    add(&tokenizer.map(Tokenizer::in_words).unwrap_or_default());
     options.template.describe(&mut add);
     hasher
 }
@@ -228,9 +228,11 @@ impl Chunks<'_> {
             let fault = |fault| Error::Row { path: self.file.to_path_buf(), place, fault: Box::new(fault) };
             self.counts.rows += 1;
             match encoded.map_err(fault)? {
-                Ok(example) => {
+                Ok((example, kind)) => {
                     self.writer.push(&example, place)?;
                     self.counts.kept += 1;
+                    self.counts.conversations += usize::from(kind == Kind::Conversation);
+                    self.counts.alpaca += usize::from(kind == Kind::Alpaca);
                 }
                 Err(reason) => self.counts.dropped(place, reason),
             }
@@ -241,7 +243,7 @@ impl Chunks<'_> {
 
 impl Loader<'_> {
     /// The row as an example, or why nothing of it can be trained.
-    fn encode(&self, value: Value) -> Result<Result<Example, DropReason>, RowFault> {
+    fn encode(&self, value: Value) -> Result<Result<(Example, Kind), DropReason>, RowFault> {
         let row = Row::parse(self.options.columns.apply(value)?)?;
         let example = self.encoder.encode(&row)?.within(self.options.vocab_size)?;
         if example.input_ids.len() < 2 {
@@ -251,8 +253,21 @@ impl Loader<'_> {
             let labelled = matches!(row, Row::Tokens { .. });
             return Ok(Err(if labelled { DropReason::NoLabel } else { DropReason::NoAnswer }));
         }
-        Ok(Ok(example))
+        let kind = match row {
+            Row::Conversation(_) => Kind::Conversation,
+            Row::Alpaca(_) => Kind::Alpaca,
+            _ => Kind::Other,
+        };
+        Ok(Ok((example, kind)))
     }
+}
+
+/// Which template a row went through.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Conversation,
+    Alpaca,
+    Other,
 }
 
 /// The characters of all strings in a value, and something for each number.

@@ -92,7 +92,9 @@ pub enum Error {
         name: String,
     },
     /// A format of rows that is not written.
-    #[error("no row format '{name}': expected messages, sharegpt, alpaca, text, prompt-completion, preference or tokens")]
+    #[error(
+        "no row format '{name}': expected messages, sharegpt, alpaca, text, prompt-completion, preference or tokens"
+    )]
     UnknownFormat {
         /// What was given.
         name: String,
@@ -352,6 +354,20 @@ pub enum RowFault {
         "the model has no tokenizer, so rows need 'input_ids'; put its tokenizer.json into its folder to train on text"
     )]
     NoTokenizer,
+    /// A row of prompts without one.
+    #[error(
+        "has the keys [{seen}], expected prompt (a text to continue or, with --chat, to answer) or messages (role, content)"
+    )]
+    NoPrompt {
+        /// The keys of the row.
+        seen: String,
+    },
+    /// A conversation that a model is to answer, and that ends with an answer.
+    #[error("the last turn is by '{role}', expected user or tool: what is to be answered comes last")]
+    NothingToAnswer {
+        /// Who said the last turn.
+        role: String,
+    },
     /// The row is well-formed and could not be rendered or tokenized.
     #[error(transparent)]
     Encode(Error),

@@ -66,6 +66,8 @@ impl Examples {
             rows: counts.rows,
             dropped: counts.rows - counts.kept,
             named: counts.named.clone(),
+            conversations: counts.conversations,
+            alpaca: counts.alpaca,
             ..Report::default()
         };
         let (mut chosen, mut cut) = (Vec::new(), Vec::new());

@@ -52,6 +52,10 @@ pub(crate) struct Counts {
     pub(crate) rows: usize,
     /// Rows with something to train.
     pub(crate) kept: usize,
+    /// Those of them that are conversations.
+    pub(crate) conversations: usize,
+    /// Those of them that are Alpaca's.
+    pub(crate) alpaca: usize,
     /// The first of those left out.
     pub(crate) named: Vec<Dropped>,
 }
@@ -81,6 +85,10 @@ pub struct Report {
     pub supervised_tokens: u64,
     /// Tokens of the longest example.
     pub longest: usize,
+    /// Rows with something to train that are conversations.
+    pub conversations: usize,
+    /// Rows with something to train that are Alpaca's.
+    pub alpaca: usize,
 }
 
 impl Report {
@@ -94,6 +102,8 @@ impl Report {
         self.tokens += other.tokens;
         self.supervised_tokens += other.supervised_tokens;
         self.longest = self.longest.max(other.longest);
+        self.conversations += other.conversations;
+        self.alpaca += other.alpaca;
     }
 
     pub(crate) fn name(&mut self, place: Place, reason: DropReason) {

@@ -6,13 +6,16 @@ use std::{
 
 use pmetal_gguf::{GgufFile, gguf_files_in};
 use serde_json::{Map, Value};
-use tokenizers::Encoding;
+use tokenizers::{AddedToken, Encoding};
 
 use crate::error::{Error, Result};
 
 /// The variables under which chat templates know special tokens, as `tokenizer_config.json` names them.
 const SPECIAL_NAMES: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+/// What [`Tokenizer::save`] writes; a template only where there is one.
+pub const TOKENIZER_FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
 
 /// Where a GGUF file with a tokenizer has its tokens.
 const GGUF_TOKENS: &str = "tokenizer.ggml.tokens";
@@ -55,6 +58,25 @@ impl Tokenizer {
             Err(Error::NoTokenizer { .. }) => Ok(None),
             found => found.map(Some),
         }
+    }
+
+    /// The tokenizer to use with an adapter, given as its folder or its single file: the one beside the adapter where there is one,
+    /// whose vocabulary may be larger, with the ids that end a text of the model's and, where it has no template, the model's.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::find`].
+    pub fn find_with_adapter(model: &Path, adapter: Option<&Path>) -> Result<Option<Self>> {
+        let models = Self::find(model)?;
+        let folder = adapter.and_then(|path| if path.is_dir() { Some(path) } else { path.parent() });
+        let Some(folder) = folder.filter(|folder| folder.join(TOKENIZER_FILES[0]).is_file()) else { return Ok(models) };
+        let mut tokenizer = Self::from_folder(folder)?;
+        if let Some(models) = models {
+            let ends: Vec<u32> = models.eos.iter().copied().filter(|id| !tokenizer.eos.contains(id)).collect();
+            tokenizer.special_set.extend(ends.iter().filter_map(|&id| tokenizer.inner.id_to_token(id)));
+            tokenizer.eos.extend(ends);
+            tokenizer.chat_template = tokenizer.chat_template.or(models.chat_template);
+        }
+        Ok(Some(tokenizer))
     }
 
     fn from_gguf(path: &Path) -> Result<Self> {
@@ -166,6 +188,43 @@ impl Tokenizer {
         StreamDecoder { tokenizer: self, ids: Vec::new(), settled: 0, printed: 0 }
     }
 
+    /// Adds tokens that are never split; `special` ones are not part of a decoded text. Returns those that are new with their ids; the
+    /// others are in the vocabulary already and stay as they are.
+    ///
+    /// # Errors
+    /// When the tokenizer refuses them.
+    pub fn add_tokens(&mut self, tokens: &[String], special: bool) -> Result<Vec<(String, u32)>> {
+        let mut added = Vec::new();
+        for token in tokens {
+            if self.inner.token_to_id(token).is_some() {
+                continue;
+            }
+            self.inner.add_tokens([AddedToken::from(token.as_str(), special)]).map_err(failed)?;
+            let id = self.inner.token_to_id(token).ok_or_else(|| failed(format!("it did not take {token}").into()))?;
+            added.push((token.clone(), id));
+            if special {
+                self.special_set.insert(token.clone());
+            }
+            self.describe(token, id, special);
+        }
+        Ok(added)
+    }
+
+    /// Enters a token in the list that some `tokenizer_config.json` repeat the added tokens in.
+    fn describe(&mut self, token: &str, id: u32, special: bool) {
+        if let Some(Value::Object(listed)) = self.config.get_mut("added_tokens_decoder") {
+            let entry = serde_json::json!({
+                "content": token, "lstrip": false, "normalized": !special, "rstrip": false, "single_word": false, "special": special,
+            });
+            listed.insert(id.to_string(), entry);
+        }
+    }
+
+    /// Replaces the chat template by another Jinja text.
+    pub fn set_chat_template(&mut self, source: &str) {
+        self.chat_template = Some(("the run's chat template".to_string(), source.to_string()));
+    }
+
     /// Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, from which `transformers` and mlx-lm make the
     /// same tokenizer.
     ///
@@ -193,7 +252,7 @@ impl Tokenizer {
     }
 
     /// Everything that decides which ids a text becomes and which of them end it, in words.
-    pub(crate) fn describe(&self) -> String {
+    pub(crate) fn in_words(&self) -> String {
         let vocabulary = self.inner.to_string(false).unwrap_or_default();
         format!("{vocabulary}\n{:?}\n{:?}", self.special, self.eos)
     }
@@ -204,7 +263,7 @@ impl Tokenizer {
     }
 
     /// The text of a token as the vocabulary has it.
-    pub(crate) fn token(&self, id: u32) -> Option<String> {
+    pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
@@ -221,6 +280,11 @@ impl Tokenizer {
     /// Number of tokens, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
+    }
+
+    /// Rows that a table needs to have one for each token: one more than the highest id.
+    pub fn rows(&self) -> usize {
+        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
     }
 
     /// Whether the tokenizer itself puts bos before a plain text.

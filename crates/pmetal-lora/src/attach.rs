@@ -7,8 +7,9 @@ use pmetal_models::CausalLMModel;
 use pmetal_ops::{Adapter, Arena, LinearMember, Weight, random};
 
 use crate::{
-    AdapterFile, Error, LoraConfig, Result, TargetModules,
+    AdapterFile, Error, LoraConfig, ModulesToSave, Result, TargetModules,
     config::{last_parts, names_module},
+    tables,
 };
 
 /// What a loaded adapter is for.
@@ -37,11 +38,18 @@ impl Target {
     }
 }
 
-/// Gives every target layer a fresh adapter: A uniform in `±1 / sqrt(in)` as PEFT's Kaiming start, B zero. Returns their arena.
+/// Takes every adapter off a model.
+pub fn detach(model: &mut dyn CausalLMModel) {
+    model.for_each_linear(&mut |_, member| member.adapter = None);
+}
+
+/// Gives every target layer a fresh adapter: A uniform in `±1 / sqrt(in)` as PEFT's Kaiming start, B zero. Returns their arena, in which
+/// are also the tables that are trained in full.
 pub fn attach(model: &mut dyn CausalLMModel, config: &LoraConfig, seed: u64) -> Result<Arena> {
     config.validate()?;
     let targets = targets(model, &config.target_modules)?;
-    let arena = arena_for(&targets, config.r, model.head())?;
+    let arena = arena_for(model, &targets, config.r, config.modules_to_save)?;
+    tables::train_tables(model, &arena)?;
     for (place, target) in targets.iter().enumerate() {
         let seed = random::mix(seed, &[place as u64]);
         let bound = 1.0 / (target.in_features as f32).sqrt();
@@ -58,7 +66,8 @@ pub fn attach(model: &mut dyn CausalLMModel, config: &LoraConfig, seed: u64) -> 
     Ok(arena)
 }
 
-/// Puts an adapter from disk on a model. For training, its tensors go to the arena that is returned.
+/// Puts an adapter from disk on a model in the place of one that was there, and the tables it carries in place of the model's. For training, its tensors go to the arena
+/// that is returned; the tables are trained on, and those its settings name that it does not carry start as the model's.
 pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: Use) -> Result<Option<Arena>> {
     let other = |reason: String| Error::OtherModel {
         path: file.path.clone(),
@@ -69,7 +78,8 @@ pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: U
         .into_iter()
         .filter(|t| t.names().iter().any(|name| file.tensors.contains_key(name)))
         .collect();
-    let mut known = BTreeSet::new();
+    let carried = tables::put_tables(model, file, other)?;
+    let mut known: BTreeSet<String> = carried.tensors().map(str::to_owned).collect();
     for target in &targets {
         for (name, shape) in target.names().into_iter().zip(target.shapes(file.config.r)) {
             match file.tensors.get(&name) {
@@ -89,9 +99,10 @@ pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: U
     }
     match purpose {
         Use::Training => {
-            let arena = arena_for(&targets, file.config.r, model.head())?;
-            for param in arena.params() {
-                if let Some(tensor) = file.tensors.get(param.name()) {
+            let arena = arena_for(model, &targets, file.config.r, carried.and(file.config.modules_to_save))?;
+            tables::train_tables(model, &arena)?;
+            for name in targets.iter().flat_map(Target::names) {
+                if let Some((param, tensor)) = arena.param(&name).zip(file.tensors.get(&name)) {
                     param.set(tensor)?;
                 }
             }
@@ -101,7 +112,8 @@ pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: U
         Use::Inference => {
             let device = model.device();
             let mut frozen = std::collections::HashMap::new();
-            for (name, tensor) in &file.tensors {
+            for (name, tensor) in file.tensors.iter().filter(|(name, _)| !carried.tensors().any(|table| table == *name))
+            {
                 frozen.insert(name.clone(), tensor.to_device(&device)?);
             }
             put(model, &targets, &file.config, |name| frozen.get(name).cloned().map(Weight::Frozen));
@@ -136,12 +148,14 @@ fn targets(model: &mut dyn CausalLMModel, wanted: &TargetModules) -> Result<Vec<
     Ok(layers.into_iter().filter(|l| wanted.matches(&l.module)).collect())
 }
 
-fn arena_for(targets: &[Target], r: usize, head: &Weight) -> Result<Arena> {
-    let params: Vec<(String, Shape)> = targets.iter().flat_map(|t| t.names().into_iter().zip(t.shapes(r))).collect();
-    let device = head.param().map_or(Device::Cpu, |p| p.value().device().clone());
-    Ok(Arena::new(&params, DType::F32, &device)?)
+fn arena_for(model: &dyn CausalLMModel, targets: &[Target], r: usize, saved: ModulesToSave) -> Result<Arena> {
+    let names = targets.iter().flat_map(|t| t.names().into_iter().zip(t.shapes(r)));
+    let mut params: Vec<_> = names.map(|(name, shape)| (name, shape, DType::F32)).collect();
+    params.extend(tables::slots(model, saved)?);
+    Ok(Arena::mixed(&params, &model.device())?)
 }
 
+/// Gives the targets their adapters and every other layer none.
 fn put(
     model: &mut dyn CausalLMModel,
     targets: &[Target],
@@ -149,14 +163,10 @@ fn put(
     weight: impl Fn(&str) -> Option<Weight>,
 ) {
     model.for_each_linear(&mut |module, member| {
-        let Some(place) = targets.iter().position(|t| t.module == module) else { return };
-        let [a, b] = targets[place].names();
-        member.adapter = weight(&a).zip(weight(&b)).map(|(a, b)| Adapter {
-            a,
-            b,
-            scale: config.scale(),
-            dropout: config.lora_dropout as f32,
-            place: place as u64,
+        member.adapter = targets.iter().enumerate().find(|(_, t)| t.module == module).and_then(|(place, target)| {
+            let [a, b] = target.names();
+            let (a, b) = weight(&a).zip(weight(&b))?;
+            Some(Adapter { a, b, scale: config.scale(), dropout: config.lora_dropout as f32, place: place as u64 })
         });
     });
 }

@@ -5,7 +5,7 @@ use std::{path::Path, str::FromStr};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Error, Result};
+use crate::{Error, ModulesToSave, Result};
 
 /// Which linear layers get an adapter.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,11 +81,21 @@ pub struct LoraConfig {
     pub target_modules: TargetModules,
     /// Scale by `alpha / sqrt(r)` instead of `alpha / r` (Kalajdzievski, "A Rank Stabilization Scaling Factor", 2023).
     pub use_rslora: bool,
+    /// Which tables are trained in full beside it.
+    #[serde(default)]
+    pub modules_to_save: ModulesToSave,
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        Self { r: 16, lora_alpha: 32.0, lora_dropout: 0.0, target_modules: TargetModules::default(), use_rslora: false }
+        Self {
+            r: 16,
+            lora_alpha: 32.0,
+            lora_dropout: 0.0,
+            target_modules: TargetModules::default(),
+            use_rslora: false,
+            modules_to_save: ModulesToSave::default(),
+        }
     }
 }
 
@@ -139,7 +149,7 @@ impl LoraConfig {
             "fan_in_fan_out": false,
             "inference_mode": true,
             "init_lora_weights": true,
-            "modules_to_save": null,
+            "modules_to_save": if self.modules_to_save.is_empty() { None } else { Some(self.modules_to_save.names()) },
             "use_dora": false,
         })
     }
@@ -172,10 +182,24 @@ impl LoraConfig {
             lora_dropout: number("lora_dropout", 0.0)?,
             target_modules,
             use_rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+            modules_to_save: modules_to_save(get("modules_to_save"), path)?,
         };
         config.validate().map_err(|e| broken(e.to_string()))?;
         Ok(config)
     }
+}
+
+fn modules_to_save(list: Option<&Value>, path: &Path) -> Result<ModulesToSave> {
+    let mut modules = ModulesToSave::default();
+    let refuse =
+        |found: &Value| Error::Unsupported { path: path.to_path_buf(), what: format!("modules_to_save = {found}") };
+    let names = list.map_or(Some(&[][..]), |list| list.as_array().map(Vec::as_slice));
+    for name in names.ok_or_else(|| refuse(list.unwrap_or(&Value::Null)))? {
+        if !name.as_str().is_some_and(|name| modules.add(name)) {
+            return Err(refuse(name));
+        }
+    }
+    Ok(modules)
 }
 
 fn shown(value: Option<&Value>) -> String {
@@ -197,7 +221,6 @@ fn refuse_unsupported(json: &Value, path: &Path) -> Result<()> {
         "fan_in_fan_out",
         "use_dora",
         "use_qalora",
-        "modules_to_save",
         "exclude_modules",
         "rank_pattern",
         "alpha_pattern",

@@ -43,6 +43,17 @@ pub enum Error {
         /// The last parts of the names of the model's linear layers.
         known: Vec<String>,
     },
+    /// A module that cannot be trained in full beside an adapter.
+    #[error("modules_to_save: {name} cannot be trained beside an adapter; known are embed_tokens, lm_head")]
+    UnknownModule {
+        /// The name.
+        name: String,
+    },
+    /// The head alone, where it is the embedding.
+    #[error(
+        "modules_to_save: the head of this model is its embedding, so lm_head cannot be trained alone: name embed_tokens, which trains both"
+    )]
+    TiedHead,
     /// A setting outside its range.
     #[error("{key} is {got}, expected {expected}")]
     Setting {
@@ -53,6 +64,9 @@ pub enum Error {
         /// What it must be.
         expected: &'static str,
     },
+    /// The model does not take a table.
+    #[error(transparent)]
+    Model(Box<pmetal_models::Error>),
     /// An operation failed.
     #[error(transparent)]
     Ops(#[from] pmetal_ops::Error),
@@ -66,6 +80,12 @@ pub enum Error {
 
 /// Results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl From<pmetal_models::Error> for Error {
+    fn from(error: pmetal_models::Error) -> Self {
+        Self::Model(Box::new(error))
+    }
+}
 
 impl Error {
     pub(crate) fn broken(path: &Path, reason: impl std::fmt::Display) -> Self {

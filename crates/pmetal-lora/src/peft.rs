@@ -7,12 +7,12 @@ use std::{
 };
 
 use candle_core::{DType, Device, Tensor};
-use pmetal_core::StagedDir;
+use pmetal_models::{EMBEDDING, HEAD};
 use pmetal_ops::Arena;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 
-use crate::{Error, LoraConfig, Result};
+use crate::{Error, LoraConfig, ModulesToSave, Result};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -31,7 +31,8 @@ pub struct AdapterFile {
     pub config: LoraConfig,
     /// The base model it records, empty where it records none.
     pub base: String,
-    /// Tensors by name without PEFT's prefix: `model.layers.0.self_attn.q_proj.lora_A.weight`, f32.
+    /// Tensors by name without PEFT's prefix: `model.layers.0.self_attn.q_proj.lora_A.weight` and so on in f32, and the tables it
+    /// carries, such as `model.embed_tokens.weight`, in their own dtype.
     pub tensors: BTreeMap<String, Tensor>,
 }
 
@@ -61,10 +62,15 @@ impl AdapterFile {
         let file = SafeTensors::deserialize(bytes).map_err(|e| not_whole(weights_path, &e))?;
         let mut tensors = BTreeMap::new();
         for (name, view) in file.tensors() {
-            let tensor = read_tensor(&view).ok_or_else(|| {
+            let Some(name) = plain_name(&name) else { continue };
+            let tensor = read_tensor(&view, &name).ok_or_else(|| {
                 Error::broken(weights_path, format!("{name} is {:?}, expected f32, f16 or bf16", view.dtype()))
             })??;
-            tensors.insert(name.strip_prefix(PREFIX).unwrap_or(&name).to_owned(), tensor);
+            tensors.insert(name, tensor);
+        }
+        if let Some(missing) = config.modules_to_save.tensors().find(|&name| !tensors.contains_key(name)) {
+            let reason = format!("{missing} is missing, which modules_to_save of {} names", config_path.display());
+            return Err(Error::broken(weights_path, reason));
         }
         Ok(Self { path: weights_path.to_path_buf(), config, base, tensors })
     }
@@ -84,7 +90,14 @@ fn single_file_config(path: &Path, bytes: &[u8]) -> Result<Option<Value>> {
     serde_json::from_str(text).map(Some).map_err(|e| Error::broken(path, format!("settings in its metadata: {e}")))
 }
 
-fn read_tensor(view: &TensorView) -> Option<Result<Tensor>> {
+/// A tensor's name without what PEFT puts around the model's own. None for the base's table that PEFT saves beside the one it trained,
+/// where the vocabulary was resized.
+fn plain_name(name: &str) -> Option<String> {
+    let name = name.strip_prefix(PREFIX).unwrap_or(name);
+    (!name.contains(".original_module.")).then(|| name.replace(".modules_to_save.", "."))
+}
+
+fn read_tensor(view: &TensorView, name: &str) -> Option<Result<Tensor>> {
     let dtype = match view.dtype() {
         Dtype::F32 => DType::F32,
         Dtype::F16 => DType::F16,
@@ -92,44 +105,56 @@ fn read_tensor(view: &TensorView) -> Option<Result<Tensor>> {
         _ => return None,
     };
     let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu);
-    Some(tensor.and_then(|t| t.to_dtype(DType::F32)).map_err(Error::from))
+    let kept = if [EMBEDDING, HEAD].contains(&name) { dtype } else { DType::F32 };
+    Some(tensor.and_then(|t| t.to_dtype(kept)).map_err(Error::from))
 }
 
-/// Writes the adapter in `arena` to the folder `dir`: PEFT's two files, and the single file. The folder appears whole.
+/// Writes the adapter in `arena` into the folder `dir`, which is there: PEFT's two files, and the single file.
 ///
-/// `base` is the model as the user named it.
-pub fn save(dir: &Path, config: &LoraConfig, base: &str, arena: &Arena) -> Result<()> {
-    let staged = StagedDir::new(dir)?;
+/// `base` is the model as the user named it. `tied` says that the model's head is its embedding: a trained embedding is then saved as
+/// both, for PEFT gives the head a copy of its own.
+pub fn save(dir: &Path, config: &LoraConfig, base: &str, arena: &Arena, tied: bool) -> Result<()> {
     let mut modules = Vec::new();
-    let mut tensors = Vec::new();
+    let mut tensors: Vec<(String, Tensor)> = Vec::new();
+    let mut config = config.clone();
+    config.modules_to_save = ModulesToSave::default();
     for param in arena.params() {
         if let Some(module) = param.name().strip_suffix(".lora_A.weight") {
             modules.push(module.to_owned());
         }
-        let data: Vec<f32> = param.master().flatten_all()?.to_vec1()?;
-        let bytes: Vec<u8> = data.iter().flat_map(|x| x.to_le_bytes()).collect();
-        tensors.push((format!("{PREFIX}{}", param.name()), param.master().dims().to_vec(), bytes));
+        let mut add = |name: &str| {
+            config.modules_to_save.add(name.trim_end_matches(".weight"));
+            tensors.push((format!("{PREFIX}{name}"), param.value().clone()));
+        };
+        add(param.name());
+        if tied && param.name() == EMBEDDING {
+            add(HEAD);
+        }
     }
-    let json = config.to_peft(base, &modules);
-    let views = || {
-        tensors.iter().map(|(name, shape, bytes)| {
-            let view = TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(|e| Error::broken(dir, e))?;
-            Ok((name.as_str(), view))
-        })
-    };
+    let mut json = config.to_peft(base, &modules);
+    if tied && config.modules_to_save.embed_tokens {
+        json["ensure_weight_tying"] = true.into();
+    }
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut with_config = format.clone();
     with_config.insert(METADATA_KEY.into(), json.to_string());
-    for (name, metadata) in [(WEIGHTS, format), (SINGLE_FILE, with_config)] {
-        let views = views().collect::<Result<Vec<_>>>()?;
-        let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::broken(dir, e))?;
-        write(&staged.path().join(name), &bytes)?;
-    }
     let text = serde_json::to_string_pretty(&json).map_err(|e| Error::broken(dir, e))?;
-    write(&staged.path().join(CONFIG), text.as_bytes())?;
-    Ok(staged.commit()?)
+    let config_path = dir.join(CONFIG);
+    fs::write(&config_path, text).map_err(pmetal_core::Error::io("write", &config_path))?;
+    let permissions = fs::metadata(&config_path).map_err(pmetal_core::Error::io("read", &config_path))?.permissions();
+    for (name, metadata) in [(WEIGHTS, format), (SINGLE_FILE, with_config)] {
+        let path = dir.join(name);
+        let views = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+        safetensors::serialize_to_file(views, Some(metadata), &path).map_err(|e| not_written(&path, e))?;
+        // the crate goes by way of a temporary file, which nobody else may read
+        fs::set_permissions(&path, permissions.clone()).map_err(pmetal_core::Error::io("write", &path))?;
+    }
+    Ok(())
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    Ok(fs::write(path, bytes).map_err(pmetal_core::Error::io("write", path))?)
+fn not_written(path: &Path, error: safetensors::SafeTensorError) -> Error {
+    match error {
+        safetensors::SafeTensorError::IoError(source) => pmetal_core::Error::io("write", path)(source).into(),
+        other => Error::broken(path, other),
+    }
 }

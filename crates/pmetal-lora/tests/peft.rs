@@ -4,7 +4,7 @@
 use std::{collections::HashMap, fs, path::PathBuf};
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use pmetal_lora::{AdapterFile, LoraConfig, SINGLE_FILE, TargetModules, Use, attach, attach_file, save};
+use pmetal_lora::{AdapterFile, LoraConfig, SINGLE_FILE, TargetModules, Use, attach, attach_file, detach, save};
 use pmetal_models::{CausalLMModel, Checkpoint, Input, load};
 use pmetal_ops::no_grad;
 
@@ -65,7 +65,8 @@ fn what_is_saved_reads_back_bit_by_bit_from_folder_and_single_file() {
     let arena = attach_file(model.as_mut(), &original, Use::Training).unwrap().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("adapter");
-    save(&dir, &original.config, "some/base", &arena).unwrap();
+    fs::create_dir(&dir).unwrap();
+    save(&dir, &original.config, "some/base", &arena, false).unwrap();
     for path in [dir.clone(), dir.join(SINGLE_FILE)] {
         let again = AdapterFile::open(&path).unwrap();
         assert_eq!(again.base, "some/base");
@@ -76,6 +77,31 @@ fn what_is_saved_reads_back_bit_by_bit_from_folder_and_single_file() {
             assert_eq!(bits(tensor), bits(&original.tensors[name]), "{name}");
         }
     }
+}
+
+#[test]
+fn an_adapter_takes_the_place_of_the_one_before_and_leaves_no_trace() {
+    let ids = expected("llama")["ids.1"].clone();
+    let (plain, all) = (open("llama"), AdapterFile::open(&fixture("llama/adapter")).unwrap());
+    let mut few = AdapterFile::open(&fixture("llama/adapter")).unwrap();
+    few.tensors.retain(|name, _| name.contains("layers.1.self_attn.q_proj"));
+    assert_eq!(few.tensors.len(), 2);
+    let after = |files: &[&AdapterFile]| {
+        let mut model = open("llama");
+        for file in files {
+            attach_file(model.as_mut(), file, Use::Inference).unwrap();
+        }
+        (logits(model.as_ref(), &ids), model)
+    };
+    let ((first, _), (second, _), (both, mut model)) = (after(&[&all]), after(&[&few]), after(&[&all, &few]));
+    assert!(first != second && second != logits(plain.as_ref(), &ids));
+    assert_eq!(both, second);
+    let mut other = AdapterFile::open(&fixture("llama/adapter")).unwrap();
+    other.tensors.pop_first().unwrap();
+    assert!(attach_file(model.as_mut(), &other, Use::Inference).is_err());
+    assert_eq!(logits(model.as_ref(), &ids), second, "one that does not fit changes nothing");
+    detach(model.as_mut());
+    assert_eq!(logits(model.as_ref(), &ids), logits(plain.as_ref(), &ids));
 }
 
 #[test]

@@ -16,6 +16,7 @@ use crate::{
     config::read_object,
     gguf_config,
     names::{EMBEDDING, HEAD, LAYERS},
+    resize_table,
     safetensors_folder::SafetensorsFolder,
     spec_of, tensors_of,
 };
@@ -32,6 +33,14 @@ pub struct Checkpoint {
     spec: DecoderSpec,
     generation: GenerationConfig,
     weights: Weights,
+    resized: Option<Resized>,
+}
+
+/// A vocabulary that differs from the one stored.
+struct Resized {
+    stored_rows: usize,
+    /// Ids whose rows start anew.
+    fresh: Vec<u32>,
 }
 
 enum Weights {
@@ -82,8 +91,14 @@ impl Checkpoint {
         let generation_path = folder.join(GENERATION_CONFIG);
         let generation = if generation_path.exists() { Some(read_object(&generation_path)?) } else { None };
         let generation = GenerationConfig::read(generation.as_ref(), &config).map_err(|e| at(e, &generation_path))?;
-        let checkpoint =
-            Self { path: folder.to_path_buf(), config, spec, generation, weights: Weights::Folder(weights) };
+        let checkpoint = Self {
+            path: folder.to_path_buf(),
+            config,
+            spec,
+            generation,
+            weights: Weights::Folder(weights),
+            resized: None,
+        };
         checkpoint.check_tensors()?;
         Ok(checkpoint)
     }
@@ -98,7 +113,7 @@ impl Checkpoint {
             generation.eos_token_ids = ends;
         }
         let weights = Weights::Gguf { file: Box::new(gguf), path: file.to_path_buf() };
-        let checkpoint = Self { path: path.to_path_buf(), config, spec, generation, weights };
+        let checkpoint = Self { path: path.to_path_buf(), config, spec, generation, weights, resized: None };
         checkpoint.check_tensors()?;
         Ok(checkpoint)
     }
@@ -136,6 +151,18 @@ impl Checkpoint {
         tensors_of(&self.spec)
     }
 
+    /// Gives the model a vocabulary of `rows` ids: its embedding and its head are cut, or longer. Their new rows, and those of the ids
+    /// `fresh`, are the mean of the others; see [`crate::resize_table`].
+    pub fn resize_vocabulary(&mut self, rows: usize, fresh: &[u32]) {
+        self.resized = Some(Resized { stored_rows: self.stored_rows(), fresh: fresh.to_vec() });
+        self.spec.vocab_size = rows;
+        self.config["vocab_size"] = json!(rows);
+    }
+
+    fn stored_rows(&self) -> usize {
+        self.resized.as_ref().map_or(self.spec.vocab_size, |resized| resized.stored_rows)
+    }
+
     /// The dtype to compute in unless something else is asked for: that of the matrices, bf16 where they are mixed or quantized.
     pub fn stored_dtype(&self) -> DType {
         self.common_dtype().unwrap_or(DType::BF16)
@@ -156,8 +183,18 @@ impl Checkpoint {
         dtypes.all(|dtype| dtype == Some(first)).then_some(first)
     }
 
-    /// A weight as it is stored; a quantized one decoded into `dtype`.
+    /// A weight as it is stored, but for a vocabulary that was resized; a quantized one decoded into `dtype`.
     pub(crate) fn weight(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Weight> {
+        let Some(Resized { stored_rows, fresh }) = self.resized.as_ref().filter(|_| is_table(name)) else {
+            return self.stored_weight(name, shape, dtype);
+        };
+        let stored = self.stored_weight(name, &(*stored_rows, self.spec.hidden_size).into(), dtype)?;
+        let table = resize_table(&stored.tensor()?, self.spec.vocab_size, fresh)?;
+        self.release(name);
+        Ok(Weight::Frozen(table))
+    }
+
+    fn stored_weight(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Weight> {
         let missing = || Error::MissingTensor {
             path: self.path.clone(),
             tensor: name.to_owned(),
@@ -202,6 +239,11 @@ impl Checkpoint {
             match found.remove(&tensor) {
                 None => return Err(Error::MissingTensor { path: self.path.clone(), tensor, expected }),
                 Some(f) if f.dims != expected => {
+                    if let (true, [rows, width]) = (is_table(&tensor), f.dims)
+                        && expected.ends_with(&[*width])
+                    {
+                        return Err(self.other_vocabulary(&tensor, *rows));
+                    }
                     return Err(Error::TensorShape { path: f.path.into(), tensor, expected, found: f.dims.to_vec() });
                 }
                 Some(_) => {}
@@ -217,6 +259,16 @@ impl Checkpoint {
         }
     }
 
+    /// The error for a table whose rows are not as many as the configuration says.
+    fn other_vocabulary(&self, tensor: &str, rows: usize) -> Error {
+        let path = if self.gguf().is_none() { self.path.join(CONFIG) } else { self.path.clone() };
+        let reason = format!(
+            "is {}, but {tensor} has {rows} rows; the files are of two models, or vocab_size has to be {rows}",
+            self.spec.vocab_size
+        );
+        Error::Config { path, key: "vocab_size".into(), reason }
+    }
+
     /// Tensors that files carry and the decoder has no use for: frequencies of rope, layers that predict further tokens, the copy
     /// of a tied head.
     fn is_ignored(&self, name: &str) -> bool {
@@ -225,6 +277,11 @@ impl Checkpoint {
             || layer.is_some_and(|layer| layer >= self.spec.num_hidden_layers)
             || (name == HEAD && self.spec.tie_word_embeddings)
     }
+}
+
+/// Whether a tensor has a row for each id of the vocabulary.
+fn is_table(name: &str) -> bool {
+    name == EMBEDDING || name == HEAD
 }
 
 /// Whether a file holds a head that differs from the embedding.

@@ -128,8 +128,27 @@ impl CausalLMModel for Decoder {
         Ok(hidden)
     }
 
+    fn embedding(&self) -> &Weight {
+        &self.embedding
+    }
+
     fn head(&self) -> &Weight {
         self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    fn set_tables(&mut self, embedding: Weight, head: Option<Weight>) -> Result<()> {
+        let (rows, width) = embedding.shape().dims2()?;
+        let head_dims = head.as_ref().map_or(embedding.shape(), Weight::shape).dims();
+        if width != self.spec.hidden_size || head_dims != [rows, width] {
+            let (hidden, dims) = (self.spec.hidden_size, embedding.shape().dims());
+            let reason =
+                format!("embedding {dims:?} and head {head_dims:?}, expected rows of {hidden} and as many of each");
+            return Err(Error::Input { reason });
+        }
+        self.spec.vocab_size = rows;
+        self.spec.tie_word_embeddings = head.is_none();
+        (self.embedding, self.head) = (embedding, head);
+        Ok(())
     }
 
     fn for_each_linear(&mut self, f: &mut dyn FnMut(&str, &mut LinearMember)) {

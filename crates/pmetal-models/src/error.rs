@@ -101,7 +101,10 @@ pub enum Error {
         model_type: String,
     },
     /// The prompt leaves no room in the model's context.
-    #[error("the prompt has {prompt} tokens, the model's context {context}")]
+    #[error(
+        "the prompt has {prompt} tokens, the model's context {context}: shorten it by {} or more",
+        (prompt + 1).saturating_sub(*context)
+    )]
     Context {
         /// Tokens of the prompt.
         prompt: usize,

@@ -42,8 +42,18 @@ pub trait CausalLMModel: Send {
     /// Where lengths do not add up, an id is outside the vocabulary, or the cache is full.
     fn forward(&self, input: &Input, cache: Option<&mut KvCache>) -> Result<Value>;
 
+    /// The embedding, `[vocab_size, hidden_size]`.
+    fn embedding(&self) -> &Weight;
+
     /// The head, `[vocab_size, hidden_size]`: the embedding where they are tied.
     fn head(&self) -> &Weight;
+
+    /// Puts another embedding and another head in place of the model's, both `[n, hidden_size]`; without a head, the embedding is the
+    /// head too. The spec's `vocab_size` and `tie_word_embeddings` follow.
+    ///
+    /// # Errors
+    /// Where they are not of such shapes.
+    fn set_tables(&mut self, embedding: Weight, head: Option<Weight>) -> Result<()>;
 
     /// Visits every linear layer of attention and MLP under its module name, `model.layers.0.self_attn.q_proj` and so on.
     fn for_each_linear(&mut self, f: &mut dyn FnMut(&str, &mut LinearMember));

@@ -4,9 +4,11 @@ use candle_core::Shape;
 
 use crate::DecoderSpec;
 
-pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The embedding, `[vocab_size, hidden_size]`.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(crate) const NORM: &str = "model.norm.weight";
-pub(crate) const HEAD: &str = "lm_head.weight";
+/// The head, `[vocab_size, hidden_size]`, of models where it is not the embedding.
+pub const HEAD: &str = "lm_head.weight";
 /// The prefix of layer names.
 pub(crate) const LAYERS: &str = "model.layers.";
 

@@ -23,11 +23,47 @@ pub struct SamplingParams {
     pub seed: u64,
     /// The longest answer, in tokens.
     pub max_tokens: usize,
+    /// Whether to say how likely each token was, and how many of the likeliest to name beside it.
+    pub logprobs: Option<usize>,
 }
 
 impl Default for SamplingParams {
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0, max_tokens: 256 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+            max_tokens: 256,
+            logprobs: None,
+        }
+    }
+}
+
+/// How likely a token was: the log-softmax of the model's own logits, before penalty, temperature and whatever else leaves tokens out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    /// Of the token itself.
+    pub logprob: f64,
+    /// The likeliest tokens in order, of equals the lower id first.
+    pub top: Vec<(u32, f64)>,
+}
+
+impl Logprobs {
+    /// Of `token` and the `top` likeliest tokens.
+    pub(crate) fn of(logits: &[f32], token: u32, top: usize) -> Self {
+        let mut candidates: Vec<Candidate> = (0u32..).zip(logits.iter().copied()).collect();
+        let greatest = greatest(&candidates);
+        let log_sum = greatest + weights(&candidates).iter().sum::<f64>().ln();
+        let logprob = logits.get(token as usize).map_or(f64::NEG_INFINITY, |&logit| f64::from(logit) - log_sum);
+        if top < candidates.len() {
+            candidates.select_nth_unstable_by(top, likelier_first);
+            candidates.truncate(top);
+        }
+        candidates.sort_unstable_by(likelier_first);
+        Self { logprob, top: candidates.into_iter().map(|(id, logit)| (id, f64::from(logit) - log_sum)).collect() }
     }
 }
 

@@ -51,7 +51,7 @@ pub fn save_pretrained(
     write_json(&dir.join("model.safetensors.index.json"), &index)
 }
 
-/// The configuration with what this copy of the model is: its class, its dtype, whether its head is its own.
+/// The configuration with what this copy of the model is: its class, its dtype, its vocabulary, whether its head is its own.
 fn config_for(model: &dyn CausalLMModel, config: &Value, dtype: DType) -> Result<Value> {
     let family = family_of(config)?;
     let refuse = |key: &str, reason: String| Error::Config { path: "config.json".into(), key: key.into(), reason };
@@ -68,6 +68,7 @@ fn config_for(model: &dyn CausalLMModel, config: &Value, dtype: DType) -> Result
     map.insert("architectures".into(), json!([family.architecture]));
     map.insert("model_type".into(), json!(family.model_type));
     map.insert("tie_word_embeddings".into(), json!(model.spec().tie_word_embeddings));
+    map.insert("vocab_size".into(), json!(model.spec().vocab_size));
     Ok(Value::Object(map))
 }
 

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 
 use candle_core::{DType, Tensor};
 use common::{Fixture, adapt, assert_close, packed_logits, relative_error};
-use pmetal_models::{Input, KvCache, SamplingParams, StopReason, generate};
+use pmetal_models::{Event, Input, KvCache, SamplingParams, Session, StopReason, generate};
 use pmetal_ops::{Policy, no_grad};
 
 #[test]
@@ -73,6 +73,38 @@ fn greedy_continuation() {
         assert_eq!(got.tokens, want, "{}", fixture.name);
         assert_eq!(streamed, want, "{}", fixture.name);
         assert_eq!(got.stop, StopReason::Length);
+    }
+}
+
+/// The log-softmax of transformers' logits behind each prefix of a row, in f64, sorted.
+#[test]
+fn logprobs_are_those_of_the_logits_before_any_sampling() {
+    for fixture in Fixture::all() {
+        let (model, row) = (fixture.model(DType::F32, None), &fixture.rows()[0]);
+        let want = fixture.expected["logits.0"].to_vec2::<f32>().unwrap();
+        let params =
+            SamplingParams { temperature: 3.0, top_k: 40, max_tokens: 1, seed: 5, ..SamplingParams::default() };
+        let params = SamplingParams { repetition_penalty: 1.5, logprobs: Some(5), ..params };
+        for (read, logits) in want.iter().enumerate() {
+            let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+            let logprobs: Vec<f64> = logits.iter().map(|&l| f64::from(l) - sum.ln()).collect();
+            let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+            order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+            let mut seen = None;
+            let mut session = Session::new(&*model).unwrap();
+            let mut on_event = |event| {
+                if let Event::Token { id, logprobs } = event {
+                    seen = Some((id, logprobs.unwrap()));
+                }
+                ControlFlow::Continue(())
+            };
+            session.generate(&*model, &row[..=read], &params, &[], &mut on_event).unwrap();
+            let (id, got) = seen.unwrap();
+            let close = |id: u32, got: f64| (got - logprobs[id as usize]).abs() < 1e-3;
+            assert!(close(id, got.logprob), "{}: {} is {}", fixture.name, logprobs[id as usize], got.logprob);
+            assert_eq!(got.top.iter().map(|&(id, _)| id).collect::<Vec<_>>(), order[..5], "{}", fixture.name);
+            assert!(got.top.iter().all(|&(id, logprob)| close(id, logprob)), "{}: {got:?}", fixture.name);
+        }
     }
 }
 

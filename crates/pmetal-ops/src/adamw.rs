@@ -22,7 +22,7 @@ pub fn adamw(arena: &Arena, config: &AdamW, grad_scale: f32) -> Result<()> {
         let (m, v) = moments.split_at_mut(g.len());
         pmetal_cpu::adamw(p, m, v, g, grad_scale, config);
     })?;
-    arena.refresh_copy()?;
+    arena.refresh_copies()?;
     arena.clear_grads();
     Ok(())
 }
@@ -68,6 +68,25 @@ mod tests {
                 assert!((got - want).abs() < 1e-6, "step {i}: {got} {want}");
             }
         }
+    }
+
+    #[test]
+    fn parameters_of_two_dtypes_are_clipped_and_moved_together() {
+        let params = [("a".into(), Shape::from(2), DType::F32), ("b".into(), Shape::from(3), DType::BF16)];
+        let arena = Arena::mixed(&params, &Device::Cpu).unwrap();
+        let (a, b) = (arena.param("a").unwrap(), arena.param("b").unwrap());
+        b.set(&Tensor::new(&[1f32, -2.0, 0.5], &Device::Cpu).unwrap()).unwrap();
+        a.add_grad(&Tensor::new(&[3f32, 0.0], &Device::Cpu).unwrap()).unwrap();
+        b.add_grad(&Tensor::new(&[0f32, 4.0, 0.0], &Device::Cpu).unwrap()).unwrap();
+        assert_eq!(grad_norm(&arena).unwrap(), 5.0);
+        let config = AdamW { learning_rate: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step: 1 };
+        adamw(&arena, &config, 1.0).unwrap();
+        // the first step of Adam is the learning rate against the gradient's sign
+        let read = |t: &Tensor| t.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+        assert!((read(a.value())[0] + 0.1).abs() < 1e-6 && read(a.value())[1] == 0.0);
+        assert!((read(b.master())[1] + 2.1).abs() < 1e-6);
+        let rounded = read(&b.master().to_dtype(DType::BF16).unwrap());
+        assert_eq!((b.value().dtype(), read(b.value())), (DType::BF16, rounded));
     }
 
     const TORCH_STEP_1: [f32; 3] = [0.899, -1.898, 0.3995];

@@ -22,8 +22,8 @@ const STATES: usize = 3;
 /// All trainable parameters of a run, side by side.
 ///
 /// Values, optimizer states (f32) and gradients (f32) are flat tensors, so that clipping and the optimizer are one pass and a
-/// data-parallel bucket is a range. Where the model computes in another dtype (full fine-tuning in bf16), a copy of the values
-/// in that dtype is what the model reads, and the f32 values are the master.
+/// data-parallel bucket is a range. Where the model computes with a parameter in another dtype (full fine-tuning in bf16), a copy of
+/// its value in that dtype is what the model reads, and the f32 value is the master.
 #[derive(Clone)]
 pub struct Arena(Arc<Inner>);
 
@@ -32,14 +32,13 @@ struct Inner {
     state: Tensor,
     /// `[n]` f32.
     grad: Tensor,
-    /// `[n]` in the dtype of the model, where that is not f32.
-    copy: Option<Tensor>,
     slots: Vec<Slot>,
     by_name: HashMap<String, usize>,
 }
 
 struct Slot {
     name: String,
+    /// The master, or its copy where the model computes in another dtype.
     value: Tensor,
     master: Tensor,
     grad: Tensor,
@@ -47,31 +46,39 @@ struct Slot {
     written: AtomicBool,
 }
 
+impl Slot {
+    fn is_copied(&self) -> bool {
+        self.value.dtype() != DType::F32
+    }
+}
+
 impl Arena {
     /// Room for parameters of the given names and shapes, all zero. `dtype` is what the model computes with them in.
     pub fn new(params: &[(String, Shape)], dtype: DType, device: &Device) -> Result<Self> {
-        let n = params.iter().map(|(_, shape)| shape.elem_count()).sum();
+        let params: Vec<_> = params.iter().map(|(name, shape)| (name.clone(), shape.clone(), dtype)).collect();
+        Self::mixed(&params, device)
+    }
+
+    /// Room for parameters, all zero, each with the dtype that the model computes with it in.
+    pub fn mixed(params: &[(String, Shape, DType)], device: &Device) -> Result<Self> {
+        let n = params.iter().map(|(_, shape, _)| shape.elem_count()).sum();
         let state = Tensor::zeros((STATES, n), DType::F32, device)?;
         let grad = Tensor::zeros(n, DType::F32, device)?;
-        let copy = if dtype == DType::F32 { None } else { Some(Tensor::zeros(n, dtype, device)?) };
-        let master = state.get(0)?;
+        let values = state.get(0)?;
         let mut slots = Vec::with_capacity(params.len());
         let mut by_name = HashMap::with_capacity(params.len());
         let mut offset = 0;
-        for (name, shape) in params {
+        for (name, shape, dtype) in params {
             let len = shape.elem_count();
             let part = |flat: &Tensor| flat.narrow(0, offset, len)?.reshape(shape.clone());
-            slots.push(Slot {
-                name: name.clone(),
-                value: part(copy.as_ref().unwrap_or(&master))?,
-                master: part(&master)?,
-                grad: part(&grad)?,
-                written: AtomicBool::new(false),
-            });
+            let master = part(&values)?;
+            let value = if *dtype == DType::F32 { master.clone() } else { Tensor::zeros(shape, *dtype, device)? };
+            let written = AtomicBool::new(false);
+            slots.push(Slot { name: name.clone(), value, master, grad: part(&grad)?, written });
             by_name.insert(name.clone(), slots.len() - 1);
             offset += len;
         }
-        Ok(Self(Arc::new(Inner { state, grad, copy, slots, by_name })))
+        Ok(Self(Arc::new(Inner { state, grad, slots, by_name })))
     }
 
     /// The parameter called `name`.
@@ -116,12 +123,13 @@ impl Arena {
         &self.0.state
     }
 
-    /// Rounds the masters into the copy the model reads, after an update.
-    pub(crate) fn refresh_copy(&self) -> Result<()> {
-        match &self.0.copy {
-            Some(copy) => elementwise::convert_into(&self.0.state.get(0)?, copy),
-            None => Ok(()),
-        }
+    /// Rounds the masters into the copies the model reads, after an update.
+    pub(crate) fn refresh_copies(&self) -> Result<()> {
+        self.0
+            .slots
+            .iter()
+            .filter(|slot| slot.is_copied())
+            .try_for_each(|slot| elementwise::convert_into(&slot.master, &slot.value))
     }
 }
 
@@ -166,7 +174,7 @@ impl Param {
         }
         let tensor = tensor.to_device(slot.master.device())?.contiguous()?;
         elementwise::convert_into(&tensor, &slot.master)?;
-        if self.arena.0.copy.is_some() {
+        if slot.is_copied() {
             elementwise::convert_into(&tensor, &slot.value)?;
         }
         Ok(())

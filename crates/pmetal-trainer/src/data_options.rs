@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use pmetal_data::{
-    CacheChoice, ColumnMap, DatasetOptions, Mix, Source, Split, Template, TemplateChoice, Tokenizer, TrainOn,
+    CacheChoice, ColumnMap, DatasetOptions, Mix, Source, Split, Template, TemplateChoice, TrainOn,
 };
 
 use crate::{Error, Result};
@@ -59,15 +59,15 @@ impl DataOptions {
     }
 
     /// Everything about the rows but where they are.
-    pub fn dataset_options(&self, tokenizer: Option<&Tokenizer>, vocab_size: usize) -> Result<DatasetOptions> {
-        Ok(DatasetOptions {
+    pub fn dataset_options(&self, template: Template, vocab_size: usize) -> DatasetOptions {
+        DatasetOptions {
             train_on: self.train_on,
             max_seq_len: self.max_seq_len,
             columns: self.columns.clone().unwrap_or_default(),
             max_samples: self.max_samples,
             cache: if self.no_cache { CacheChoice::Temporary } else { CacheChoice::default() },
-            ..DatasetOptions::new(Template::choose(&self.chat_template, tokenizer)?, vocab_size)
-        })
+            ..DatasetOptions::new(template, vocab_size)
+        }
     }
 
     /// The files of every `--dataset` with their weights.

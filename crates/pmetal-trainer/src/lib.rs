@@ -12,6 +12,7 @@ mod schedule;
 mod sft;
 mod step;
 mod trainer;
+mod vocabulary;
 
 pub use data_options::{DataOptions, locate};
 pub use error::{Error, Result};

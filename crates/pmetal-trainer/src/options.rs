@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Command, FromArgMatches, ValueEnum};
 use pmetal_core::{DTypeChoice, DeviceChoice};
-use pmetal_lora::{LoraConfig, TargetModules};
+use pmetal_lora::{LoraConfig, ModulesToSave, TargetModules};
 
 use crate::{DataOptions, Error, Result, SchedulerType};
 
@@ -33,6 +33,16 @@ pub struct SftOptions {
     /// Share of the dataset held back for evaluation, or a number of rows
     #[arg(long, value_name = "SHARE", help_heading = "Input")]
     pub eval_split: Option<f64>,
+    /// Special tokens to add to the vocabulary: a list with commas, or a file with one a line or a JSON list. Their rows start as
+    /// the mean of all others
+    #[arg(long, value_name = "TOKENS|FILE", help_heading = "Input")]
+    pub add_tokens: Option<String>,
+    /// The same for tokens that are text: printed where the model writes them
+    #[arg(long, value_name = "TOKENS|FILE", help_heading = "Input")]
+    pub add_plain_tokens: Option<String>,
+    /// With new tokens, the embedding gets a multiple of this many rows
+    #[arg(long, value_name = "ROWS", help_heading = "Input")]
+    pub pad_to_multiple_of: Option<usize>,
     /// Fill packs of --max-seq-len tokens with whole rows; rows do not see each other
     #[arg(long, visible_alias = "packing", help_heading = "Input")]
     pub use_sequence_packing: bool,
@@ -63,6 +73,9 @@ pub struct SftOptions {
     /// Layers that get an adapter: names with commas between, or all-linear
     #[arg(long, value_name = "NAMES", help_heading = "Adapter")]
     pub lora_target_modules: Option<TargetModules>,
+    /// Train these in full beside the adapter, and save them with it: embed_tokens, lm_head, or both with a comma between
+    #[arg(long, value_name = "NAMES", help_heading = "Adapter")]
+    pub modules_to_save: Option<ModulesToSave>,
     /// Scale by alpha / sqrt(rank)
     #[arg(long, help_heading = "Adapter")]
     pub use_rslora: bool,
@@ -149,6 +162,7 @@ impl SftOptions {
             lora_dropout: self.lora_dropout.unwrap_or(default.lora_dropout),
             target_modules: self.lora_target_modules.clone().unwrap_or_default(),
             use_rslora: self.use_rslora,
+            modules_to_save: self.modules_to_save.unwrap_or_default(),
         }
     }
 
@@ -181,8 +195,17 @@ impl SftOptions {
         if self.use_sequence_packing && self.data.max_seq_len == 0 {
             return refuse("--use-sequence-packing", "needs the length of a pack: add --max-seq-len 2048");
         }
+        if self.fine_tune_type == FineTuneType::Full && self.modules_to_save.is_some() {
+            return refuse("--modules-to-save", "belongs to an adapter; --fine-tune-type full trains every weight");
+        }
         if self.fine_tune_type == FineTuneType::Full && self.has_adapter_options() {
             return refuse("--fine-tune-type full", "trains every weight, leave out the --lora options");
+        }
+        if self.pad_to_multiple_of == Some(0) {
+            return refuse("--pad-to-multiple-of", "must be at least 1");
+        }
+        if self.pad_to_multiple_of.is_some() && self.add_tokens.is_none() && self.add_plain_tokens.is_none() {
+            return refuse("--pad-to-multiple-of", "pads the vocabulary that new tokens change: add --add-tokens");
         }
         if self.from_scratch && self.fine_tune_type != FineTuneType::Full {
             return refuse("--from-scratch", "needs every weight trained: add --fine-tune-type full");

@@ -6,7 +6,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use pmetal_data::{Dataset, Examples, Mix, Packing, Report, Sampler, Split, Tokenizer, Watch, pack};
+use pmetal_data::{Dataset, Examples, Mix, Packing, Report, Sampler, Split, Template, Tokenizer, Watch, pack};
 
 use crate::{Epochs, Error, Observer, Result, SftOptions, data_options::locate};
 
@@ -27,10 +27,11 @@ impl Rows {
         options: &SftOptions,
         vocab_size: usize,
         tokenizer: Option<&Tokenizer>,
+        template: &Template,
         observer: &mut dyn Observer,
         stop: &AtomicBool,
     ) -> Result<Self> {
-        let dataset_options = options.data.dataset_options(tokenizer, vocab_size)?;
+        let dataset_options = options.data.dataset_options(template.clone(), vocab_size);
         let mix = options.data.mix(options.seed)?;
         let mut watch = Reading { observer, stop };
         let Dataset { examples, report } = Dataset::load(&mix, tokenizer, &dataset_options, &mut watch)?;

@@ -3,8 +3,9 @@
 use std::{fs, path::Path, sync::atomic::AtomicBool};
 
 use candle_core::{DType, Device, Tensor};
-use pmetal_data::{Example, Tokenizer};
-use pmetal_lora::{AdapterFile, LoraConfig, Use, attach, attach_file};
+use pmetal_core::StagedDir;
+use pmetal_data::{Example, TOKENIZER_FILES, Template, Tokenizer};
+use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
     CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, save_pretrained, spec_of,
     tensors_of,
@@ -16,6 +17,7 @@ use crate::{
     TrainingData,
     rows::{Batches, Rows},
     train,
+    vocabulary::add_tokens,
 };
 
 /// Largest file of a model that is written.
@@ -57,15 +59,20 @@ impl Trained {
 /// Runs supervised fine-tuning as `options` say. `stop` ends it after the step under way, and what was trained is written.
 pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
     options.validate()?;
-    let base = Base::open(options)?;
-    let tokenizer = Tokenizer::find(&options.model)?;
-    let rows = Rows::read(options, base.spec.vocab_size, tokenizer.as_ref(), observer, stop)?;
+    let mut base = Base::open(options)?;
+    let mut tokenizer = Tokenizer::find_with_adapter(&options.model, options.lora.as_deref())?;
+    add_tokens(options, &mut base, tokenizer.as_mut(), observer)?;
+    let template = Template::choose(&options.data.chat_template, tokenizer.as_ref())?;
+    let rows = Rows::read(options, base.spec.vocab_size, tokenizer.as_ref(), &template, observer, stop)?;
+    if let Some((tokenizer, source)) = tokenizer.as_mut().zip(template.used_for(&rows.report)) {
+        tokenizer.set_chat_template(source);
+    }
     let batches = Batches::new(options, &rows.train)?;
     describe(options, &rows, &batches, observer);
     make_output(&options.output)?;
 
     let dtype = options.dtype.resolve(base.stored_dtype);
-    let (model, trained) = prepare(options, &base, dtype, &options.device.resolve())?;
+    let (model, trained) = prepare(options, &mut base, dtype, &options.device.resolve())?;
     let arena = trained.arena();
     let total: usize = model.named_weights().iter().map(|(_, w)| w.shape().elem_count()).sum();
     observer.note(&format!("training {} parameters of a model of {total} in {}", arena.len(), dtype.as_str()));
@@ -102,12 +109,16 @@ fn make_output(folder: &Path) -> Result<()> {
     Ok(fs::create_dir_all(folder).map_err(pmetal_core::Error::io("create", folder))?)
 }
 
-/// Where a run starts: a checkpoint, or a configuration alone.
-struct Base {
+/// Where a run starts: a checkpoint, or a configuration alone; and an adapter where one goes on.
+pub(crate) struct Base {
     config: serde_json::Value,
-    spec: DecoderSpec,
+    /// With the vocabulary that the run trains.
+    pub(crate) spec: DecoderSpec,
     stored_dtype: DType,
     checkpoint: Option<Checkpoint>,
+    adapter: Option<AdapterFile>,
+    /// Tables to train beside the adapter.
+    pub(crate) modules_to_save: ModulesToSave,
 }
 
 impl Base {
@@ -115,11 +126,31 @@ impl Base {
         if options.from_scratch {
             let config = read_config(&options.model)?;
             let stored_dtype = dtype_of(&config).unwrap_or(DType::BF16);
-            return Ok(Self { spec: spec_of(&config)?, config, stored_dtype, checkpoint: None });
+            let (spec, modules_to_save) = (spec_of(&config)?, ModulesToSave::default());
+            return Ok(Self { spec, config, stored_dtype, checkpoint: None, adapter: None, modules_to_save });
         }
         let checkpoint = Checkpoint::open(&options.model)?;
-        let (config, stored_dtype) = (checkpoint.config().clone(), checkpoint.stored_dtype());
-        Ok(Self { config, spec: checkpoint.spec().clone(), stored_dtype, checkpoint: Some(checkpoint) })
+        let (config, mut spec) = (checkpoint.config().clone(), checkpoint.spec().clone());
+        let adapter = options.lora.as_deref().map(AdapterFile::open).transpose()?;
+        if let Some(rows) = adapter.as_ref().and_then(AdapterFile::vocab_rows) {
+            spec.vocab_size = rows;
+        }
+        let modules_to_save = options.modules_to_save.unwrap_or_default();
+        let stored_dtype = checkpoint.stored_dtype();
+        Ok(Self { config, spec, stored_dtype, checkpoint: Some(checkpoint), adapter, modules_to_save })
+    }
+
+    /// Gives the model, and the tables of the adapter, `rows` ids; the rows of `fresh` start anew.
+    pub(crate) fn resize_vocabulary(&mut self, rows: usize, fresh: &[u32]) -> Result<()> {
+        self.spec.vocab_size = rows;
+        self.config["vocab_size"] = rows.into();
+        if let Some(checkpoint) = &mut self.checkpoint {
+            checkpoint.resize_vocabulary(rows, fresh);
+        }
+        match &mut self.adapter {
+            Some(adapter) => Ok(adapter.resize_vocabulary(rows, fresh)?),
+            None => Ok(()),
+        }
     }
 }
 
@@ -148,7 +179,7 @@ fn loop_settings(options: &SftOptions) -> LoopSettings {
 /// The model with its adapter, or with every weight in an arena.
 fn prepare(
     options: &SftOptions,
-    base: &Base,
+    base: &mut Base,
     dtype: DType,
     device: &Device,
 ) -> Result<(Box<dyn CausalLMModel>, Trained)> {
@@ -162,19 +193,19 @@ fn prepare(
         return Ok((load(checkpoint, dtype, device, Some(&arena))?, Trained::Everything(arena)));
     }
     let mut model = load(checkpoint, dtype, device, None)?;
-    let Some(path) = &options.lora else {
-        let config = options.lora_config();
+    let Some(file) = &mut base.adapter else {
+        let config = LoraConfig { modules_to_save: base.modules_to_save, ..options.lora_config() };
         let arena = attach(model.as_mut(), &config, options.seed)?;
         return Ok((model, Trained::Adapter(arena, config)));
     };
-    let mut file = AdapterFile::open(path)?;
+    file.config.modules_to_save = file.config.modules_to_save.and(base.modules_to_save);
     if let Some(dropout) = options.lora_dropout {
         file.config.lora_dropout = dropout;
         file.config.validate()?;
     }
-    let arena = attach_file(model.as_mut(), &file, Use::Training)?;
-    let arena = arena.ok_or_else(|| Error::NoSteps { reason: format!("{} has no tensors", path.display()) })?;
-    Ok((model, Trained::Adapter(arena, file.config)))
+    let arena = attach_file(model.as_mut(), file, Use::Training)?;
+    let arena = arena.ok_or_else(|| Error::NoSteps { reason: format!("{} has no tensors", file.path.display()) })?;
+    Ok((model, Trained::Adapter(arena, file.config.clone())))
 }
 
 fn write(
@@ -187,24 +218,36 @@ fn write(
     row: &Example,
 ) -> Result<Written> {
     let output = &options.output;
+    let staged = StagedDir::new(output)?;
+    if let Some(tokenizer) = tokenizer {
+        tokenizer.save(staged.path())?;
+    }
     match trained {
         Trained::Adapter(arena, config) => {
-            pmetal_lora::save(output, config, &options.model.to_string_lossy(), arena)?;
+            let (name, tied) = (options.model.to_string_lossy(), model.spec().tie_word_embeddings);
+            pmetal_lora::save(staged.path(), config, &name, arena, tied)?;
+            commit(staged, output)?;
             check_adapter(output, arena)?;
             Ok(Written::Adapter)
         }
         Trained::Everything(_) => {
-            let staged = pmetal_core::StagedDir::new(output)?;
             save_pretrained(model, &base.config, dtype, staged.path(), MAX_SHARD_BYTES)?;
-            if let Some(tokenizer) = tokenizer {
-                tokenizer.save(staged.path())?;
-            }
             copy_generation_config(&options.model, staged.path())?;
-            staged.commit()?;
+            commit(staged, output)?;
             check_model(output, model, dtype, row)?;
             Ok(Written::Model)
         }
     }
+}
+
+/// Puts what is staged in the output folder. The tokenizer and the template of an earlier run there do not belong to this one.
+fn commit(staged: StagedDir, output: &Path) -> Result<()> {
+    let stale: Vec<_> = TOKENIZER_FILES.iter().filter(|name| !staged.path().join(name).exists()).collect();
+    staged.commit()?;
+    for path in stale.into_iter().map(|name| output.join(name)).filter(|path| path.is_file()) {
+        fs::remove_file(&path).map_err(pmetal_core::Error::io("remove", &path))?;
+    }
+    Ok(())
 }
 
 fn copy_generation_config(model: &Path, folder: &Path) -> Result<()> {
@@ -220,7 +263,7 @@ fn check_adapter(output: &Path, arena: &Arena) -> Result<()> {
     let file = AdapterFile::open(output)?;
     for param in arena.params() {
         let same = match file.tensors.get(param.name()) {
-            Some(read) => bits(read)? == bits(param.master())?,
+            Some(read) => bits(read)? == bits(param.value())?,
             None => false,
         };
         if !same {
@@ -231,7 +274,7 @@ fn check_adapter(output: &Path, arena: &Arena) -> Result<()> {
 }
 
 fn bits(tensor: &Tensor) -> Result<Vec<u32>> {
-    Ok(tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
 }
 
 /// Reads the model back and compares its hidden states on one row.
@@ -240,7 +283,7 @@ fn check_model(output: &Path, model: &dyn CausalLMModel, dtype: DType, row: &Exa
     let ids = &row.input_ids[..row.input_ids.len().min(64)];
     let run = |m: &dyn CausalLMModel| -> Result<Vec<u32>> {
         let hidden = no_grad(|| m.forward(&Input::rows(ids, &[ids.len()]), None))?;
-        bits(&hidden.tensor().to_dtype(DType::F32)?)
+        bits(hidden.tensor())
     };
     if run(model)? != run(again.as_ref())? {
         let reason = "its hidden states differ from those of the trained model".into();

@@ -169,6 +169,23 @@ fn checkpointed_and_accumulated_steps_equal_pefts_too() {
     lora_runs("qwen3", Variant { checkpointing: Some(Policy::KeepAttention), one_by_one: true });
 }
 
+#[test]
+fn steps_with_tables_beside_the_adapter_equal_pefts() {
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("../pmetal-lora/tests/fixtures");
+    for name in ["untied", "tied", "tied-embedding-alone", "grown-tied"] {
+        let start = AdapterFile::open(&cases.join(name).join("adapter")).unwrap();
+        let expected = expected(&cases.join(name));
+        let mut model = load(&checkpoint(&start.base), DType::F32, &Device::Cpu, None).unwrap();
+        let arena = attach_file(model.as_mut(), &start, Use::Training).unwrap().unwrap();
+        let log = run(model.as_ref(), &arena, &expected["settings"], Variant::default());
+        expect_log(&log, &expected, name);
+        let end = AdapterFile::open(&cases.join(name).join("end_adapter")).unwrap();
+        for param in arena.params() {
+            expect_tensor(param.master(), &end.tensors[param.name()], 2e-3, &format!("{name}, {}", param.name()));
+        }
+    }
+}
+
 fn full_run(model_name: &str) {
     let folder = fixtures().join("sft-full").join(model_name);
     let expected = &expected(&folder)["linear"];

@@ -35,6 +35,17 @@ pub enum Failure {
         /// What is wrong with it.
         reason: String,
     },
+    /// A row of a file, by its place.
+    #[error("{place}: {reason}")]
+    Row {
+        /// The file and the line.
+        place: String,
+        /// What is wrong with the row.
+        reason: String,
+    },
+    /// Ctrl-C before the work was done.
+    #[error("interrupted: {0}")]
+    Interrupted(String),
     /// Printing failed: the reader of a pipe went away.
     #[error("cannot write the result: {0}")]
     Output(#[from] std::io::Error),
@@ -44,10 +55,11 @@ pub enum Failure {
 pub type Result<T, E = Failure> = std::result::Result<T, E>;
 
 impl Failure {
-    /// 2 for bad usage, 1 for everything else.
+    /// 2 for bad usage, 130 after Ctrl-C, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) | Self::Train(trainer::Error::Option { .. }) => 2,
+            Self::Interrupted(_) => 130,
             _ => 1,
         }
     }

@@ -3,6 +3,7 @@ use std::{collections::HashMap, fs, path::PathBuf};
 use candle_core::Tensor;
 use pmetal::{
     core::{Error as FileError, StagedFile},
+    lora::{Use, attach_file},
     models::Input,
     ops::no_grad,
 };
@@ -42,7 +43,15 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(i) = lists.iter().position(Vec::is_empty) {
         return refuse(format!("list {i} (from 0) is empty"));
     }
-    let (_, model) = args.model.open()?;
+    let adapter = match args.model.adapters() {
+        [] => None,
+        [path] => Some(args.model.adapter(path)?),
+        _ => return Err(Failure::Usage("--lora: takes one adapter here; run the command once for each".into())),
+    };
+    let mut model = args.model.load(&args.model.checkpoint()?)?;
+    if let Some(adapter) = adapter {
+        attach_file(model.as_mut(), &adapter, Use::Inference)?;
+    }
     let known = model.spec().vocab_size;
     for (i, ids) in lists.iter().enumerate() {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= known) {

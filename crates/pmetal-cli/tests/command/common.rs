@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     ffi::OsStr,
     fs,
+    io::{Seek, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -25,8 +26,17 @@ pub struct Ran {
 /// The command, not yet started.
 pub fn command<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pmetal"));
-    command.args(args).stdin(Stdio::null());
+    // tokenized rows are kept with the tests, not in the cache of who runs them
+    command.args(args).stdin(Stdio::null()).env("PMETAL_CACHE", env!("CARGO_TARGET_TMPDIR"));
     command
+}
+
+/// Runs the command with something on its stdin.
+pub fn fed<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>, stdin: &[u8]) -> Ran {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(stdin).unwrap();
+    file.rewind().unwrap();
+    finish(command(args).stdin(file))
 }
 
 /// Runs the command to its end.

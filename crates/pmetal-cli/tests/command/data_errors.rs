@@ -51,7 +51,7 @@ fn datasets_with_nothing_to_train_on() {
     says(&training("rows.jsonl", masked, &[]), &["nothing to train on in 1 rows", "line 1: no label but -100"]);
     let late = "{\"input_ids\": [1, 2, 3], \"labels\": [-100, -100, 3]}\n";
     says(&training("rows.jsonl", late, &["--max-seq-len", "2"]), &["line 1: 3 tokens", "behind the cut"]);
-    says(&training("rows.csv", "a,b\n", &[]), &["expected a .jsonl or .json file"]);
+    says(&training("rows.csv", "text\n", &[]), &["nothing to train on", "the file is empty"]);
 }
 
 #[test]

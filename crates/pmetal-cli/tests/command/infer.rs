@@ -1,6 +1,8 @@
 //! `pmetal infer`: the completion alone on stdout, the speed on stderr, and the same answer for the same seed.
 
-use crate::common::{Ran, Space, chat_model, quickstart, succeed};
+use serde_json::{Value, json};
+
+use crate::common::{Ran, Space, chat_model, fed, quickstart, succeed};
 
 const ASK: &str = "Please pack two orange kites for Carla.";
 
@@ -85,4 +87,107 @@ fn reasoning_is_hidden_unless_asked_for() {
         "{}",
         shown.stdout
     );
+}
+
+/// The object that `--json` prints.
+fn json_of(more: &[&str]) -> Value {
+    let ran = infer(&[&["--json"], more].concat());
+    assert_eq!(ran.stdout.lines().count(), 1, "{}", ran.stdout);
+    serde_json::from_str(&ran.stdout).unwrap()
+}
+
+#[test]
+fn what_is_piped_in_is_the_prompt() {
+    let answer = infer(&["--chat"]).stdout;
+    for text in [ASK.to_owned(), format!("{ASK}\n"), format!("{ASK}\r\n")] {
+        assert_eq!(fed(["infer", "--model", &chat_model(), "--chat"], text.as_bytes()).stdout, answer);
+    }
+    let lines = fed(["infer", "--model", &chat_model(), "--json"], b"one\n\ntwo\n\n");
+    let row: Value = serde_json::from_str(&lines.stdout).unwrap();
+    assert_eq!(row["prompt"], "one\n\ntwo\n");
+}
+
+#[test]
+fn json_has_the_completion_its_end_and_its_tokens() {
+    let (plain, row) = (infer(&["--chat"]), json_of(&["--chat"]));
+    let answer = plain.stdout.strip_suffix('\n').unwrap();
+    let expected = json!({"prompt": ASK, "completion": answer, "finish_reason": "stop",
+        "prompt_tokens": tokens(&plain, "prompt"), "completion_tokens": tokens(&plain, "decode")});
+    assert_eq!(row, expected);
+    let short = json_of(&["--chat", "--max-tokens", "2"]);
+    assert_eq!((&short["finish_reason"], &short["completion_tokens"]), (&json!("length"), &json!(2)));
+}
+
+#[test]
+fn a_full_context_ends_the_answer_and_says_so() {
+    let space = Space::new();
+    let whole = json_of(&["--chat"]);
+    let room = whole["prompt_tokens"].as_u64().unwrap() + 3;
+    let copy = space.edited(&chat_model(), "small", "config.json", |c| c["max_position_embeddings"] = json!(room));
+    let ran = succeed(["infer", "--model", &copy, "--prompt", ASK, "--chat", "--json"]);
+    let row: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((&row["finish_reason"], &row["completion_tokens"]), (&json!("context"), &json!(3)));
+    assert!(whole["completion"].as_str().unwrap().starts_with(row["completion"].as_str().unwrap()));
+}
+
+#[test]
+fn an_answer_ends_before_a_stop_text() {
+    let answer = infer(&["--chat"]).stdout;
+    let whole = answer.trim_end();
+    // cut within a word, so that the text begins and ends inside of tokens
+    let at = whole.find("ts two orange ki").unwrap_or_else(|| panic!("{whole}"));
+    let ran = infer(&["--chat", "--stop", "nothing", "--stop", "ts two orange ki"]);
+    assert_eq!(ran.stdout, format!("{}\n", &whole[..at]));
+    let row = json_of(&["--chat", "--stop", "ts two orange ki"]);
+    assert_eq!((&row["completion"], &row["finish_reason"]), (&json!(whole[..at]), &json!("stop")));
+    // what only begins like it is printed
+    assert_eq!(infer(&["--chat", "--stop", &format!("{whole} And")]).stdout, answer);
+}
+
+#[test]
+fn logprobs_name_every_token_and_the_likeliest_first() {
+    let row = json_of(&["--chat", "--logprobs", "3"]);
+    let entries = row["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(json!(entries.len()), row["completion_tokens"]);
+    let text: String = entries.iter().map(|entry| entry["token"].as_str().unwrap()).collect();
+    assert_eq!(row["completion"], json!(text));
+    for entry in entries {
+        let top = entry["top_logprobs"].as_array().unwrap();
+        assert_eq!(top.len(), 3);
+        // a greedy answer takes the first
+        assert_eq!((&top[0]["id"], &top[0]["logprob"]), (&entry["id"], &entry["logprob"]));
+        assert!(top.windows(2).all(|two| two[0]["logprob"].as_f64() >= two[1]["logprob"].as_f64()));
+        let share: f64 = top.iter().map(|t| t["logprob"].as_f64().unwrap().exp()).sum();
+        assert!(share > 0.0 && share < 1.0 + 1e-6, "{share}");
+    }
+    let hot = json_of(&["--chat", "--logprobs", "0", "--temperature", "0.01", "--repetition-penalty", "1"]);
+    assert_eq!(hot["logprobs"]["content"][0]["logprob"], entries[0]["logprob"], "temperature is no part of them");
+    assert_eq!(hot["logprobs"]["content"][0]["top_logprobs"], json!([]));
+}
+
+#[test]
+fn a_base_model_chats_in_chatml_and_stops_at_the_text_that_ends_a_turn() {
+    let space = Space::new();
+    let base = space.edited(&chat_model(), "base", "tokenizer_config.json", |config| {
+        config.as_object_mut().unwrap().remove("chat_template");
+    });
+    let ran = succeed(["infer", "--model", &base, "--prompt", ASK, "--chat", "--max-tokens", "4"]);
+    let note = "the model has no chat template: using chatml; --chat-template names another";
+    assert_eq!(ran.stderr.lines().next(), Some(note));
+    let plain = succeed(["infer", "--model", &base, "--prompt", ASK, "--max-tokens", "4"]);
+    assert!(!plain.stderr.contains("chat template"), "{}", plain.stderr);
+    let chosen =
+        ["infer", "--model", &base, "--prompt", ASK, "--chat", "--chat-template", "chatml", "--max-tokens", "4"];
+    assert_eq!((succeed(chosen).stdout, succeed(chosen).stderr.lines().count()), (ran.stdout, 1));
+    // a template whose turns end in a text that is no token: what the model would say ends there
+    let answer = infer(&["--chat"]).stdout;
+    let word = answer.split_whitespace().nth(2).unwrap();
+    let template = format!(
+        "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{{{{ m.content }}}}\
+        {{% if m.role == 'assistant' %}}{word}{{% else %}}<|im_end|>{{% endif %}}\n{{% endfor %}}\
+        {{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+    );
+    let file = space.write("worded.jinja", template);
+    let ended = infer(&["--chat", "--chat-template", &file]).stdout;
+    assert_eq!(ended, format!("{}\n", &answer[..answer.find(word).unwrap()]));
 }

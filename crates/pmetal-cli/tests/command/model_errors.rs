@@ -160,9 +160,10 @@ fn prompts_that_cannot_be_continued() {
     for path in [model("llama"), gguf("llama")] {
         says(&refused(1, ["infer", "--model", &path, "--prompt", "x"]), &[&path, "has no tokenizer", "tokenizer.json"]);
     }
-    for (flag, name) in [("--temperature=-1", "temperature"), ("--top-p=0", "top_p"), ("--min-p=3", "min_p")] {
-        says(&refused(1, ["infer", "--model", &chat_model(), "--prompt", "x", flag]), &[name, "expected"]);
-    }
+    let space = Space::new();
+    let copy = space.edited(&chat_model(), "hot", "generation_config.json", |config| config["top_p"] = json!(7));
+    let message = refused(1, ["infer", "--model", &copy, "--prompt", "x"]);
+    says(&message, &["generation_config.json: top_p is 7, expected above 0 and at most 1; set it with --top-p"]);
 }
 
 #[test]

@@ -61,12 +61,12 @@ pub(super) fn wrong(key: impl Into<String>, expected: &'static str, found: &Valu
 }
 
 /// The keys of an object, for an error.
-pub(super) fn keys(object: &Object) -> String {
+pub(crate) fn keys(object: &Object) -> String {
     object.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
 }
 
 /// What a value is, for an error.
-pub(super) fn kind(value: &Value) -> &'static str {
+pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",

@@ -12,7 +12,8 @@ use std::borrow::Cow;
 use serde_json::Value;
 
 pub(crate) use alpaca::Alpaca;
-use fields::{Object, Parsed, keys, kind, tokens, wrong};
+use fields::{Object, Parsed, tokens, wrong};
+pub(crate) use fields::{keys, kind};
 pub(crate) use preference::{Preference, Said};
 pub use write::Format;
 

@@ -112,7 +112,9 @@ impl Row {
                 [&alpaca.instruction, &alpaca.input, &alpaca.output],
             )),
             (Self::Alpaca(alpaca), _) => plain(alpaca.conversation()).write(format),
-            (Self::Conversation(_), Format::Text) => Err(no("a conversation becomes a text through a chat template: name a model with --model")),
+            (Self::Conversation(_), Format::Text) => {
+                Err(no("a conversation becomes a text through a chat template: name a model with --model"))
+            }
             (Self::Conversation(conversation), Format::Messages) => {
                 Ok(with_tools(json!({ "messages": turns(&conversation.messages) }), conversation.tools.clone()))
             }

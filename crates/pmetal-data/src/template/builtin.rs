@@ -9,6 +9,7 @@ use crate::{
     conversation::{Conversation, Message},
     error::{Error, Result},
     mask::TurnShape,
+    report::Report,
     tokenizer::Tokenizer,
 };
 
@@ -49,7 +50,7 @@ const ALPACA: &str = "\
     {%- elif message.role == 'user' %}
         {{- '\\n\\n### Instruction:\\n' + message.content + '\\n\\n### Response:\\n' }}
     {%- elif message.role == 'assistant' %}
-        {{- (message.content or '') + eos_token }}
+        {{- (message.content or '') + (eos_token or '') }}
     {%- endif %}
 {%- endfor %}";
 
@@ -201,6 +202,25 @@ impl Template {
                 add(&today());
             }
         }
+    }
+
+    /// The text of a conversation, followed by the start of an assistant's turn.
+    ///
+    /// # Errors
+    /// As [`Template::render`].
+    pub fn render_prompt(&self, conversation: &Conversation) -> Result<String> {
+        self.conversation.render(conversation, true)
+    }
+
+    /// Where the template of conversations comes from: a file, or `built in: chatml`.
+    pub fn origin(&self) -> &str {
+        self.conversation.origin()
+    }
+
+    /// The Jinja text of the template that most of a dataset's rendered rows went through; `None` where none did.
+    pub fn used_for(&self, report: &Report) -> Option<&str> {
+        let used = if report.alpaca > report.conversations { &self.alpaca } else { &self.conversation };
+        (report.alpaca + report.conversations > 0).then(|| used.source())
     }
 
     /// The token with which the template ends an assistant's turn, if it is a special one.

@@ -49,6 +49,7 @@ impl ChatTemplate {
     /// When it is not valid Jinja.
     pub(crate) fn new(origin: &str, source: &str, special_tokens: &[(String, String)]) -> Result<Self> {
         // Jinja reads every kind of line end as one.
+        let given = source.to_string();
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let (rewritten, marks_generation) = generation::rewrite(&source);
         let mut environment = environment::like_transformers();
@@ -56,7 +57,7 @@ impl ChatTemplate {
         Ok(Self {
             environment,
             origin: origin.to_string(),
-            source,
+            source: given,
             special_tokens: special_tokens.to_vec(),
             marks_generation,
             reads: OnceLock::new(),
@@ -73,14 +74,14 @@ impl ChatTemplate {
         Self::new(&path.display().to_string(), &source, special_tokens)
     }
 
-    /// The Jinja text.
-    pub(crate) fn source(&self) -> &str {
-        &self.source
-    }
-
     /// Where it comes from: a file, or `built in: chatml`.
     pub(crate) fn origin(&self) -> &str {
         &self.origin
+    }
+
+    /// Its Jinja text, as it was given.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
     }
 
     /// The text of a conversation, followed by the start of an assistant's turn if `add_generation_prompt`.

@@ -4,7 +4,7 @@ use std::{
 };
 
 use pmetal::{
-    data::{Format, Words, convert},
+    data::{Format, Template, Words, convert},
     trainer::DataOptions,
 };
 
@@ -41,7 +41,8 @@ pub fn run(args: &Args) -> Result<()> {
         return Err(Failure::Usage("--dataset-weights: rows are written once; leave it out".into()));
     }
     let tokenizer = args.model.as_deref().map(tokenizer).transpose()?.flatten();
-    let options = args.data.dataset_options(tokenizer.as_ref(), usize::MAX)?;
+    let template = Template::choose(&args.data.chat_template, tokenizer.as_ref())?;
+    let options = args.data.dataset_options(template, usize::MAX);
     let words = tokenizer.as_ref().map(|tokenizer| Words { tokenizer, options: &options });
     let mix = args.data.mix(0)?;
     let most = args.data.max_samples;

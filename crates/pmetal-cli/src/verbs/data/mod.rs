@@ -7,7 +7,7 @@ mod stats;
 use std::path::{Path, PathBuf};
 
 use pmetal::{
-    data::{DatasetOptions, Tokenizer},
+    data::{DatasetOptions, Template, Tokenizer},
     trainer::DataOptions,
 };
 
@@ -58,7 +58,8 @@ impl Input {
         self.data.validate()?;
         let tokenizer = tokenizer(&self.model)?;
         // ids are looked at, not trained on: any will do
-        let options = self.data.dataset_options(tokenizer.as_ref(), usize::MAX)?;
+        let template = Template::choose(&self.data.chat_template, tokenizer.as_ref())?;
+        let options = self.data.dataset_options(template, usize::MAX);
         Ok((tokenizer, options))
     }
 }

@@ -88,7 +88,10 @@ impl Endings {
 
     fn tell(&self, shown: usize) {
         if self.untrained_rows > 0 {
-            tell(format_args!("warning: {} of {shown} rows have no trained token and would be left out", self.untrained_rows));
+            tell(format_args!(
+                "warning: {} of {shown} rows have no trained token and would be left out",
+                self.untrained_rows
+            ));
         }
         let silent = shown - self.trained - self.untrained_rows.min(shown - self.trained);
         if silent > 0 {

@@ -64,7 +64,8 @@ fn write(out: &mut impl Write, stats: &Stats, report: &Report) -> io::Result<()>
     let twice = share(stats.duplicates as f64, stats.rows as f64);
     line(out, "duplicates", format!("{} ({twice:.1} %)", grouped(stats.duplicates as u64)))?;
     let l = &stats.lengths;
-    let spread = format!("{} min, {} median, {:.1} mean, {} p95, {} p99, {} max", l.min, l.median, l.mean, l.p95, l.p99, l.max);
+    let spread =
+        format!("{} min, {} median, {:.1} mean, {} p95, {} p99, {} max", l.min, l.median, l.mean, l.p95, l.p99, l.max);
     line(out, "tokens of a row", spread)?;
 
     writeln!(out, "\n{:>15}  {:>11}", "tokens", "rows")?;
@@ -74,7 +75,11 @@ fn write(out: &mut impl Write, stats: &Stats, report: &Report) -> io::Result<()>
         writeln!(out, "{:>6} – {:>6}  {:>11}  {bar}", bin.from, bin.to - 1, grouped(bin.rows as u64))?;
     }
 
-    writeln!(out, "\n{:>15}  {:>11}  {:>14}  {:>11}  {:>11}", "--max-seq-len", "rows cut", "tokens lost", "packs", "packs full")?;
+    writeln!(
+        out,
+        "\n{:>15}  {:>11}  {:>14}  {:>11}  {:>11}",
+        "--max-seq-len", "rows cut", "tokens lost", "packs", "packs full"
+    )?;
     for cut in &stats.cuts {
         writeln!(
             out,
