@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 HERE = Path(__file__).resolve().parent.parent / "crates/pmetal-data/tests/fixtures/templates"
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
            "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "[INST]", "[/INST]",
-           "<|User|>", "<|Assistant|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"]
+           "<|User|>", "<|Assistant|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
+           "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|tool|>"]
 MARK = re.compile(r"<[|｜][^|｜<>\n'\"]{1,40}[|｜]>|\[/?[A-Z_]{3,30}\]|<\|?(?:start|end)_of_turn\|?>|<\|?turn\|?>")
 PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 
@@ -105,6 +106,38 @@ CONVERSATIONS = {
 }
 
 
+# What the assistant says in public templates without tags, by the formats their makers document: between the header (as the
+# generation prompt writes it) and the mark that ends the turn, that mark included. Templates are found by their file's name.
+CHATML = (r"<\|im_start\|>assistant\n", r"<\|im_end\|>")
+LLAMA = (r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n", r"<\|eot_id\|>|<\|eom_id\|>")
+HAND = {
+    "Qwen-Qwen2.5-7B-Instruct": CHATML,
+    "Qwen-Qwen3-0.6B": CHATML,
+    "Qwen3-Coder": CHATML,
+    "Qwen-QwQ-32B": (CHATML[0] + r"(?:<think>\n)?", CHATML[1]),
+    "HuggingFaceTB-SmolLM3-3B": CHATML,
+    "LFM2-8B-A1B": CHATML,
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": CHATML,
+    "meta-llama-Llama-3.1-8B-Instruct": LLAMA,
+    "meta-llama-Llama-3.2-3B-Instruct": LLAMA,
+    "meta-llama-Llama-3.3-70B-Instruct": LLAMA,
+    "google-gemma-2-2b-it": (r"<start_of_turn>model\n", r"<end_of_turn>"),
+    "microsoft-Phi-3.5-mini-instruct": (r"<\|assistant\|>\n", r"<\|end\|>"),
+    "openai-gpt-oss-120b": (r"<\|start\|>assistant", r"<\|call\|>|<\|return\|>|<\|end\|>(?!<\|start\|>assistant)"),
+    "ibm-granite-granite-3.3-2B-Instruct": (r"<\|start_of_role\|>assistant<\|end_of_role\|>", r"<\|end_of_text\|>"),
+    "ibm-granite-granite-4.0": (r"<\|start_of_role\|>assistant<\|end_of_role\|>", r"<\|end_of_text\|>"),
+    "mistralai-Mistral-Nemo-Instruct-2407": (r"\[/INST\]|\[/TOOL_RESULTS\](?!\[TOOL_RESULTS\])", r"</s>"),
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": (r"<｜Assistant｜>|<｜tool▁outputs▁end｜>", r"<｜end▁of▁sentence｜>"),
+}
+
+
+def marked_by_hand(name, tokenizer, text):
+    header, end = HAND[name]
+    spans = [m.span(1) for m in re.finditer(f"(?:{header})((?s:.*?)(?:{end}))", text)]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [int(any(a < e and b > s for s, e in spans)) for a, b in offsets]
+
+
 def make_tokenizer(folder, sources):
     # The marks templates write: special tokens, as in the models they are of.
     written = sorted({mark for source in sources for mark in MARK.findall(source)} - set(SPECIAL))
@@ -120,7 +153,7 @@ def make_tokenizer(folder, sources):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def expected(tokenizer, template, conversation):
+def expected(name, tokenizer, template, conversation):
     arguments = {"chat_template": template, "tools": conversation.get("tools")}
     try:
         text = tokenizer.apply_chat_template(conversation["messages"], tokenize=False, **arguments)
@@ -133,7 +166,8 @@ def expected(tokenizer, template, conversation):
     out = tokenizer.apply_chat_template(conversation["messages"], tokenize=True, return_dict=True,
                                         return_assistant_tokens_mask=marked, **arguments)
     assert out["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
-    return {"text": text, "ids": out["input_ids"], "mask": out["assistant_masks"] if marked else None}
+    mask = out["assistant_masks"] if marked else marked_by_hand(name, tokenizer, text) if name in HAND else None
+    return {"text": text, "ids": out["input_ids"], "mask": mask}
 
 
 def prompt(tokenizer, template):
@@ -144,19 +178,46 @@ def prompt(tokenizer, template):
         return None
 
 
+# Built-in templates and the public ones whose text they write.
+NAMED = {"gemma": "google-gemma-2-2b-it", "mistral": "mistralai-Mistral-Nemo-Instruct-2407", "phi-3": "microsoft-Phi-3.5-mini-instruct",
+         "deepseek-r1": "deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "qwen-2.5": "Qwen-Qwen2.5-7B-Instruct",
+         "qwen-3": "Qwen-Qwen3-0.6B"}
+
+
+def named(tokenizer, folder):
+    """What public templates make of conversations of plain text, with and without a generation prompt."""
+    out = {}
+    for name, public in NAMED.items():
+        source = (folder / f"{public}.jinja").read_text()
+        for case, conversation in CONVERSATIONS.items():
+            messages = conversation["messages"]
+            if "tools" in conversation or any(len(message) > 2 for message in messages):
+                continue
+            try:
+                texts = [tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=prompt)
+                         for prompt in (False, True)]
+            except TemplateError:
+                continue
+            out.setdefault(name, []).append({"messages": messages, "text": texts[0], "prompt": texts[1]})
+    return out
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--templates", type=Path, default=HERE)
     parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--named", type=Path, help="write what the public templates in DIR make of plain conversations to this file")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     sources = {path: path.read_text() for path in sorted(arguments.templates.glob("*.jinja"))}
     tokenizer = make_tokenizer(arguments.output, sources.values())
+    if arguments.named:
+        arguments.named.write_text(json.dumps(named(tokenizer, arguments.templates), ensure_ascii=False, indent=0) + "\n")
     templates = {}
     for path, source in sources.items():
         if path.parent.resolve() != arguments.output.resolve():
             shutil.copyfile(path, arguments.output / path.name)
-        cases = {name: expected(tokenizer, source, c) for name, c in CONVERSATIONS.items()}
+        cases = {name: expected(path.stem, tokenizer, source, c) for name, c in CONVERSATIONS.items()}
         templates[path.stem] = {"prompt": prompt(tokenizer, source), "cases": cases}
     out = json.dumps({"conversations": CONVERSATIONS, "templates": templates}, ensure_ascii=False, indent=0)
     # Lists on one line keep the file short.

@@ -240,6 +240,11 @@ fn flags_are_read() {
     assert_eq!("last".parse::<TrainOn>().unwrap(), TrainOn::Last);
     assert!("every".parse::<TrainOn>().unwrap_err().to_string().contains("assistant, last or all"));
     assert_eq!("llama-3".parse::<TemplateChoice>().unwrap(), TemplateChoice::Named("llama-3"));
-    let message = "vicuna".parse::<TemplateChoice>().unwrap_err().to_string();
-    assert_eq!(message, "no chat template 'vicuna': expected auto, chatml, llama-3, alpaca or a file");
+    assert_eq!("Gemma3".parse::<TemplateChoice>().unwrap(), TemplateChoice::Named("gemma"));
+    let message = "none".parse::<TemplateChoice>().unwrap_err().to_string();
+    assert_eq!(
+        message,
+        "no chat template 'none': expected auto, chatml, llama-3, llama-2, gemma, mistral, phi-3, phi-4, qwen-2.5, qwen-3, \
+         deepseek-r1, zephyr, vicuna, alpaca or a file"
+    );
 }

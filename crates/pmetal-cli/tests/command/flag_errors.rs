@@ -82,7 +82,7 @@ fn names_that_are_not_known() {
     says(&parser(&["--train-on", "user"]), &["--train-on", "'user'", "assistant, last or all"]);
     says(
         &parser(&["--chat-template", "none"]),
-        &["--chat-template", "'none'", "auto, chatml, llama-3, alpaca or a file"],
+        &["--chat-template", "'none'", "auto, chatml, llama-3, ", "alpaca or a file"],
     );
     says(&parser(&["--lr-scheduler-type", "step"]), &["--lr-scheduler-type", "linear, cosine, constant"]);
     says(&parser(&["--fine-tune-type", "dora"]), &["--fine-tune-type", "lora, full"]);

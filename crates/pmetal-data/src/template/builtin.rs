@@ -54,7 +54,71 @@ const ALPACA: &str = "\
     {%- endif %}
 {%- endfor %}";
 
-const NAMES: &str = "chatml, llama-3, alpaca";
+/// A template that is built in.
+struct Named {
+    /// Its name, then what else it is called.
+    names: &'static [&'static str],
+    source: &'static str,
+    /// The marks around turns: tokens of their own in the models the template is for.
+    marks: &'static [&'static str],
+}
+
+const TURNS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
+
+const BUILT_IN: [Named; 13] = [
+    Named { names: &["chatml"], source: CHATML, marks: &TURNS },
+    Named {
+        names: &["llama-3", "llama3", "llama-3.1", "llama-3.2", "llama-3.3"],
+        source: LLAMA_3,
+        marks: &["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    },
+    Named { names: &["llama-2", "llama2"], source: include_str!("named/llama-2.jinja"), marks: &[] },
+    Named {
+        names: &["gemma", "gemma-2", "gemma2", "gemma-3", "gemma3"],
+        source: include_str!("named/gemma.jinja"),
+        marks: &["<start_of_turn>", "<end_of_turn>"],
+    },
+    Named {
+        names: &["mistral", "mistral-nemo"],
+        source: include_str!("named/mistral.jinja"),
+        marks: &["[INST]", "[/INST]"],
+    },
+    Named {
+        names: &["phi-3", "phi3", "phi-3.5", "phi3.5"],
+        source: include_str!("named/phi-3.jinja"),
+        marks: &["<|user|>", "<|assistant|>", "<|end|>"],
+    },
+    Named {
+        names: &["phi-4", "phi4"],
+        source: include_str!("named/phi-4.jinja"),
+        marks: &["<|im_start|>", "<|im_sep|>", "<|im_end|>"],
+    },
+    Named {
+        names: &["qwen-2.5", "qwen2.5", "qwen-2", "qwen2"],
+        source: include_str!("named/qwen-2.5.jinja"),
+        marks: &TURNS,
+    },
+    Named { names: &["qwen-3", "qwen3"], source: include_str!("named/qwen-3.jinja"), marks: &TURNS },
+    Named {
+        names: &["deepseek-r1"],
+        source: include_str!("named/deepseek-r1.jinja"),
+        marks: &["<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"],
+    },
+    Named { names: &["zephyr"], source: include_str!("named/zephyr.jinja"), marks: &[] },
+    Named { names: &["vicuna"], source: include_str!("named/vicuna.jinja"), marks: &[] },
+    Named { names: &["alpaca"], source: ALPACA, marks: &[] },
+];
+
+/// The names of [`BUILT_IN`], for an error.
+const NAMES: &str = "chatml, llama-3, llama-2, gemma, mistral, phi-3, phi-4, qwen-2.5, qwen-3, deepseek-r1, zephyr, \
+    vicuna, alpaca";
+
+/// The template of that name and what it is called first.
+fn named(name: &str) -> Option<(&'static str, &'static Named)> {
+    let name = name.to_ascii_lowercase().replace('_', "-");
+    let template = BUILT_IN.iter().find(|template| template.names.contains(&name.as_str()))?;
+    template.names.first().map(|first| (*first, template))
+}
 
 /// What `--chat-template` asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -73,13 +137,11 @@ impl FromStr for TemplateChoice {
 
     /// Reads `auto`, the name of a built-in template, or the path of a file.
     fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "chatml" => Ok(Self::Named("chatml")),
-            "llama-3" | "llama3" => Ok(Self::Named("llama-3")),
-            "alpaca" => Ok(Self::Named("alpaca")),
-            path if Path::new(path).is_file() => Ok(Self::File(path.into())),
-            other => Err(Error::UnknownTemplate { name: other.to_string(), known: NAMES }),
+        match (text, named(text)) {
+            ("auto", _) => Ok(Self::Auto),
+            (_, Some((name, _))) => Ok(Self::Named(name)),
+            (path, None) if Path::new(path).is_file() => Ok(Self::File(path.into())),
+            (other, None) => Err(Error::UnknownTemplate { name: other.to_string(), known: NAMES }),
         }
     }
 }
@@ -89,6 +151,7 @@ impl FromStr for TemplateChoice {
 pub struct Template {
     pub(crate) conversation: Arc<ChatTemplate>,
     pub(crate) alpaca: Arc<ChatTemplate>,
+    marks: &'static [&'static str],
 }
 
 impl Template {
@@ -103,13 +166,23 @@ impl Template {
             (TemplateChoice::Auto, Some((origin, source))) => ChatTemplate::new(origin, source, special)?,
             (TemplateChoice::Auto, None) => {
                 let alpaca = Arc::new(built_in("alpaca", tokenizer)?);
-                return Ok(Self { conversation: Arc::new(built_in("chatml", tokenizer)?), alpaca });
+                return Ok(Self { conversation: Arc::new(built_in("chatml", tokenizer)?), alpaca, marks: &TURNS });
             }
             (TemplateChoice::Named(name), _) => built_in(name, tokenizer)?,
             (TemplateChoice::File(path), _) => ChatTemplate::from_file(path, special)?,
         };
         let conversation = Arc::new(conversation);
-        Ok(Self { alpaca: Arc::clone(&conversation), conversation })
+        let marks = match choice {
+            TemplateChoice::Named(name) => named(name).map_or(&[][..], |(_, template)| template.marks),
+            _ => &[],
+        };
+        Ok(Self { alpaca: Arc::clone(&conversation), conversation, marks })
+    }
+
+    /// Marks around turns of a built-in template that are no tokens of their own in this tokenizer: it is for models of
+    /// another family, and each mark costs several tokens that mean nothing to this one yet.
+    pub fn unknown_marks(&self, tokenizer: &Tokenizer) -> Vec<&'static str> {
+        self.marks.iter().copied().filter(|mark| tokenizer.token_to_id(mark).is_none()).collect()
     }
 
     /// The text of a conversation, followed by the start of an assistant's turn if `add_generation_prompt`.
@@ -160,12 +233,9 @@ impl Template {
 /// A built-in template begins with bos where the tokenizer puts one before a plain text, since rendered text is encoded
 /// as it is.
 fn built_in(name: &str, tokenizer: Option<&Tokenizer>) -> Result<ChatTemplate> {
-    let bos = if tokenizer.is_some_and(Tokenizer::adds_bos) { "{{- bos_token }}\n" } else { "" };
-    let source = match name {
-        "llama-3" => LLAMA_3.to_string(),
-        "alpaca" => format!("{bos}{ALPACA}"),
-        _ => format!("{bos}{CHATML}"),
-    };
+    let source = named(name).map_or(CHATML, |(_, template)| template.source);
+    let adds_bos = tokenizer.is_some_and(Tokenizer::adds_bos) && !source.contains("bos_token");
+    let source = format!("{}{source}", if adds_bos { "{{- bos_token }}\n" } else { "" });
     // A tokenizer without an end of text: the variable has to exist, the ids get none.
     let mut special = tokenizer.map(Tokenizer::special_texts).unwrap_or_default().to_vec();
     for name in ["bos_token", "eos_token"] {

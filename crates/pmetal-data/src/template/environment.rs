@@ -4,13 +4,13 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::{
-    Environment, Error, ErrorKind, State, UndefinedBehavior, Value,
+    Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value, escape_formatter,
     syntax::SyntaxConfig,
     value::{Kwargs, ValueKind, from_args},
 };
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-use super::{python_json::Style, strftime::strftime};
+use super::{python_json::Style, python_str::python_str, strftime::strftime};
 
 /// Instructions a rendering may cost, bytes counting a 64th: seconds of work, and far above what a long conversation needs.
 const FUEL: u64 = 20_000_000;
@@ -32,12 +32,27 @@ pub(super) fn like_transformers() -> Environment<'static> {
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_fuel(Some(FUEL));
     environment.set_unknown_method_callback(python_method);
+    environment.set_formatter(print);
     environment.add_filter("tojson", to_json);
+    environment.add_filter("string", |value: &Value| match value.as_str() {
+        Some(_) => value.clone(),
+        None => Value::from(python_str(value)),
+    });
     environment.add_test("sequence", is_sequence);
     environment.add_test("iterable", is_iterable);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment
+}
+
+/// Writes a value as Python's `str` does where the engine's own way is another: floats, and containers with what is in them.
+fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+    match value.kind() {
+        ValueKind::Number | ValueKind::Seq | ValueKind::Map if value.as_str().is_none() => {
+            out.write_str(&python_str(value)).map_err(Error::from)
+        }
+        _ => escape_formatter(out, state, value),
+    }
 }
 
 fn raise_exception(message: String) -> Result<Value, Error> {

@@ -5,6 +5,7 @@ mod depth;
 mod environment;
 mod generation;
 mod python_json;
+mod python_str;
 mod reads;
 mod strftime;
 

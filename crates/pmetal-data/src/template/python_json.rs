@@ -110,7 +110,7 @@ fn key_text(key: &Value) -> String {
 }
 
 /// Python's `repr` of a float: the shortest digits that read back, with an exponent below 1e-4 and from 1e16.
-fn float(number: f64) -> String {
+pub(super) fn float(number: f64) -> String {
     if !number.is_finite() {
         return if number.is_nan() {
             "NaN"
