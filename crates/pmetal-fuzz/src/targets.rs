@@ -1,7 +1,7 @@
 use std::{path::PathBuf, sync::OnceLock};
 
 use candle_core::{DType, Device};
-use pmetal_data::{Dataset, DatasetOptions, Message, Template, TemplateChoice, Tokenizer, TrainOn};
+use pmetal_data::{CacheChoice, Dataset, DatasetOptions, Message, Source, Template, TemplateChoice, Tokenizer};
 use pmetal_gguf::GgufFile;
 use pmetal_lora::{AdapterFile, Use, attach_file};
 use pmetal_models::{CausalLMModel, Checkpoint, load};
@@ -89,12 +89,10 @@ pub fn jsonl(bytes: &[u8]) -> bool {
     let folder = Scratch::new();
     let path = folder.write("rows.jsonl", bytes);
     let options = DatasetOptions {
-        train_on: TrainOn::Assistant,
-        template: template.clone(),
-        max_seq_len: 0,
-        vocab_size: tokenizer.vocab_size(),
+        cache: CacheChoice::Temporary,
+        ..DatasetOptions::new(template.clone(), tokenizer.vocab_size())
     };
-    Dataset::load(path, tokenizer, &options).is_ok()
+    Source::find(&path).and_then(|rows| Dataset::load(&rows.into(), tokenizer, &options, &mut ())).is_ok()
 }
 
 /// A chat template, with messages of every role.

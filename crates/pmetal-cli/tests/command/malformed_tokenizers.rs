@@ -57,7 +57,7 @@ fn a_tokenizer_of_another_model() {
             *id = json!(3 * id.as_u64().unwrap());
         }
     });
-    let message = refused(1, ["infer", "--model", &copy, "--prompt", "yes"]);
+    let message = refused(1, ["infer", "--model", &copy, "--prompt", "Where is the order from Berlin? 12345"]);
     says(&message, &["the model knows 0 to", "is the tokenizer of another model?"]);
     fs::remove_file(space.path("gaps/tokenizer.json")).unwrap();
     let message = refused(1, ["infer", "--model", &copy, "--prompt", "x"]);
