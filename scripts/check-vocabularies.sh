@@ -10,11 +10,7 @@ python3 -m venv "$work/venv"
 pip="$work/venv/bin/pip"
 "$pip" install -q numpy==2.4.6 xllamacpp==2026.10.11549
 # The source package alone has the vocabularies; it is not built.
-"$pip" download -q --no-deps --no-binary :all: --no-build-isolation -d "$work" llama-cpp-python==0.3.36 2>/dev/null || true
-if ! ls "$work"/llama_cpp_python-*.tar.gz > /dev/null 2>&1; then
-    echo "pip could not download llama-cpp-python 0.3.36" >&2
-    exit 1
-fi
+"$pip" download -q --no-deps --no-binary llama-cpp-python -d "$work" llama-cpp-python==0.3.36
 mkdir "$work/vocabularies"
 tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work/vocabularies" --wildcards --strip-components=4 '*/models/ggml-vocab-*.gguf'
 if [ $# -gt 0 ]; then

@@ -105,6 +105,11 @@ impl<'a> RowEncoder<'a> {
                 Ok(Example { input_ids: input_ids.clone(), labels: labels.clone() })
             }
             Row::Tokens { input_ids, labels: None } => Ok(Example::all_trained(input_ids.clone())),
+            // where each token stands is of no use here
+            Row::Text(text) => {
+                let rendering = self.rendering.as_ref().ok_or(RowFault::NoTokenizer)?;
+                rendering.text_ids(text).map(Example::all_trained).map_err(RowFault::Encode)
+            }
             _ => self.rendered(row).map(|encoded| encoded.example),
         }
     }
@@ -143,12 +148,18 @@ impl<'a> RowEncoder<'a> {
 }
 
 impl Rendering<'_> {
-    fn text(&self, text: &str) -> Result<Encoded> {
+    /// The ids of a text and eos.
+    fn text_ids(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.tokenizer.encode(text, true)?;
         let eos = self.tokenizer.eos_ids();
         if let (Some(&eos), false) = (eos.first(), ids.last().is_some_and(|last| eos.contains(last))) {
             ids.push(eos);
         }
+        Ok(ids)
+    }
+
+    fn text(&self, text: &str) -> Result<Encoded> {
+        let ids = self.text_ids(text)?;
         let encoding = self.tokenizer.encode_with_offsets(text)?;
         let inner = encoding.get_ids();
         let before = ids.windows(inner.len().max(1)).position(|window| window == inner).unwrap_or(0);

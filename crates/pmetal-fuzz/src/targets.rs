@@ -92,7 +92,7 @@ pub fn jsonl(bytes: &[u8]) -> bool {
         cache: CacheChoice::Temporary,
         ..DatasetOptions::new(template.clone(), tokenizer.vocab_size())
     };
-    Source::find(&path).and_then(|rows| Dataset::load(&rows.into(), tokenizer, &options, &mut ())).is_ok()
+    Source::find(&path).and_then(|source| Dataset::load(&source.into(), tokenizer, &options, &mut ())).is_ok()
 }
 
 /// A chat template, with messages of every role.

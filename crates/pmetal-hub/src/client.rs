@@ -46,15 +46,23 @@ pub(crate) struct Request<'a> {
     pub(crate) url: String,
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) payload: Payload<'a>,
+    /// Without the token, wherever it goes.
+    pub(crate) anonymous: bool,
 }
 
 impl<'a> Request<'a> {
     pub(crate) fn new(method: &'static str, url: impl Into<String>) -> Self {
-        Self { method, url: url.into(), headers: Vec::new(), payload: Payload::Nothing }
+        Self { method, url: url.into(), headers: Vec::new(), payload: Payload::Nothing, anonymous: false }
     }
 
     pub(crate) fn header(mut self, name: &str, value: impl Into<String>) -> Self {
         self.headers.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// The address itself gives access.
+    pub(crate) fn anonymous(mut self) -> Self {
+        self.anonymous = true;
         self
     }
 
@@ -222,7 +230,8 @@ impl Client {
 
     fn hop(&self, request: &Request, url: &str, progress: &dyn DownloadProgress) -> Result<Answer, Failure> {
         let mut builder = HttpRequest::builder().method(request.method).uri(url).header("accept-encoding", "identity");
-        if let Some(token) = self.settings.token.as_ref().filter(|_| same_origin(&self.settings.endpoint, url)) {
+        let trusted = !request.anonymous && same_origin(&self.settings.endpoint, url);
+        if let Some(token) = self.settings.token.as_ref().filter(|_| trusted) {
             builder = builder.header("authorization", format!("Bearer {token}"));
         }
         for (name, value) in &request.headers {

@@ -33,6 +33,8 @@ fn python(server: &Server, space: &TempDir, offline: bool, script: &str) -> Stri
 }
 
 fn model(server: &Server) -> String {
+    // Python takes what a redirect says of a file where the redirect leads to another host
+    server.state().cdn = Some(server.second_address().url);
     let weights: Vec<u8> = (0..100_000u32).map(|i| (i % 253) as u8).collect();
     server.commit(
         "models/org/name",
@@ -151,7 +153,7 @@ fn an_upload_is_what_python_sends() {
         let server = Server::start();
         server.state().part_size = part_size;
         let script = format!(
-            "from huggingface_hub import *\nfrom huggingface_hub.hf_api import CommitOperationAdd\nimport os\napi = HfApi()\n\
+            "from huggingface_hub import *\nimport os\napi = HfApi()\n\
              api.create_repo('me/adapter', private=True, repo_type='model')\n\
              d = '{}'\nops = [CommitOperationAdd(f, os.path.join(d, f)) for f in sorted(os.listdir(d))]\n\
              api.create_commit('me/adapter', ops, commit_message='first')",

@@ -184,6 +184,26 @@ impl Checkpoint {
         dtypes.all(|dtype| dtype == Some(first)).then_some(first)
     }
 
+    /// Bytes of the weights computed with in `dtype` on the CPU: of those that stay in their mapped files, and of those that are copied.
+    pub fn weight_bytes(&self, dtype: DType) -> (u64, u64) {
+        let half = self.common_dtype().filter(|&stored| stored != DType::F32);
+        let (mut mapped, mut copied) = (0, 0);
+        for (name, shape) in self.tensors() {
+            let numbers = shape.elem_count() as u64;
+            let stored = match &self.weights {
+                Weights::Folder(folder) => folder.get(&name).and_then(|entry| entry.dtype()),
+                Weights::Gguf { .. } => None,
+            };
+            match stored {
+                Some(stored) if shape.rank() > 1 && (stored != DType::F32 || stored == dtype) => {
+                    mapped += numbers * stored.size_in_bytes() as u64;
+                }
+                _ => copied += numbers * half.unwrap_or(dtype).size_in_bytes() as u64,
+            }
+        }
+        (mapped, copied)
+    }
+
     /// A weight as it is stored, but for a vocabulary that was resized; a quantized one decoded into `dtype`.
     pub(crate) fn weight(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Weight> {
         let Some(Resized { stored_rows, fresh }) = self.resized.as_ref().filter(|_| is_table(name)) else {

@@ -53,7 +53,7 @@ pub use error::{Error, Result};
 pub use generation::{Event, Generation, Session, StopReason, generate};
 pub use generation_config::GenerationConfig;
 pub use model::{CausalLMModel, Input};
-pub use names::{EMBEDDING, HEAD, tensors_of};
+pub use names::{EMBEDDING, HEAD, linear_layers, tensors_of};
 pub use registry::{Family, known_architectures, known_families};
 pub use rope_spec::{ROPE_SCALING_KINDS, RopeSpec};
 pub use sampling::{Logprobs, Sampler, SamplingParams};

@@ -134,6 +134,9 @@ pub struct SftOptions {
     /// Keep only the inputs of each layer and run it again in backward: less memory, a third more time
     #[arg(long, visible_alias = "grad-checkpoint", help_heading = "Training")]
     pub gradient_checkpointing: bool,
+    /// Show what would be trained on what, in how many steps and how much memory, and stop there
+    #[arg(long, help_heading = "Training")]
+    pub dry_run: bool,
     /// Seed of the shuffle, the adapter's start and the dropout
     #[arg(long, default_value_t = 42, help_heading = "Training")]
     pub seed: u64,

@@ -20,6 +20,7 @@ use pmetal_ops::{Arena, Policy, no_grad};
 use crate::{
     Error, FineTuneType, LoopSettings, MetricsFile, Observer, Result, Schedule, SftOptions, StepSettings, Summary,
     TrainingData,
+    plan::Plan,
     rows::{Batches, Rows},
     train,
     vocabulary::add_tokens,
@@ -61,34 +62,55 @@ impl Trained {
     }
 }
 
+/// All that a run knows before the model is loaded.
+pub(crate) struct Setup {
+    inputs: Inputs,
+    pub(crate) base: Base,
+    tokenizer: Option<Tokenizer>,
+    pub(crate) rows: Rows,
+    pub(crate) batches: Batches,
+    /// Of activations.
+    pub(crate) dtype: DType,
+}
+
+impl Setup {
+    /// Finds the model, opens its tokenizer, reads the rows, and says what will be trained on.
+    pub(crate) fn new(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Self> {
+        options.validate()?;
+        let inputs = Inputs::locate(options, observer.downloads())?;
+        let mut base = Base::open(options, &inputs)?;
+        let mut tokenizer = Tokenizer::find_with_adapter(&inputs.model, inputs.lora.as_deref())?;
+        add_tokens(options, &mut base, tokenizer.as_mut(), observer)?;
+        let template = Template::choose(&options.data.chat_template, tokenizer.as_ref())?;
+        let rows = Rows::read(options, base.spec.vocab_size, tokenizer.as_ref(), &template, observer, stop)?;
+        if let Some((tokenizer, source)) = tokenizer.as_mut().zip(template.used_for(&rows.report)) {
+            tokenizer.set_chat_template(source);
+        }
+        let batches = Batches::new(options, &rows.train)?;
+        describe(options, &rows, &batches, observer);
+        let dtype = options.dtype.resolve(base.stored_dtype);
+        Ok(Self { inputs, base, tokenizer, rows, batches, dtype })
+    }
+}
+
 /// Runs supervised fine-tuning as `options` say. `stop` ends it after the step under way, and what was trained is written.
 pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
-    options.validate()?;
-    let inputs = Inputs::locate(options, observer.downloads())?;
-    let mut base = Base::open(options, &inputs)?;
-    let mut tokenizer = Tokenizer::find_with_adapter(&inputs.model, inputs.lora.as_deref())?;
-    add_tokens(options, &mut base, tokenizer.as_mut(), observer)?;
-    let template = Template::choose(&options.data.chat_template, tokenizer.as_ref())?;
-    let rows = Rows::read(options, base.spec.vocab_size, tokenizer.as_ref(), &template, observer, stop)?;
-    if let Some((tokenizer, source)) = tokenizer.as_mut().zip(template.used_for(&rows.report)) {
-        tokenizer.set_chat_template(source);
+    let mut setup = Setup::new(options, observer, stop)?;
+    if let Some(warning) = Plan::of(options, &setup)?.warning() {
+        observer.note(&warning);
     }
-    let batches = Batches::new(options, &rows.train)?;
-    describe(options, &rows, &batches, observer);
     make_output(&options.output)?;
-
-    let dtype = options.dtype.resolve(base.stored_dtype);
-    let (model, trained) = prepare(options, &mut base, dtype, &options.device.resolve())?;
+    let (model, trained) = prepare(options, &mut setup.base, setup.dtype, &options.device.resolve())?;
     let arena = trained.arena();
     let total: usize = model.named_weights().iter().map(|(_, w)| w.shape().elem_count()).sum();
-    observer.note(&format!("training {} parameters of a model of {total} in {}", arena.len(), dtype.as_str()));
+    let dtype = setup.dtype.as_str();
+    observer.note(&format!("training {} parameters of a model of {total} in {dtype}", arena.len()));
 
     // not before all else is known to be right: a run that cannot start leaves the metrics of the last one alone
     let mut metrics = MetricsFile::create(&options.output.join("metrics.jsonl"))?;
-    let data = TrainingData { rows: &rows.train, eval_rows: &rows.eval, order: &batches };
+    let data = TrainingData { rows: &setup.rows.train, eval_rows: &setup.rows.eval, order: &setup.batches };
     let summary = train(model.as_ref(), arena, &data, &loop_settings(options), &mut metrics, observer, stop)?;
-    let written =
-        write(options, &inputs, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &rows.train.get(0)?)?;
+    let written = write(options, &setup, model.as_ref(), &trained)?;
     Ok(Outcome { summary, written })
 }
 
@@ -136,8 +158,8 @@ pub(crate) struct Base {
     /// With the vocabulary that the run trains.
     pub(crate) spec: DecoderSpec,
     stored_dtype: DType,
-    checkpoint: Option<Checkpoint>,
-    adapter: Option<AdapterFile>,
+    pub(crate) checkpoint: Option<Checkpoint>,
+    pub(crate) adapter: Option<AdapterFile>,
     /// Tables to train beside the adapter.
     pub(crate) modules_to_save: ModulesToSave,
 }
@@ -175,7 +197,7 @@ impl Base {
     }
 }
 
-fn loop_settings(options: &SftOptions) -> LoopSettings {
+pub(crate) fn loop_settings(options: &SftOptions) -> LoopSettings {
     LoopSettings {
         epochs: options.epochs,
         max_steps: options.max_steps,
@@ -230,16 +252,8 @@ fn prepare(
     Ok((model, Trained::Adapter(arena, file.config.clone())))
 }
 
-fn write(
-    options: &SftOptions,
-    inputs: &Inputs,
-    base: &Base,
-    tokenizer: Option<&Tokenizer>,
-    model: &dyn CausalLMModel,
-    trained: &Trained,
-    dtype: DType,
-    row: &Example,
-) -> Result<Written> {
+fn write(options: &SftOptions, setup: &Setup, model: &dyn CausalLMModel, trained: &Trained) -> Result<Written> {
+    let Setup { inputs, base, tokenizer, rows, dtype, .. } = setup;
     let output = &options.output;
     let staged = StagedDir::new(output)?;
     if let Some(tokenizer) = tokenizer {
@@ -254,10 +268,10 @@ fn write(
             Ok(Written::Adapter)
         }
         Trained::Everything(_) => {
-            save_pretrained(model, &base.config, dtype, staged.path(), MAX_SHARD_BYTES)?;
+            save_pretrained(model, &base.config, *dtype, staged.path(), MAX_SHARD_BYTES)?;
             copy_generation_config(&inputs.model, staged.path())?;
             commit(staged, output)?;
-            check_model(output, model, dtype, row)?;
+            check_model(output, model, *dtype, &rows.train.get(0)?)?;
             Ok(Written::Model)
         }
     }

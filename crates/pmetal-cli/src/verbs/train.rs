@@ -7,7 +7,7 @@ use std::{
     },
 };
 
-use pmetal::trainer::{Outcome, SftOptions, Written, sft};
+use pmetal::trainer::{Outcome, SftOptions, Written, plan, sft};
 
 use super::Result;
 use crate::{progress::Progress, tell::tell};
@@ -44,8 +44,21 @@ pub fn run(args: &Args) -> Result<()> {
     if let Err(e) = handler {
         tell(format_args!("Ctrl-C will end the run without writing: {e}"));
     }
+    if args.options.dry_run {
+        return dry_run(args, stop);
+    }
     let outcome = sft(&args.options, &mut Progress::new(args.options.logging_steps, stop.clone()), &stop)?;
     report(&args.options, &outcome)
+}
+
+/// Prints what the run would be.
+fn dry_run(args: &Args, stop: Arc<AtomicBool>) -> Result<()> {
+    let plan = plan(&args.options, &mut Progress::new(args.options.logging_steps, stop.clone()), &stop)?;
+    write!(io::stdout(), "{plan}")?;
+    if let Some(warning) = plan.warning() {
+        tell(format_args!("warning: {warning}"));
+    }
+    Ok(())
 }
 
 fn report(options: &SftOptions, outcome: &Outcome) -> Result<()> {

@@ -112,7 +112,7 @@ fn adapters_that_are_none_or_of_another_model() {
     let space = Space::new();
     let nowhere = space.path("nowhere");
     says(&attaching(&space, &nowhere), &[&nowhere, "does not exist"]);
-    says(&attaching(&space, &model("llama")), &["is no adapter"]);
+    says(&attaching(&space, &model("llama")), &["is no adapter: expected a folder with adapter_config.json"]);
     let other = attaching(&space, &model("qwen2/adapter"));
     says(&other, &["does not fit this model", "k_proj.lora_B.weight is [8, 4]", "it was trained on qwen2"]);
 

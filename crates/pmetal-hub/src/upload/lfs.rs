@@ -121,7 +121,7 @@ fn part(item: &Item, offset: u64, length: u64) -> Payload<'_> {
 
 /// One request with all of it.
 fn whole(session: &Session, item: &Item, header: &Map<String, Value>, to: String) -> Result<(), Failure> {
-    let mut request = Request::new("PUT", to).payload(part(item, 0, item.size));
+    let mut request = Request::new("PUT", to).anonymous().payload(part(item, 0, item.size));
     for (name, value) in header {
         request = request.header(name, value.as_str().unwrap_or_default());
     }
@@ -153,14 +153,14 @@ fn parts(
     for (index, (_, address)) in addresses.into_iter().enumerate() {
         let offset = index as u64 * size;
         let length = size.min(item.size - offset);
-        let request = Request::new("PUT", address).payload(part(item, offset, length));
+        let request = Request::new("PUT", address).anonymous().payload(part(item, offset, length));
         let answer = session.client.send(&request, session.progress)?;
         let etag = answer.header("etag").filter(|etag| !etag.is_empty());
         let etag = etag.ok_or_else(|| strange(format!("part {} of {} got no ETag", index + 1, item.path)))?;
         done.push(json!({ "partNumber": index + 1, "etag": etag }));
     }
     let body = json!({ "oid": oid, "parts": done }).to_string();
-    let request = Request::new("POST", to).header("accept", LFS_JSON).header("content-type", LFS_JSON);
+    let request = Request::new("POST", to).anonymous().header("accept", LFS_JSON).header("content-type", LFS_JSON);
     session.client.send(&request.payload(Payload::Bytes(body.as_bytes())), session.progress)?;
     Ok(())
 }
