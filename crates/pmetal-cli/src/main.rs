@@ -22,21 +22,10 @@ use pmetal::memory::PoolAllocator;
 #[global_allocator]
 static ALLOCATOR: PoolAllocator = PoolAllocator;
 
-/// A first look around, shown under `--help`.
-const TOUR: &str = "\
-A short tour:
-  pmetal models                        # which models can be trained
-  pmetal train --model ./Qwen3-0.6B --dataset rows.jsonl --output ./adapter
-  pmetal infer --model ./Qwen3-0.6B --lora ./adapter --chat --prompt \"Hi!\"
-
-A model is a Hugging Face folder or a GGUF file. Rows are JSON lines: messages,
-ShareGPT, Alpaca, text or token ids. `pmetal VERB --help` has examples and every
-flag. Results go to stdout, everything else to stderr.";
-
 /// Fine-tune large language models on the machine in front of you
 #[derive(Parser)]
 #[command(name = "pmetal", version = version::VERSION.as_str(), arg_required_else_help = true, max_term_width = 80)]
-#[command(after_long_help = TOUR)]
+#[command(after_long_help = usage::TOUR)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -99,7 +88,6 @@ fn main() -> ExitCode {
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) if failure.is_closed_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
             tell::tell_error(&failure);
             ExitCode::from(failure.exit_code())

@@ -1,10 +1,22 @@
-//! Flags that are not understood, said in a line or two.
+//! The tour of the top-level help, and flags that are not understood, said in a line.
 
 use std::process::ExitCode;
 
 use clap::{Command, Error, error::ErrorKind};
 
 use crate::tell::tell_error;
+
+/// A first look around, shown under `pmetal --help`.
+pub const TOUR: &str = "\
+A short tour:
+  pmetal models                        # which models can be trained
+  pmetal data preview --dataset rows.jsonl --model ./Qwen3-0.6B
+  pmetal train --model ./Qwen3-0.6B --dataset rows.jsonl --output ./adapter
+  pmetal infer --model ./Qwen3-0.6B --lora ./adapter --chat --prompt \"Hi!\"
+
+A model is a Hugging Face folder, a GGUF file or an id of the hub. Rows are JSON
+lines, CSV, Parquet or text. `pmetal VERB --help` has examples and every flag.
+Results go to stdout, everything else to stderr.";
 
 /// Prints help and version as they are, and an error as one line with where to read on. The exit code is clap's.
 pub fn explain(error: &Error, command: &Command) -> ExitCode {

@@ -67,8 +67,11 @@ pub fn random(
     Ok(Box::new(Decoder::new(spec, &source, trainable, dtype, device)?))
 }
 
-/// Fresh weights are filled one after the other: a slip in a size would take all memory before anyone is told.
-fn refuse_too_large(spec: &DecoderSpec, dtype: DType) -> Result<()> {
+/// Refuses to make weights that this machine has no memory for: a slip in a size would take all of it before anyone is told.
+///
+/// # Errors
+/// [`Error::TooLarge`].
+pub fn refuse_too_large(spec: &DecoderSpec, dtype: DType) -> Result<()> {
     let count = |shape: &candle_core::Shape| shape.dims().iter().map(|&n| n as u128).product::<u128>();
     let parameters: u128 = tensors_of(spec).iter().map(|(_, shape)| count(shape)).sum();
     let needed = parameters * dtype.size_in_bytes() as u128;

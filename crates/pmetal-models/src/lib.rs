@@ -48,7 +48,7 @@ mod weights;
 pub use cache::KvCache;
 pub use checkpoint::Checkpoint;
 pub use config::{dtype_of, read_config};
-pub use dispatcher::{load, random, spec_of};
+pub use dispatcher::{load, random, refuse_too_large, spec_of};
 pub use error::{Error, Result};
 pub use generation::{Event, Generation, Session, StopReason, generate};
 pub use generation_config::GenerationConfig;

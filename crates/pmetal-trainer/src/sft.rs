@@ -12,8 +12,8 @@ use pmetal_data::{Example, TOKENIZER_FILES, Template, Tokenizer};
 use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
-    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, save_pretrained, spec_of,
-    tensors_of,
+    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, refuse_too_large,
+    save_pretrained, spec_of, tensors_of,
 };
 use pmetal_ops::{Arena, Policy, no_grad};
 
@@ -227,6 +227,7 @@ fn prepare(
     device: &Device,
 ) -> Result<(Box<dyn CausalLMModel>, Trained)> {
     let Some(checkpoint) = &base.checkpoint else {
+        refuse_too_large(&base.spec, dtype)?;
         let arena = Arena::new(&tensors_of(&base.spec), dtype, device)?;
         let model = random(&base.config, dtype, device, options.seed, Some(&arena))?;
         return Ok((model, Trained::Everything(arena)));

@@ -79,7 +79,10 @@ fn tensors_that_do_not_belong() {
         })
     };
     says(&rename("x"), &[&format!("{module}.lora_A.weight is missing"), "it was trained on", "give that as --model"]);
-    says(&with(&|header| header[&name]["dtype"] = json!("I32")), &[&name, "is I32, expected f32", "save the adapter"]);
+    says(
+        &with(&|header| header[&name]["dtype"] = json!("I32")),
+        &[module, "lora_A.weight is I32, expected f32", "save the adapter"],
+    );
     says(&with(&|header| header[&name]["dtype"] = json!("F16")), &["truncated", "fetch or train the adapter again"]);
     for (contents, parts) in [
         (b"".as_slice(), "fetch or train the adapter again"),
@@ -97,7 +100,7 @@ fn tensors_that_do_not_belong() {
 fn places_without_an_adapter() {
     let space = Space::new();
     let nowhere = space.path("nowhere");
-    says(&attaching(&space, &nowhere), &[&nowhere, "there is nothing", "check the path"]);
+    says(&attaching(&space, &nowhere), &[&nowhere, "does not exist", "no id of the hub"]);
     says(&attaching(&space, &model("llama")), &["is no adapter", "it is a model: give it as --model"]);
     says(&attaching(&space, &gguf("llama")), &["is no safetensors file but a GGUF file"]);
     says(&attaching(&space, &rows()), &["rows.jsonl", "no safetensors file"]);

@@ -30,7 +30,7 @@ fn values_that_describe_no_model() {
         ("num_hidden_layers", json!(-1), &["num_hidden_layers: expected a whole number", "found -1"]),
         ("num_hidden_layers", json!(4097), &["num_hidden_layers: 4097 is more than 4096"]),
         ("vocab_size", json!(0), &["vocab_size", "found 0"]),
-        ("vocab_size", json!(67_108_864), &["config", "[67108864, 32]"]),
+        ("vocab_size", json!(67_108_864), &["vocab_size: is 67108864", "has 96 rows", "has to be 96"]),
         ("num_attention_heads", json!(true), &["num_attention_heads", "found true"]),
         ("num_key_value_heads", json!(3), &["num_key_value_heads: 3 does not divide 4 heads"]),
         ("head_dim", json!(7), &["head_dim: 7 is not an even number"]),

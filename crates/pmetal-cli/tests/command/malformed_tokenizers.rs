@@ -32,10 +32,10 @@ fn tokenizers_that_cannot_be_built() {
     says(&asking("tokenizer.json", b"version https://git-lfs"), &["git lfs pull"]);
     says(&changed(&|t| drop(t.as_object_mut().unwrap().remove("model"))), &["Model missing", again]);
     says(&changed(&|t| t["model"]["type"] = json!("Mystery")), &[again]);
-    says(&changed(&|t| t["model"]["vocab"] = json!({})), &["out of vocabulary", again]);
+    says(&changed(&|t| t["model"]["vocab"] = json!({})), &["vocabulary", again]);
     says(&changed(&|t| t["model"]["vocab"] = json!([1])), &["expected a map", again]);
     says(&changed(&|t| t["model"]["vocab"]["a"] = json!(-1)), &["expected u32", again]);
-    says(&changed(&|t| t["model"]["merges"] = json!([["zz", "qq"]])), &["out of vocabulary", again]);
+    says(&changed(&|t| t["model"]["merges"] = json!([["zz", "qq"]])), &["vocabulary", again]);
     says(&changed(&|t| t["model"]["merges"] = json!(["lonely"])), &[again]);
     says(&changed(&|t| t["pre_tokenizer"] = json!({"type": "Mystery"})), &[again]);
     let regex = json!({"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": false});
@@ -57,7 +57,7 @@ fn a_tokenizer_of_another_model() {
             *id = json!(3 * id.as_u64().unwrap());
         }
     });
-    let message = refused(1, ["infer", "--model", &copy, "--prompt", "yes"]);
+    let message = refused(1, ["infer", "--model", &copy, "--prompt", "Where is the order from Berlin? 12345"]);
     says(&message, &["the model knows 0 to", "is the tokenizer of another model?"]);
     fs::remove_file(space.path("gaps/tokenizer.json")).unwrap();
     let message = refused(1, ["infer", "--model", &copy, "--prompt", "x"]);

@@ -66,7 +66,7 @@ fn shards_that_are_missing_or_cut() {
     fs::write(&shard, &whole[..whole.len() - 100]).unwrap();
     says(&opening(&space, &copy), &["model-00002-of-00003.safetensors is truncated"]);
     fs::remove_file(&shard).unwrap();
-    says(&opening(&space, &copy), &["model-00002-of-00003.safetensors does not exist"]);
+    says(&opening(&space, &copy), &["model-00002-of-00003.safetensors, which does not exist"]);
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn adapters_that_are_none_or_of_another_model() {
         says(&attaching(&space, &file), &[&file, "is truncated"]);
     }
     space.write("cut/adapter_config.json", "{");
-    says(&attaching(&space, &cut), &["cut/adapter_config.json: EOF"]);
+    says(&attaching(&space, &cut), &["cut/adapter_config.json: is no JSON: EOF"]);
 }
 
 #[test]

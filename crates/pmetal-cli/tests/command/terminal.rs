@@ -105,14 +105,14 @@ fn pipes_and_logs_get_no_control_characters() {
 #[test]
 fn usage_errors_are_a_line_with_the_way_on() {
     let cases: &[(&[&str], &[&str])] = &[
-        (&["train"], &["--model <PATH>", "--dataset <FILE>", "see `pmetal train --help`"]),
+        (&["train"], &["--model <", "--dataset <", "see `pmetal train --help`"]),
         (&["train", "--modle", "x"], &["'--modle'", "'--model'", "see `pmetal train --help`"]),
         (&["trian"], &["'trian'", "'train'", "see `pmetal --help`"]),
         (&["infer", "--model", "x", "--prompt", "x", "--temperature", "hot"], &["'hot'", "--temperature"]),
         (&["infer", "--model", "", "--prompt", "x"], &["--model"]),
         (&["completions", "tcsh"], &["'tcsh'", "bash", "see `pmetal completions --help`"]),
         (&["train", "--model", "x", "--dataset", "x", "--batch-size", "99999999999999999999"], &["--batch-size"]),
-        (&["train", "--dataset", "x", "--model"], &["--model <PATH>", "none was supplied"]),
+        (&["train", "--dataset", "x", "--model"], &["--model <", "none was supplied"]),
         (&["logits", "--model", "x", "--ids", "y"], &["--output <FILE>", "not provided"]),
         (&["models", "extra"], &["'extra'"]),
     ];

@@ -24,8 +24,16 @@ pub(super) fn overlong_chain(source: &str) -> Option<usize> {
 
 /// Where the next expression, statement or comment starts, and what ends it.
 fn next_block(source: &str) -> Option<(usize, &'static str)> {
-    let starts = [("{{", "}}"), ("{%", "%}"), ("{#", "#}")];
-    starts.into_iter().filter_map(|(start, end)| Some((source.find(start)?, end))).min()
+    // one pass: a search for each kind would read the whole rest again for every block
+    source.match_indices('{').find_map(|(at, _)| {
+        let end = match source.as_bytes().get(at + 1)? {
+            b'{' => "}}",
+            b'%' => "%}",
+            b'#' => "#}",
+            _ => return None,
+        };
+        Some((at, end))
+    })
 }
 
 /// The operators of a block outside its strings, and its length with what ends it.

@@ -35,16 +35,15 @@ impl Tokenizer {
             Err(source) => return Err(Error::Read { path, source }),
         };
         let broken = |reason: String| {
-            let reason = format!("{reason}; fetch the model's own file again");
+            let reason = match pmetal_core::what_it_is(&bytes) {
+                Some(kind) => format!("is {kind}"),
+                None => format!("{reason}; fetch the model's own file again"),
+            };
             Error::TokenizerFile { path: path.clone(), reason }
         };
-        refuse_charsmap(&bytes).map_err(broken)?;
+        refuse_delicate(&bytes).map_err(broken)?;
         check_merges(&bytes).map_err(broken)?;
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| match pmetal_core::what_it_is(&bytes) {
-                Some(kind) => broken(format!("is {kind}")),
-                None => broken(e.to_string()),
-            })?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| broken(e.to_string()))?;
         let refused = |reason: tokenizers::Error| broken(reason.to_string());
         let config = json(&folder.join("tokenizer_config.json"))?;
         let map = json(&folder.join("special_tokens_map.json"))?;
@@ -164,19 +163,25 @@ fn as_llama_class(inner: &mut tokenizers::Tokenizer, config: &Value) -> tokenize
     Ok(())
 }
 
-/// The library panics at a SentencePiece normalizer whose table is broken, so the table is read beforehand where there may be one.
-fn refuse_charsmap(bytes: &[u8]) -> std::result::Result<(), String> {
-    const KIND: &str = "Precompiled";
-    if !bytes.windows(KIND.len()).any(|window| window == KIND.as_bytes()) {
-        return Ok(());
-    }
-    // whatever is no JSON the library refuses in its own words
-    let Ok(json) = serde_json::from_slice::<Value>(bytes) else { return Ok(()) };
-    let mut waiting = vec![json.get("normalizer")];
+/// The parts of `tokenizer.json` where the library panics instead of refusing: at any fault of the JSON inside a decoder, and at a
+/// SentencePiece normalizer whose table is broken.
+#[derive(Deserialize)]
+#[serde(expecting = "an object")]
+struct Delicate {
+    normalizer: Option<Value>,
+    #[serde(rename = "decoder")]
+    _decoder: Option<Value>,
+}
+
+/// Reads these parts beforehand.
+fn refuse_delicate(bytes: &[u8]) -> std::result::Result<(), String> {
+    let parts: Delicate = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    let mut waiting = vec![parts.normalizer.as_ref()];
     while let Some(normalizer) = waiting.pop() {
         let Some(normalizer) = normalizer else { continue };
-        if normalizer.get("type").is_some_and(|kind| kind == KIND) {
-            spm_precompiled::Precompiled::deserialize(normalizer).map_err(|e| format!("normalizer {KIND}: {e}"))?;
+        if normalizer.get("type").is_some_and(|kind| kind == "Precompiled") {
+            spm_precompiled::Precompiled::deserialize(normalizer)
+                .map_err(|e| format!("normalizer Precompiled: {e}"))?;
         }
         waiting.extend(normalizer.get("normalizers").and_then(Value::as_array).into_iter().flatten().map(Some));
     }
