@@ -76,6 +76,7 @@ pub(crate) struct RowEncoder<'a> {
 struct Rendering<'a> {
     tokenizer: &'a Tokenizer,
     conversation: Arc<Shaped>,
+    tools: Arc<Shaped>,
     alpaca: Arc<Shaped>,
     train_on: TrainOn,
 }
@@ -85,12 +86,12 @@ impl<'a> RowEncoder<'a> {
     pub(crate) fn new(tokenizer: Option<&'a Tokenizer>, template: &Template, train_on: TrainOn) -> Self {
         let rendering = tokenizer.map(|tokenizer| {
             let conversation = Arc::new(Shaped::new(&template.conversation, tokenizer));
-            let alpaca = if Arc::ptr_eq(&template.conversation, &template.alpaca) {
-                Arc::clone(&conversation)
-            } else {
-                Arc::new(Shaped::new(&template.alpaca, tokenizer))
+            let shaped = |other: &Arc<ChatTemplate>| {
+                let same = Arc::ptr_eq(&template.conversation, other);
+                if same { Arc::clone(&conversation) } else { Arc::new(Shaped::new(other, tokenizer)) }
             };
-            Rendering { tokenizer, conversation, alpaca, train_on }
+            let (tools, alpaca) = (shaped(&template.tools), shaped(&template.alpaca));
+            Rendering { tokenizer, conversation, tools, alpaca, train_on }
         });
         Self { rendering }
     }
@@ -127,7 +128,7 @@ impl<'a> RowEncoder<'a> {
         let encoded = self.rendered(row)?;
         let rendering = self.rendering.as_ref().ok_or(RowFault::NoTokenizer)?;
         let ends = match row {
-            Row::Conversation(_) => &rendering.conversation.ends,
+            Row::Conversation(conversation) => &rendering.of(conversation).ends,
             _ => &rendering.alpaca.ends,
         };
         Ok(view::text(&encoded, rendering.tokenizer, ends))
@@ -136,7 +137,7 @@ impl<'a> RowEncoder<'a> {
     fn rendered(&self, row: &Row) -> Result<Encoded, RowFault> {
         let rendering = self.rendering.as_ref().ok_or(RowFault::NoTokenizer)?;
         let encoded = match row {
-            Row::Conversation(conversation) => rendering.conversation(&rendering.conversation, conversation),
+            Row::Conversation(conversation) => rendering.conversation(rendering.of(conversation), conversation),
             Row::Alpaca(alpaca) => rendering.conversation(&rendering.alpaca, &alpaca.conversation()),
             Row::PromptCompletion { prompt, completion } => rendering.completion(prompt, completion),
             Row::Text(text) => rendering.text(text),
@@ -148,6 +149,10 @@ impl<'a> RowEncoder<'a> {
 }
 
 impl Rendering<'_> {
+    fn of(&self, conversation: &Conversation) -> &Shaped {
+        if conversation.has_tools() { &self.tools } else { &self.conversation }
+    }
+
     /// The ids of a text and eos.
     fn text_ids(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.tokenizer.encode(text, true)?;

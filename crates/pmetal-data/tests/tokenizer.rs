@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::{fs, iter};
 
-use pmetal_data::Tokenizer;
+use pmetal_data::{Conversation, Message, Template, TemplateChoice, Tokenizer};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -79,8 +79,13 @@ fn streams_give_what_decoding_at_once_gives() {
 fn named_templates_are_kept_and_chosen() {
     let folder = folder_of("bytes+templates");
     let tokenizer = Tokenizer::from_model_path(folder.path()).unwrap();
-    assert_eq!(tokenizer.chat_template_with_tools().unwrap().1, "with tools");
-    assert_eq!(tokenizer.model_max_length(), None);
+    let asked = |tokenizer: &Tokenizer, tools: Option<serde_json::Value>| {
+        let template = Template::choose(&TemplateChoice::Auto, tokenizer).unwrap();
+        template.render_prompt(&Conversation { messages: vec![Message::new("user", "Hi")], tools }).unwrap()
+    };
+    let tools = Some(serde_json::json!([{"type": "function"}]));
+    assert_eq!(asked(&tokenizer, tools.clone()), "with tools");
+    assert_eq!(asked(&tokenizer, None), "without");
     let saved = tempfile::tempdir().unwrap();
     tokenizer.save(saved.path()).unwrap();
     assert_eq!(fs::read_to_string(saved.path().join("chat_template.jinja")).unwrap(), "without");
@@ -88,7 +93,7 @@ fn named_templates_are_kept_and_chosen() {
     assert_eq!(fs::read_to_string(more.join("tool_use.jinja")).unwrap(), "with tools");
     assert_eq!(fs::read_to_string(more.join("rag.jinja")).unwrap(), "documents");
     let again = Tokenizer::from_model_path(saved.path()).unwrap();
-    assert_eq!(again.chat_template_with_tools().unwrap().1, "with tools");
+    assert_eq!(asked(&again, tools), "with tools");
     // A name becomes a file's name, so it cannot lead elsewhere.
     let config = r#"{"chat_template": [{"name": "../../x", "template": "y"}]}"#;
     fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();

@@ -8,7 +8,7 @@ use std::{
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_core::StagedDir;
-use pmetal_data::{Example, TOKENIZER_FILES, Template, Tokenizer};
+use pmetal_data::{Example, TOKENIZER_FILES, Template, TemplateChoice, Tokenizer};
 use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
@@ -82,6 +82,9 @@ impl Setup {
         let mut tokenizer = Tokenizer::find_with_adapter(&inputs.model, inputs.lora.as_deref())?;
         add_tokens(options, &mut base, tokenizer.as_mut(), observer)?;
         let template = Template::choose(&options.data.chat_template, tokenizer.as_ref())?;
+        if let Some(tokenizer) = &tokenizer {
+            note_unknown_marks(options, &template, tokenizer, observer);
+        }
         let rows = Rows::read(options, base.spec.vocab_size, tokenizer.as_ref(), &template, observer, stop)?;
         if let Some((tokenizer, source)) = tokenizer.as_mut().zip(template.used_for(&rows.report)) {
             tokenizer.set_chat_template(source);
@@ -112,6 +115,17 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     let summary = train(model.as_ref(), arena, &data, &loop_settings(options), &mut metrics, observer, stop)?;
     let written = write(options, &setup, model.as_ref(), &trained)?;
     Ok(Outcome { summary, written })
+}
+
+/// A template of another family is read token by token of this one: it can be learnt, but ends of turns are no single tokens.
+fn note_unknown_marks(options: &SftOptions, template: &Template, tokenizer: &Tokenizer, observer: &mut dyn Observer) {
+    let unknown = template.unknown_marks(tokenizer);
+    if !unknown.is_empty() && options.data.chat_template != TemplateChoice::Auto {
+        observer.note(&format!(
+            "the chat template's {} are no tokens of this model, only text: --add-tokens adds them, --chat-template auto takes the model's own",
+            unknown.join(", ")
+        ));
+    }
 }
 
 /// Says what will be trained on.

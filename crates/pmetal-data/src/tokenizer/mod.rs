@@ -22,8 +22,6 @@ pub const TOKENIZER_FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json
 
 /// Where a GGUF file with a tokenizer has its tokens.
 const GGUF_TOKENS: &str = "tokenizer.ggml.tokens";
-/// Files say 1e30 where they mean that there is no limit.
-const NO_LIMIT: u64 = 1 << 50;
 
 /// Text to token ids and back, with what a model's files say about its special tokens and its chat template.
 #[derive(Debug, Clone)]
@@ -283,17 +281,10 @@ impl Tokenizer {
         self.chat_templates.first().map(|template| (template.origin.as_str(), template.source.as_str()))
     }
 
-    /// The model's template for conversations with tools: the one named `tool_use`, else the one for all.
-    pub fn chat_template_with_tools(&self) -> Option<(&str, &str)> {
+    /// The model's template of its own for conversations with tools, the one named `tool_use`.
+    pub(crate) fn tool_template(&self) -> Option<(&str, &str)> {
         let named = self.chat_templates.iter().find(|template| template.name == "tool_use");
-        named.or(self.chat_templates.first()).map(|template| (template.origin.as_str(), template.source.as_str()))
-    }
-
-    /// How many tokens the model's makers say it takes, `model_max_length`; `None` where they set no limit.
-    pub fn model_max_length(&self) -> Option<u64> {
-        let stated = self.config.get("model_max_length")?;
-        let limit = stated.as_u64().or_else(|| stated.as_f64().map(|length| length as u64))?;
-        Some(limit).filter(|&limit| limit > 0 && limit < NO_LIMIT)
+        named.map(|template| (template.origin.as_str(), template.source.as_str()))
     }
 
     /// The special tokens as chat templates know them: (`bos_token`, `<s>`).
