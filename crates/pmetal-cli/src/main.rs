@@ -88,6 +88,7 @@ fn main() -> ExitCode {
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(failure) if failure.is_closed_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
             tell::tell_error(&failure);
             ExitCode::from(failure.exit_code())

@@ -176,7 +176,7 @@ impl Rendering<'_> {
     fn completion(&self, prompt: &str, completion: &str) -> Result<Encoded> {
         let mut encoded = self.text(&format!("{prompt}{completion}"))?;
         if self.train_on != TrainOn::All {
-            let trained = tokens_in(&encoded.offsets, &[prompt.len()..encoded.text.len()]);
+            let trained = tokens_in(&encoded.offsets, std::slice::from_ref(&(prompt.len()..encoded.text.len())));
             let untrained = std::iter::repeat_n(true, encoded.before).chain(trained.iter().map(|trained| !trained));
             for (label, untrained) in encoded.example.labels.iter_mut().zip(untrained) {
                 *label = if untrained { IGNORE } else { *label };

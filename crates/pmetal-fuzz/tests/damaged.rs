@@ -16,7 +16,7 @@ use pmetal_ops::memory::{PoolAllocator, live_bytes, peak_bytes, reset_peak};
 static ALLOCATOR: PoolAllocator = PoolAllocator;
 
 /// Copies of each seed.
-const COPIES: u64 = 400;
+const COPIES: u64 = 250;
 /// Beyond any work on a few kilobytes, on a machine that does other things too: a hang.
 const PATIENCE: Duration = Duration::from_secs(60);
 

@@ -174,7 +174,7 @@ fn broken_indices() {
     let name = "model.norm.weight";
     for (file, reason) in [
         (json!("../model.safetensors"), "no file name in this folder"),
-        (json!("gone.safetensors"), "gone.safetensors does not exist"),
+        (json!("gone.safetensors"), "gone.safetensors, which does not exist"),
     ] {
         let folder = copy_of("llama-sharded-bf16");
         edit(&folder.path().join("model.safetensors.index.json"), |json| json["weight_map"][name] = file);

@@ -58,6 +58,11 @@ pub enum Failure {
 pub type Result<T, E = Failure> = std::result::Result<T, E>;
 
 impl Failure {
+    /// Whether whoever read the results has gone, having seen enough: `pmetal models | head -1`.
+    pub fn is_closed_pipe(&self) -> bool {
+        matches!(self, Self::Output(error) if error.kind() == std::io::ErrorKind::BrokenPipe)
+    }
+
     /// 2 for bad usage, 130 after Ctrl-C, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self {
