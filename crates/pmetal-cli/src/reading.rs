@@ -1,7 +1,6 @@
 //! What the reading of a dataset shows while it goes: a bar on a terminal, now and then a line elsewhere.
 
 use std::{
-    io::IsTerminal,
     ops::ControlFlow,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -10,7 +9,7 @@ use std::{
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use pmetal::data::Watch;
 
-use crate::tell::tell;
+use crate::tell::{shows_bars, tell};
 
 /// Time before anything is shown: small files need nothing.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -37,20 +36,19 @@ impl Reading {
         if self.file != file {
             *self = Self { file: file.to_path_buf(), ..Self::new() };
         }
+        let waited = self.started.elapsed();
         if read >= total {
             self.finish(rows);
-        } else if self.started.elapsed() < PATIENCE {
-        } else if std::io::stderr().is_terminal() {
+        } else if waited >= PATIENCE && shows_bars() {
             let bar = self.bar.get_or_insert_with(|| bar(file, total, self.started));
             bar.set_message(format!("{rows} rows"));
             bar.set_position(read);
-        } else if self.shown.elapsed() >= BETWEEN_LINES {
+        } else if waited >= PATIENCE && self.shown.elapsed() >= BETWEEN_LINES {
             self.shown = Instant::now();
-            let seconds = self.started.elapsed().as_secs_f64();
-            let left = seconds * (total - read) as f64 / read.max(1) as f64;
+            let seconds = waited.as_secs_f64();
+            let left = Duration::from_secs_f64(seconds * (total - read) as f64 / read.max(1) as f64);
             let (name, share) = (file.display(), 100.0 * read as f64 / total.max(1) as f64);
-            let (rate, left) =
-                (HumanBytes((read as f64 / seconds) as u64), HumanDuration(Duration::from_secs_f64(left)));
+            let (rate, left) = (HumanBytes((read as f64 / seconds) as u64), HumanDuration(left));
             tell(format_args!("tokenizing {name}: {share:.0} %, {rows} rows, {rate}/s, ETA {left}"));
         }
     }
