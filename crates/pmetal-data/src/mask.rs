@@ -173,11 +173,30 @@ impl Turns<'_> {
         if one == other || words_start < floor || words_end < words_start {
             return Err(lost());
         }
+        let alone = swapped(PROBES[0], turn + 1)?;
         let before = self.text.get(floor..words_start).unwrap_or_default();
+        // What the turn begins with where it is the last, as the mark and the name of a call, is what it begins with here.
+        let own = || {
+            let asked = self.prepared.messages().get(..turn)?;
+            let asked = self.template.render_messages(self.prepared, asked, true).ok()?;
+            let own = alone.strip_prefix(&asked).or_else(|| {
+                // A template may write the last question in its own way, and end it as any other.
+                let mark = ending_special(&asked, self.tokenizer.special_set())?;
+                let said = alone.find(PROBES[0])?;
+                alone.get(alone.get(..said)?.rfind(mark)? + mark.len()..)
+            })?;
+            let own = own.get(..own.find(PROBES[0])?).filter(|own| !own.is_empty())?;
+            let start = shared_start.strip_suffix(own)?.len();
+            (floor..=words_start).contains(&start).then_some(start)
+        };
         let lead = || before.strip_suffix(&self.shape.lead).map(|rest| floor + rest.len());
         let header = || self.after_header(before).map(|at| floor + at);
-        let start = start.filter(|&start| start <= words_start).or_else(header).or_else(lead).unwrap_or(words_start);
-        let alone = swapped(PROBES[0], turn + 1)?;
+        let start = start
+            .filter(|&start| start <= words_start)
+            .or_else(own)
+            .or_else(header)
+            .or_else(lead)
+            .unwrap_or(words_start);
         let tail = alone.rfind(PROBES[0]).and_then(|at| alone.get(at + PROBES[0].len()..)).unwrap_or_default();
         // The tail is that of the words put in place, of which the text has what follows its own.
         let behind = self.text.len().saturating_sub(shared_end.len());

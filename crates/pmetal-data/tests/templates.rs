@@ -210,7 +210,9 @@ fn a_template_that_runs_away_is_stopped() {
     for source in [
         "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
         "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
-        "{% set ns = namespace(x=['ab']) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=['ab']) %}{% for i in range(30) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=['ab']) %}{% for i in range(30) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | tojson }}",
+        "{% set ns = namespace(x=['ab']) %}{% for i in range(30) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | string }}",
         "{% for i in range(10**9) %}{{ i }}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{{ 'x' * 10**9 }}",
@@ -223,9 +225,7 @@ fn a_template_that_runs_away_is_stopped() {
         "{{ 'a'.replace('', 'b' * 99999999) }}",
         "{{ '%1000000000d' | format(1) }}",
     ] {
-        let started = std::time::Instant::now();
         let message = Model::new(Some(source)).encode(&row, TrainOn::Assistant).unwrap_err();
         assert!(message.contains("chat_template.jinja") && !message.contains('\n'), "{source}: {message}");
-        eprintln!("{:?} {source} {message}", started.elapsed());
     }
 }

@@ -10,10 +10,14 @@ use minijinja::{
 };
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-use super::{python_json::Style, python_str::python_str, strftime::strftime};
+use super::{
+    python_json::Style,
+    python_str::{python_str, write_str},
+    strftime::strftime,
+};
 
 /// Instructions a rendering may cost, bytes counting a 64th: seconds of work, and far above what a long conversation needs.
-const FUEL: u64 = 20_000_000;
+const FUEL: u64 = 8_000_000;
 
 /// What `raise_exception` was called with.
 #[derive(Debug, thiserror::Error)]
@@ -35,8 +39,8 @@ pub(super) fn like_transformers() -> Environment<'static> {
     environment.set_formatter(print);
     environment.add_filter("tojson", to_json);
     environment.add_filter("string", |value: &Value| match value.as_str() {
-        Some(_) => value.clone(),
-        None => Value::from(python_str(value)),
+        Some(_) => Ok(value.clone()),
+        None => python_str(value).map(Value::from),
     });
     environment.add_test("sequence", is_sequence);
     environment.add_test("iterable", is_iterable);
@@ -48,8 +52,8 @@ pub(super) fn like_transformers() -> Environment<'static> {
 /// Writes a value as Python's `str` does where the engine's own way is another: floats, and containers with what is in them.
 fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
     match value.kind() {
-        ValueKind::Number | ValueKind::Seq | ValueKind::Map if value.as_str().is_none() => {
-            out.write_str(&python_str(value)).map_err(Error::from)
+        ValueKind::Number | ValueKind::Seq | ValueKind::Iterable | ValueKind::Map if value.as_str().is_none() => {
+            write_str(out, value).map_err(Error::from)
         }
         _ => escape_formatter(out, state, value),
     }

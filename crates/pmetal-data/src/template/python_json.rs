@@ -1,5 +1,7 @@
 use minijinja::{Error, ErrorKind, Value, value::ValueKind};
 
+use super::python_str::LONGEST;
+
 /// How Python's `json.dumps` writes a value.
 pub(super) struct Style<'a> {
     /// Everything beyond ASCII as `\uXXXX`.
@@ -23,6 +25,9 @@ impl Style<'_> {
     }
 
     fn write(&self, out: &mut String, value: &Value, level: usize) -> Result<(), Error> {
+        if out.len() > LONGEST {
+            return Err(too_long());
+        }
         match value.kind() {
             ValueKind::None => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
@@ -30,11 +35,11 @@ impl Style<'_> {
             ValueKind::Number => out.push_str(&float(f64::try_from(value.clone())?)),
             ValueKind::String => self.string(out, value.as_str().unwrap_or_default()),
             ValueKind::Seq | ValueKind::Iterable => {
-                let items: Vec<Value> = value.try_iter()?.collect();
+                let items = listed(value)?;
                 self.container(out, ['[', ']'], &items, level, |out, item| self.write(out, item, level + 1))?;
             }
             ValueKind::Map => {
-                let mut keys: Vec<Value> = value.try_iter()?.collect();
+                let mut keys = listed(value)?;
                 if self.sort_keys {
                     keys.sort();
                 }
@@ -99,6 +104,17 @@ impl Style<'_> {
         }
         out.push('"');
     }
+}
+
+/// The items, unless the text of so many would be too long: a list can take no memory until it is looked at.
+fn listed(value: &Value) -> Result<Vec<Value>, Error> {
+    const MOST: usize = LONGEST / 64;
+    let items: Vec<Value> = value.try_iter()?.take(MOST + 1).collect();
+    if items.len() > MOST { Err(too_long()) } else { Ok(items) }
+}
+
+fn too_long() -> Error {
+    Error::new(ErrorKind::InvalidOperation, "tojson: the text of a value is too long")
 }
 
 fn key_text(key: &Value) -> String {
