@@ -14,6 +14,12 @@ echo "quickstart: $right of 100 right, $seconds s of training"
 cargo build --release -p pmetal-cli
 pmetal=target/release/pmetal
 base=assets/quickstart/base
+export PMETAL_CACHE=$out/cache
+"$pmetal" data preview --model "$base" --dataset assets/quickstart/train.jsonl
+"$pmetal" data stats --model "$base" --dataset assets/quickstart/train.jsonl
+"$pmetal" data convert --dataset assets/quickstart/heldout.jsonl --to alpaca --output "$out/qa.csv"
+"$pmetal" data convert --dataset "$out/qa.csv" --columns instruction=instruction,output=output --to messages --output "$out/rows.jsonl.gz"
+"$pmetal" train --model "$base" --dataset "$out/rows.jsonl.gz" --dry-run
 "$pmetal" train --model "$base" --dataset assets/quickstart/train.jsonl --eval-split 0.1 --max-steps 3 --output "$out/adapter"
 "$pmetal" infer --model "$base" --lora "$out/adapter" --chat --prompt "Please pack three red kites for Mara." --max-tokens 16
 "$pmetal" train --model "$base" --dataset assets/quickstart/train.jsonl --lora "$out/adapter" --max-seq-len 256 --packing \
@@ -21,6 +27,16 @@ base=assets/quickstart/base
 "$pmetal" train --model "$base" --dataset assets/quickstart/train.jsonl --fine-tune-type full --learning-rate 2e-5 \
   --max-steps 2 --output "$out/full"
 "$pmetal" infer --model "$out/full" --prompt "Once" --max-tokens 8
+head -n 3 assets/quickstart/heldout.jsonl | sed -E 's/.*"role": "user", "content": "([^"]*)".*/{"prompt": "\1"}/' > "$out/prompts.jsonl"
+"$pmetal" infer --model "$base" --lora "$out/adapter" --lora "$out/again" --chat --prompt-file "$out/prompts.jsonl" \
+  --output "$out/answers.jsonl" --logprobs 2 --max-tokens 8
+[[ $(wc -l < "$out/answers.jsonl") == 6 ]]
+echo "Please pack three red kites for Mara." | "$pmetal" infer --model "$base" --chat --json --stop "." --max-tokens 8
+"$pmetal" train --model "$base" --dataset assets/quickstart/train.jsonl --add-tokens "<|call|>,<|result|>" --max-steps 2 --output "$out/tokens"
+"$pmetal" infer --model "$base" --lora "$out/tokens" --chat --prompt "Once" --max-tokens 4
+"$pmetal" models
+"$pmetal" completions bash > "$out/completions"
+"$pmetal" man --output "$out/man"
 echo '[[5, 6, 7], [8, 9]]' > "$out/ids.json"
 "$pmetal" logits --model "$base" --ids "$out/ids.json" --output "$out/logits.safetensors"
 "$pmetal" bench train --model-config "$base/config.json" --batch 2 --seq 64 --steps 2

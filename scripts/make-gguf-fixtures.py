@@ -8,6 +8,7 @@ crates/pmetal-gguf/tests/fixtures:
     NAME.gguf                           the checkpoint NAME of pmetal-models' fixtures, checked against llama.cpp
     tokenizer-NAME.gguf                 a small vocabulary and no tensors
     tokenizer-ids.json                  texts, and the ids llama.cpp gives them with each of these vocabularies
+    pre-tokenizer-ids.json              the same for the first of them under every other pre-tokenizer's name
     smollm2-ids.json                    the same for SmolLM2, when its file is given
 """
 

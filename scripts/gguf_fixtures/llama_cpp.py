@@ -1,4 +1,4 @@
-"""llama.cpp itself, through the server that the package xllamacpp carries: the authority on ids and on what a file means."""
+"""llama.cpp itself, through the server that the package xllamacpp carries: the authority on what a file means."""
 
 import json
 import math
@@ -20,12 +20,6 @@ class Server:
         request = urllib.request.Request(
             self._server.listening_address + route, json.dumps(body).encode(), {"Content-Type": "application/json"})
         return json.load(urllib.request.urlopen(request))
-
-    def ids(self, text, add_special=False):
-        return self._post("/tokenize", {"content": text, "add_special": add_special, "parse_special": True})["tokens"]
-
-    def text(self, ids):
-        return self._post("/detokenize", {"tokens": ids})["content"]
 
     def next_token_logprobs(self, ids, vocab_size):
         """Log-probabilities of the token behind `ids`, one per token of the vocabulary."""

@@ -6,59 +6,53 @@ then show every place where a pre-tokenizer cuts.
 
 import io
 import json
-import tempfile
+import re
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 from gguf import GGUFWriter, TokenType
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from . import llama_cpp
+from .corpus import CORPUS, TEXTS
+from .vocabulary import Vocabulary
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER_DEFINED = ["<think>", "</think>"]
 # No merge makes these: only a tokenizer that takes whole words past the merges finds them.
 UNREACHABLE = ["Ġzebra", "quagga"]
 BYTE_LEVEL = ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "default"]
-
-CORPUS = [
-    "The cat sat on the mat. The dog didn't; it's 12 years old, isn't it? They'll say we've seen 1234567 of 100 dogs.\n\n",
-    "In 2024, 365 days passed, 24 hours each: 3.14159 and 2.71828 are numbers, 1000000 too.\n",
-    "    if x == 10:\n        return  x + 1\n\n    else:\n        return None\t# 0x1234 comment\r\n",
-    "Größe, naïve café, Ærø; Привет, мир! Как дела? Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم ١٢٣.\n",
-    "你好，世界。今天是二〇二四年。こんにちは世界、元気ですか。안녕하세요 세계.\n",
-    "Hello World! HELLO WORLD'S camelCaseWord SHOUT's It'S We'LL a/b/c path/to/file.txt (a+b)=[c]{d}<e>|f|^~`g`\n",
-    "🙂🙂 👩‍👩‍👧 ½ ² Ⅷ → ∞ … “quoted” — dash – $5.00 €7 £8 100% #1 @home &c. * * *\n",
-]
-
-TEXTS = [
-    "", " ", "  ", "a", " a", "a ", "\n", "\n\n", " \n \n  x", "\t\tx\t y", "a\r\nb\r\n\r\nc", "trailing   ", "   leading",
-    "Hello World!", "hello world, it's me; IT'S ME; I'Ve, we'LL, 'tis, rock'n'roll", "12", "123", "1234", "12345678901", "a1b22c333",
-    "3.14159 x 10^23 = -7e+5", "١٢٣٤ ½² Ⅷ 五百", "zebra", " zebra", "a quagga", "quagga", "camelCaseWord HTMLParser iPhone",
-    "Größe naïve café", "Привет, мир!", "Γειά σου Κόσμε", "שלום עולם", "مرحبا بالعالم", "你好，世界。", "こんにちは世界", "안녕하세요 세계", "हिन्दी में",
-    "ภาษาไทย", "🙂", "🙂🙂 👩‍👩‍👧!", "a\u00a0b\u2003c\u3000d", "\u200bzero\u200bwidth", "    if x == 10:\n        return  x + 1\n",
-    "path/to/file.txt?a=1&b=2#c", "!!!\n\n\n???\n", "...---...", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-    "<|endoftext|><|endoftext|>", "a <|im_end|> b", "<think>\nhm\n</think>\n\nyes", "<|im_start", "|im_end|>", "<s>a</s> b", "<unk>", "▁a ▁▁b",
-    "x" * 100, "ab" * 60, " " * 40 + "x", "\n" * 20, "0" * 50, "é́̂", "\u0000\u0001\u007f", "The quick brown fox jumps over the lazy dog.",
-]
-# Of the tokenizers here only Qwen's composes characters (NFC), which llama.cpp does not do: no decomposed text for it.
-DECOMPOSED = {"é́̂"}
+# The first name of each of the other pre-tokenizers: the same vocabulary under that name.
+PRE_TOKENIZERS = Path(__file__).parents[2] / "crates/pmetal-gguf/src/tokenizer/pre_tokenizer.rs"
 
 
 def write(folder):
     ids = {}
     for pre in BYTE_LEVEL:
-        texts = [text for text in TEXTS if pre != "qwen2" or text not in DECOMPOSED]
-        ids[pre] = record(folder, pre, byte_level(pre), texts)
+        ids[pre] = record(folder / f"tokenizer-{pre}.gguf", byte_level(pre))
     for name, prefix in [("llama", True), ("llama-no-prefix", False)]:
-        ids[name] = record(folder, name, sentence_piece(prefix), TEXTS)
+        ids[name] = record(folder / f"tokenizer-{name}.gguf", sentence_piece(prefix))
+    for name, score in [("llama-runs", 0.0), ("llama-runs-last", -1000.0)]:
+        ids[name] = record(folder / f"tokenizer-{name}.gguf", sentence_piece(False, runs_score=score))
+    ids["phi-3"] = record(folder / "tokenizer-phi-3.gguf", sentence_piece(True, name="Phi-3-mini"))
+    ids["gemma4"] = record(folder / "tokenizer-gemma4.gguf", text_pairs())
     dump(folder / "tokenizer-ids.json", ids)
+    scratch = folder / "scratch.gguf"
+    others = {}
+    for pre in other_pre_tokenizers():
+        others[pre] = [[row["text"], row["ids"]] for row in record(scratch, byte_level(pre))]
+    scratch.unlink()
+    dump(folder / "pre-tokenizer-ids.json", others)
+
+
+def other_pre_tokenizers():
+    """One name per pre-tokenizer on bytes that has no file of its own."""
+    table = PRE_TOKENIZERS.read_text().split("const KNOWN", 1)[1].split("];\n\n", 1)[0]
+    kinds = [re.findall(r'"([^"]+)"', names) for names in re.findall(r"words\(\s*&\[(.*?)\]", table, re.S)]
+    return [names[0] for names in kinds if not set(names) & {*BYTE_LEVEL, "gemma4", "sarvam-moe"}]
 
 
 def write_real(folder, path):
-    with llama_cpp.serve(path) as server:
-        dump(folder / "smollm2-ids.json", texts_with_ids(server, TEXTS + CORPUS))
+    dump(folder / "smollm2-ids.json", texts_with_ids(Vocabulary(path), TEXTS + CORPUS))
 
 
 def dump(path, ids):
@@ -72,43 +66,18 @@ def dump(path, ids):
         path.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {lines(rows)}" for name, rows in ids.items()) + "\n}\n")
 
 
-def texts_with_ids(server, texts):
-    return [{"text": text, "ids": server.ids(text), "with_special": server.ids(text, add_special=True)} for text in texts]
+def texts_with_ids(vocabulary, texts):
+    return [{"text": text, "ids": vocabulary.ids(text), "with_special": vocabulary.ids(text, add_special=True)} for text in texts]
 
 
-def record(folder, name, add_vocabulary, texts):
-    """Writes the vocabulary alone, and asks llama.cpp with a random model around it."""
-    write_file(folder / f"tokenizer-{name}.gguf", add_vocabulary, with_weights=False)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "model.gguf"
-        write_file(path, add_vocabulary, with_weights=True)
-        with llama_cpp.serve(path) as server:
-            return texts_with_ids(server, texts)
-
-
-def write_file(path, add_vocabulary, with_weights):
+def record(path, add_vocabulary):
+    """Writes a vocabulary without weights, and what llama.cpp makes of the texts with it."""
     writer = GGUFWriter(path, "llama")
-    size = add_vocabulary(writer)
-    if with_weights:
-        add_random_model(writer, size)
+    add_vocabulary(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
     writer.close()
-
-
-def add_random_model(writer, vocab_size, hidden=32):
-    writer.add_block_count(1)
-    writer.add_context_length(256)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(hidden)
-    writer.add_head_count(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for name in ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]:
-        writer.add_tensor(f"blk.0.{name}.weight", np.eye(hidden, dtype=np.float32))
-    for name in ["blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"]:
-        writer.add_tensor(f"{name}.weight", np.ones(hidden, dtype=np.float32))
-    writer.add_tensor("token_embd.weight", np.zeros((vocab_size, hidden), dtype=np.float32))
+    return texts_with_ids(Vocabulary(path), TEXTS)
 
 
 def byte_level(pre):
@@ -132,12 +101,12 @@ def byte_level(pre):
         writer.add_eos_token_id(tokens.index("<|im_end|>"))
         writer.add_pad_token_id(tokens.index("<|endoftext|>"))
         writer.add_chat_template("{{ messages[0].content }}")
-        return len(tokens)
 
     return add
 
 
-def sentence_piece(add_space_prefix):
+def sentence_piece(add_space_prefix, runs_score=None, name=None):
+    """With a score for runs, runs of spaces and line ends are tokens of the user's with that score, as Gemma has them."""
     written = io.BytesIO()
     lines = [line for text in CORPUS for line in text.splitlines()] * 4
     sentencepiece.SentencePieceTrainer.train(
@@ -154,15 +123,58 @@ def sentence_piece(add_space_prefix):
             return TokenType.CONTROL
         return TokenType.BYTE if pieces.is_byte(token) else TokenType.NORMAL
 
+    tokens = [pieces.id_to_piece(token) for token in range(count)]
+    scores = [pieces.get_score(token) for token in range(count)]
+    types = [kind(token) for token in range(count)]
+    if runs_score is not None:
+        runs = [character * length for character in "▁\n" for length in range(2, 12)]
+        runs = [run for run in runs if run not in tokens]
+        tokens += runs
+        scores += [runs_score] * len(runs)
+        types += [TokenType.USER_DEFINED] * len(runs)
+    if name is not None:
+        tokens += ["<|endoftext|>", "<|user|>", "<|end|>"]
+        scores += [0.0] * 3
+        types += [TokenType.CONTROL] * 3
+
     def add(writer):
+        if name is not None:
+            writer.add_name(name)
         writer.add_tokenizer_model("llama")
-        writer.add_token_list([pieces.id_to_piece(token) for token in range(count)])
-        writer.add_token_scores([pieces.get_score(token) for token in range(count)])
-        writer.add_token_types([kind(token) for token in range(count)])
+        writer.add_token_list(tokens)
+        writer.add_token_scores(scores)
+        writer.add_token_types(types)
         if not add_space_prefix:
             writer.add_add_space_prefix(False)
             writer.add_add_bos_token(False)
             writer.add_add_eos_token(True)
-        return count
+
+    return add
+
+
+def text_pairs():
+    """Gemma 4's kind: pairs of text with visible spaces, other characters by their bytes."""
+    trained = Tokenizer(models.BPE())
+    texts = [text.replace(" ", "▁") for text in CORPUS]
+    trained.pre_tokenizer = pre_tokenizers.Split(Regex("[^\\n]+|[\\n]+"), "isolated")
+    trained.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=600, min_frequency=1, max_token_length=8, limit_alphabet=150, show_progress=False,
+        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"] + [f"<0x{byte:02X}>" for byte in range(256)]))
+    model = json.loads(trained.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+
+    def kind(token):
+        if re.fullmatch("<0x..>", token):
+            return TokenType.BYTE
+        return TokenType.CONTROL if re.fullmatch(r"<.+>", token) else TokenType.NORMAL
+
+    def add(writer):
+        writer.add_tokenizer_model("gemma4")
+        writer.add_token_list(tokens)
+        writer.add_token_types([kind(token) for token in tokens])
+        writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+        writer.add_bos_token_id(2)
+        writer.add_eos_token_id(1)
+        writer.add_add_bos_token(False)
 
     return add

@@ -1,15 +1,22 @@
 //! What a run shows while it goes: a bar on a terminal, plain lines elsewhere.
 
 use std::{
-    io::IsTerminal,
     path::Path,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
-use pmetal::trainer::{EvalMetrics, Observer, StepMetrics};
+use pmetal::{
+    hub::DownloadProgress,
+    trainer::{EvalMetrics, Observer, StepMetrics},
+};
 
-use crate::{reading::Reading, tell::tell};
+use crate::{
+    reading::Reading,
+    tell::{shows_bars, tell},
+    transfer_bars::TransferBars,
+};
 
 /// Shows a training run on stderr.
 pub struct Progress {
@@ -18,16 +25,24 @@ pub struct Progress {
     total: usize,
     started: Instant,
     reading: Reading,
+    downloads: TransferBars,
 }
 
 impl Progress {
-    /// A bar where stderr is a terminal, else a line every `logging_steps` steps.
-    pub fn new(logging_steps: usize) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
+    /// A bar where stderr is a terminal, else a line every `logging_steps` steps. `stop` ends a download.
+    pub fn new(logging_steps: usize, stop: Arc<AtomicBool>) -> Self {
+        let bar = shows_bars().then(|| {
             let style = ProgressStyle::with_template("{bar:24} {pos}/{len} steps  {msg}  {elapsed} < {eta}");
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { bar, logging_steps: logging_steps.max(1), total: 0, started: Instant::now(), reading: Reading::new() }
+        Self {
+            bar,
+            logging_steps: logging_steps.max(1),
+            total: 0,
+            started: Instant::now(),
+            reading: Reading::new(),
+            downloads: TransferBars::downloads().until(stop),
+        }
     }
 
     fn line(&self, line: &str) {
@@ -99,5 +114,9 @@ impl Observer for Progress {
 
     fn note(&mut self, line: &str) {
         self.line(line);
+    }
+
+    fn downloads(&self) -> &dyn DownloadProgress {
+        &self.downloads
     }
 }

@@ -1,10 +1,13 @@
-use std::path::{Path, PathBuf};
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
 /// What goes wrong outside models and numbers.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file or folder could not be read, written, created or renamed.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {source}{}", path.display(), next_step(source))]
     Io {
         /// What was tried, as a verb: `read`, `write`, `create`, `rename`.
         action: &'static str,
@@ -23,6 +26,20 @@ pub enum Error {
         /// The names it takes.
         expected: &'static str,
     },
+}
+
+/// What to do about what the system says, to be put behind it; nothing where it is not one of the usual things.
+pub fn next_step(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::NotFound => "; check the path",
+        ErrorKind::PermissionDenied => "; change its permissions, or choose another",
+        ErrorKind::NotADirectory => "; part of the path is a file: choose another",
+        ErrorKind::IsADirectory => "; it is a folder: name a file",
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "; make room and try again",
+        ErrorKind::ReadOnlyFilesystem => "; choose another place",
+        ErrorKind::InvalidFilename => "; choose a shorter name",
+        _ => "",
+    }
 }
 
 impl Error {

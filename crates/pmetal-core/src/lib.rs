@@ -3,7 +3,11 @@
 mod atomic;
 mod device;
 mod error;
+mod machine;
+mod sniff;
 
 pub use atomic::{StagedDir, StagedFile};
 pub use device::{DTypeChoice, DeviceChoice};
-pub use error::{Error, Result};
+pub use error::{Error, Result, next_step};
+pub use machine::total_memory;
+pub use sniff::what_it_is;

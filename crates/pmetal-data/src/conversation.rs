@@ -60,3 +60,12 @@ pub struct Conversation {
     /// A JSON array of tool descriptions.
     pub tools: Option<Value>,
 }
+
+impl Conversation {
+    /// Whether there are tools to describe.
+    pub(crate) fn has_tools(&self) -> bool {
+        self.tools
+            .as_ref()
+            .is_some_and(|tools| tools.as_array().is_none_or(|list| !list.is_empty()) && !tools.is_null())
+    }
+}

@@ -76,6 +76,7 @@ pub(crate) struct RowEncoder<'a> {
 struct Rendering<'a> {
     tokenizer: &'a Tokenizer,
     conversation: Arc<Shaped>,
+    tools: Arc<Shaped>,
     alpaca: Arc<Shaped>,
     train_on: TrainOn,
 }
@@ -85,12 +86,12 @@ impl<'a> RowEncoder<'a> {
     pub(crate) fn new(tokenizer: Option<&'a Tokenizer>, template: &Template, train_on: TrainOn) -> Self {
         let rendering = tokenizer.map(|tokenizer| {
             let conversation = Arc::new(Shaped::new(&template.conversation, tokenizer));
-            let alpaca = if Arc::ptr_eq(&template.conversation, &template.alpaca) {
-                Arc::clone(&conversation)
-            } else {
-                Arc::new(Shaped::new(&template.alpaca, tokenizer))
+            let shaped = |other: &Arc<ChatTemplate>| {
+                let same = Arc::ptr_eq(&template.conversation, other);
+                if same { Arc::clone(&conversation) } else { Arc::new(Shaped::new(other, tokenizer)) }
             };
-            Rendering { tokenizer, conversation, alpaca, train_on }
+            let (tools, alpaca) = (shaped(&template.tools), shaped(&template.alpaca));
+            Rendering { tokenizer, conversation, tools, alpaca, train_on }
         });
         Self { rendering }
     }
@@ -105,6 +106,11 @@ impl<'a> RowEncoder<'a> {
                 Ok(Example { input_ids: input_ids.clone(), labels: labels.clone() })
             }
             Row::Tokens { input_ids, labels: None } => Ok(Example::all_trained(input_ids.clone())),
+            // where each token stands is of no use here
+            Row::Text(text) => {
+                let rendering = self.rendering.as_ref().ok_or(RowFault::NoTokenizer)?;
+                rendering.text_ids(text).map(Example::all_trained).map_err(RowFault::Encode)
+            }
             _ => self.rendered(row).map(|encoded| encoded.example),
         }
     }
@@ -122,7 +128,7 @@ impl<'a> RowEncoder<'a> {
         let encoded = self.rendered(row)?;
         let rendering = self.rendering.as_ref().ok_or(RowFault::NoTokenizer)?;
         let ends = match row {
-            Row::Conversation(_) => &rendering.conversation.ends,
+            Row::Conversation(conversation) => &rendering.of(conversation).ends,
             _ => &rendering.alpaca.ends,
         };
         Ok(view::text(&encoded, rendering.tokenizer, ends))
@@ -131,7 +137,7 @@ impl<'a> RowEncoder<'a> {
     fn rendered(&self, row: &Row) -> Result<Encoded, RowFault> {
         let rendering = self.rendering.as_ref().ok_or(RowFault::NoTokenizer)?;
         let encoded = match row {
-            Row::Conversation(conversation) => rendering.conversation(&rendering.conversation, conversation),
+            Row::Conversation(conversation) => rendering.conversation(rendering.of(conversation), conversation),
             Row::Alpaca(alpaca) => rendering.conversation(&rendering.alpaca, &alpaca.conversation()),
             Row::PromptCompletion { prompt, completion } => rendering.completion(prompt, completion),
             Row::Text(text) => rendering.text(text),
@@ -143,12 +149,22 @@ impl<'a> RowEncoder<'a> {
 }
 
 impl Rendering<'_> {
-    fn text(&self, text: &str) -> Result<Encoded> {
+    fn of(&self, conversation: &Conversation) -> &Shaped {
+        if conversation.has_tools() { &self.tools } else { &self.conversation }
+    }
+
+    /// The ids of a text and eos.
+    fn text_ids(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.tokenizer.encode(text, true)?;
         let eos = self.tokenizer.eos_ids();
         if let (Some(&eos), false) = (eos.first(), ids.last().is_some_and(|last| eos.contains(last))) {
             ids.push(eos);
         }
+        Ok(ids)
+    }
+
+    fn text(&self, text: &str) -> Result<Encoded> {
+        let ids = self.text_ids(text)?;
         let encoding = self.tokenizer.encode_with_offsets(text)?;
         let inner = encoding.get_ids();
         let before = ids.windows(inner.len().max(1)).position(|window| window == inner).unwrap_or(0);
@@ -160,7 +176,7 @@ impl Rendering<'_> {
     fn completion(&self, prompt: &str, completion: &str) -> Result<Encoded> {
         let mut encoded = self.text(&format!("{prompt}{completion}"))?;
         if self.train_on != TrainOn::All {
-            let trained = tokens_in(&encoded.offsets, &[prompt.len()..encoded.text.len()]);
+            let trained = tokens_in(&encoded.offsets, std::slice::from_ref(&(prompt.len()..encoded.text.len())));
             let untrained = std::iter::repeat_n(true, encoded.before).chain(trained.iter().map(|trained| !trained));
             for (label, untrained) in encoded.example.labels.iter_mut().zip(untrained) {
                 *label = if untrained { IGNORE } else { *label };

@@ -109,6 +109,7 @@ pub fn convert(
 fn template_for<'a>(template: &'a Template, row: &Row) -> &'a crate::template::ChatTemplate {
     match row {
         Row::Alpaca(_) => &template.alpaca,
+        Row::Conversation(conversation) => template.of(conversation),
         _ => &template.conversation,
     }
 }

@@ -169,14 +169,17 @@ fn what_became_of_the_rows_is_reported() {
     );
     assert_eq!(
         report.to_string(),
-        "3 rows, 2 tokens, 1 of them trained, the longest row has 2; 1 rows cut to length; 2 rows left out (the first in line 2: \
-         3 tokens, and the answer is behind the cut)"
+        "3 rows, 2 tokens, 1 of them trained, the longest row has 2; 1 rows cut to length; 2 rows left out (the first, line 3: \
+         fewer than two tokens)"
     );
     let message = load(&base_model(false), "{\"input_ids\": [1]}\n", "auto", "assistant", 2).unwrap_err();
     assert!(message.ends_with("nothing to train on in 1 rows: line 1: fewer than two tokens"), "{message}");
     let row = json!({"messages": [{"role": "user", "content": "Hi"}]}).to_string();
     let message = load(&base_model(false), &row, "auto", "assistant", 0).unwrap_err();
-    assert!(message.ends_with("nothing to train on in 1 rows: line 1: the assistant says nothing"), "{message}");
+    assert!(
+        message.ends_with("nothing to train on in 1 rows: line 1: the assistant says nothing that is trained"),
+        "{message}"
+    );
 }
 
 #[test]

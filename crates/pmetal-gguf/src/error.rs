@@ -7,7 +7,10 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] pmetal_core::Error),
     /// The first four bytes are not `GGUF`.
-    #[error("{} is not a GGUF file: it starts with {found:02x?}, expected 'GGUF'", path.display())]
+    #[error(
+        "{} is not a GGUF file: it {}, expected 'GGUF'; download it again",
+        path.display(), pmetal_core::what_it_is(found).map_or(format!("starts with {found:02x?}"), |kind| format!("is {kind}"))
+    )]
     Magic {
         /// The file.
         path: PathBuf,
@@ -40,7 +43,7 @@ pub enum Error {
         found: u64,
     },
     /// A header field, key or tensor says something impossible.
-    #[error("{}: {what}: expected {expected}, found {found}", path.display())]
+    #[error("{}: {what}: expected {expected}, found {found}; download or convert it again", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
@@ -52,7 +55,10 @@ pub enum Error {
         found: String,
     },
     /// A tensor in a block format that cannot be decoded.
-    #[error("{}: tensor '{tensor}' has block type {id}, which is not known; known are {known}", path.display())]
+    #[error(
+        "{}: tensor '{tensor}' has block type {id}, which is not known; known are {known}: take a file in one of these",
+        path.display()
+    )]
     BlockType {
         /// The file.
         path: PathBuf,
@@ -64,7 +70,7 @@ pub enum Error {
         known: String,
     },
     /// A metadata key that must be there is not.
-    #[error("{}: metadata key '{key}' is missing", path.display())]
+    #[error("{}: metadata key '{key}' is missing; download or convert it again", path.display())]
     MissingKey {
         /// The file.
         path: PathBuf,
@@ -72,7 +78,7 @@ pub enum Error {
         key: String,
     },
     /// A tensor that must be there is not.
-    #[error("{}: tensor '{tensor}' is missing", path.display())]
+    #[error("{}: tensor '{tensor}' is missing; download or convert it again", path.display())]
     MissingTensor {
         /// The file.
         path: PathBuf,
@@ -80,7 +86,7 @@ pub enum Error {
         tensor: String,
     },
     /// One of several known things was expected: an architecture, a tokenizer, a pre-tokenizer.
-    #[error("{}: {what} '{found}' is not known; known are {known}", path.display())]
+    #[error("{}: {what} '{found}' is not known; known are {known}; {}", path.display(), way_around(what))]
     Unknown {
         /// The file.
         path: PathBuf,
@@ -92,7 +98,7 @@ pub enum Error {
         known: String,
     },
     /// A valid file of a kind that is not supported.
-    #[error("{}: {what} is not supported", path.display())]
+    #[error("{}: {what} is not supported; take another model, or its Hugging Face folder", path.display())]
     Unsupported {
         /// The file.
         path: PathBuf,
@@ -100,7 +106,7 @@ pub enum Error {
         what: String,
     },
     /// The tokenizer in the metadata cannot be built.
-    #[error("{}: the tokenizer in the metadata cannot be built: {reason}", path.display())]
+    #[error("{}: the tokenizer in the metadata cannot be built: {reason}; download or convert it again", path.display())]
     Tokenizer {
         /// The file.
         path: PathBuf,
@@ -121,3 +127,12 @@ pub enum Error {
 
 /// Results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What to do about something that is not known.
+fn way_around(what: &str) -> &'static str {
+    match what {
+        "architecture" => "`pmetal models` lists the families",
+        "tokenizer model" | "pre-tokenizer" => "put the model's tokenizer.json beside it and give the folder",
+        _ => "take another model",
+    }
+}

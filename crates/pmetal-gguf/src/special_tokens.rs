@@ -31,13 +31,99 @@ pub struct SpecialTokens {
     pub add_eos: bool,
 }
 
-/// Texts that end a turn or a message in the chat formats of the supported architectures.
-const END_TEXTS: [&str; 7] =
-    ["<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>"];
+/// Texts that end a text, a turn or a message, whatever type the file gives them.
+const END_TEXTS: [&str; 22] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+    "[e~[",
+];
 
-/// What a token is (`enum llama_token_type`).
+/// Special tokens of code models by their text: the key that may name another one, and what else they are called.
+const FILL_IN_THE_MIDDLE: [FillIn; 6] = [
+    FillIn {
+        key: "fim_pre",
+        texts: &[
+            "<|fim_prefix|>",
+            "<fim-prefix>",
+            "<fim_prefix>",
+            "<\u{ff5c}fim\u{2581}begin\u{ff5c}>",
+            "<PRE>",
+            "\u{2581}<PRE>",
+            "<|code_prefix|>",
+            "<|prefix|>",
+        ],
+        ends: false,
+    },
+    FillIn {
+        key: "fim_suf",
+        texts: &[
+            "<|fim_suffix|>",
+            "<fim-suffix>",
+            "<fim_suffix>",
+            "<\u{ff5c}fim\u{2581}hole\u{ff5c}>",
+            "<SUF>",
+            "\u{2581}<SUF>",
+            "<|code_suffix|>",
+            "<|suffix|>",
+        ],
+        ends: false,
+    },
+    FillIn {
+        key: "fim_mid",
+        texts: &[
+            "<|fim_middle|>",
+            "<fim-middle>",
+            "<fim_middle>",
+            "<\u{ff5c}fim\u{2581}end\u{ff5c}>",
+            "<MID>",
+            "\u{2581}<MID>",
+            "<|code_middle|>",
+            "<|middle|>",
+        ],
+        ends: false,
+    },
+    FillIn { key: "fim_pad", texts: &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"], ends: true },
+    FillIn {
+        key: "fim_rep",
+        texts: &["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"],
+        ends: true,
+    },
+    FillIn { key: "fim_sep", texts: &["<|file_sep|>"], ends: true },
+];
+
+/// One of the special tokens of code models.
+struct FillIn {
+    key: &'static str,
+    texts: &'static [&'static str],
+    /// Generation ends with it.
+    ends: bool,
+}
+
+/// Tokens of GPT-OSS that are always shown.
+const SHOWN: [&str; 4] = ["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
+
+/// How a token is found in a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum TokenType {
+pub(crate) enum TokenKind {
     /// A piece of text, a single byte, or unused.
     Plain,
     /// Matched whole in a text, hidden from decoded text when asked for.
@@ -53,7 +139,7 @@ impl GgufFile {
     /// # Errors
     /// When a key is of the wrong type.
     pub fn special_tokens(&self) -> Result<SpecialTokens> {
-        let Some(tokens) = self.strings("tokenizer.ggml.tokens")? else { return Ok(SpecialTokens::default()) };
+        let Some(tokens) = self.tokens()? else { return Ok(SpecialTokens::default()) };
         let model = self.string("tokenizer.ggml.model")?.unwrap_or_default();
         // llama.cpp: what SentencePiece models have where the file is silent.
         let (default_unk, default_bos, default_eos) =
@@ -66,19 +152,18 @@ impl GgufFile {
         let eos = find("eos", default_eos)?;
         let ends = [eos.clone(), find("eot", None)?, find("eom", None)?].into_iter().flatten();
         let mut end_of_generation: Vec<SpecialToken> = Vec::new();
-        for token in ends.chain(ends_by_text(&tokens, &self.token_types()?)) {
+        for token in ends.chain(self.ends_by_text(&tokens)?) {
             if !end_of_generation.contains(&token) {
                 end_of_generation.push(token);
             }
         }
-        let default_add_bos = self.adds_bos_by_default(model);
         Ok(SpecialTokens {
             bos: find("bos", default_bos)?,
             eos,
             pad: find("padding", None)?,
             unk: find("unknown", default_unk)?,
             end_of_generation,
-            add_bos: self.boolean("tokenizer.ggml.add_bos_token")?.unwrap_or(default_add_bos),
+            add_bos: self.adds_bos(model)?,
             add_eos: self.boolean("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
         })
     }
@@ -91,26 +176,83 @@ impl GgufFile {
         self.string("tokenizer.chat_template")
     }
 
-    /// The types of all tokens; those the file is silent about are plain.
-    pub(crate) fn token_types(&self) -> Result<Vec<TokenType>> {
-        let types = self.numbers("tokenizer.ggml.token_type")?.unwrap_or_default();
-        let kind = |number: f64| match number as i64 {
-            2 | 3 => TokenType::Control,
-            4 => TokenType::UserDefined,
-            _ => TokenType::Plain,
+    /// How each token is found in a text. As in llama.cpp, some texts say more than the file does about their type.
+    pub(crate) fn token_kinds(&self, tokens: &[Cow<str>]) -> Result<Vec<TokenKind>> {
+        const KEY: &str = "tokenizer.ggml.token_type";
+        let stated = self.numbers(KEY)?;
+        if let Some(types) = stated.as_ref().filter(|types| types.len() < tokens.len()) {
+            let expected = format!("{} numbers, one per token", tokens.len());
+            return Err(self.malformed(format!("metadata key '{KEY}'"), expected, types.len()));
+        }
+        let mut kinds: Vec<_> = match stated {
+            Some(types) => types.into_iter().take(tokens.len()).map(kind).collect(),
+            None => vec![TokenKind::Plain; tokens.len()],
         };
-        Ok(types.into_iter().map(kind).collect())
+        let texts = Texts::of(tokens);
+        let fills = self.fill_ins()?;
+        for (text, kind) in tokens.iter().zip(&mut kinds) {
+            let text = text.as_ref();
+            if SHOWN.contains(&text) || (text == "<|end|>" && texts.end_is_shown) {
+                *kind = TokenKind::UserDefined;
+            } else if text == "</s>" && texts.s_is_plain {
+                *kind = TokenKind::Plain;
+            } else if END_TEXTS.contains(&text) || fills.iter().any(|fill| fill.texts.contains(&text)) {
+                *kind = TokenKind::Control;
+            }
+        }
+        Ok(kinds)
+    }
+
+    /// The special tokens of code models that are known by their text because no key names them.
+    fn fill_ins(&self) -> Result<Vec<&'static FillIn>> {
+        let mut unnamed = Vec::new();
+        for fill in &FILL_IN_THE_MIDDLE {
+            if self.unsigned(&format!("tokenizer.ggml.{}_token_id", fill.key))?.is_none() {
+                unnamed.push(fill);
+            }
+        }
+        Ok(unnamed)
+    }
+
+    /// The tokens whose text says that they end something.
+    fn ends_by_text(&self, tokens: &[Cow<str>]) -> Result<Vec<SpecialToken>> {
+        let texts = Texts::of(tokens);
+        let fills = self.fill_ins()?;
+        let ends = |text: &str| {
+            let known = END_TEXTS.contains(&text) || fills.iter().any(|fill| fill.ends && fill.texts.contains(&text));
+            known && !(text == "<|end|>" && texts.end_is_shown) && !(text == "</s>" && texts.s_is_plain)
+        };
+        let found = tokens.iter().zip(0_u64..).filter(|(text, _)| ends(text));
+        Ok(found.filter_map(|(_, id)| token_at(tokens, id)).collect())
+    }
+}
+
+/// What the texts of a vocabulary say together.
+struct Texts {
+    /// `<|end|>` ends a message of several: GPT-OSS's and Solar's formats.
+    end_is_shown: bool,
+    /// `</s>` is a piece of text: Gemma 4.
+    s_is_plain: bool,
+}
+
+impl Texts {
+    fn of(tokens: &[Cow<str>]) -> Self {
+        let has = |text: &str| tokens.iter().any(|token| token == text);
+        let calls = has("<|call|>") || has("<|calls|>");
+        Self { end_is_shown: calls && (has("<|return|>") || has("<|flush|>")), s_is_plain: has("<|tool_response>") }
+    }
+}
+
+/// `enum llama_token_type`.
+fn kind(number: f64) -> TokenKind {
+    match number as i64 {
+        2 | 3 => TokenKind::Control,
+        4 => TokenKind::UserDefined,
+        _ => TokenKind::Plain,
     }
 }
 
 fn token_at(tokens: &[Cow<str>], id: u64) -> Option<SpecialToken> {
     let text = tokens.get(usize::try_from(id).ok()?)?.to_string();
     Some(SpecialToken { id: u32::try_from(id).ok()?, text })
-}
-
-/// The tokens matched whole whose text says that they end something.
-fn ends_by_text(tokens: &[Cow<str>], types: &[TokenType]) -> impl Iterator<Item = SpecialToken> {
-    let ids = tokens.iter().zip(types).zip(0_u64..);
-    let ends = ids.filter(|((text, kind), _)| **kind != TokenType::Plain && END_TEXTS.contains(&text.as_ref()));
-    ends.filter_map(|(_, id)| token_at(tokens, id))
 }

@@ -106,7 +106,7 @@ fn flipped_bits_never_panic() {
     for (name, header) in [
         ("llama.gguf", 1900),
         ("blocks.gguf", 900),
-        ("tokenizer-llama-bpe.gguf", 16_600),
+        ("tokenizer-llama-bpe.gguf", 16_500),
         ("tokenizer-llama.gguf", 18_800),
     ] {
         let bytes = fixture(name);
@@ -174,7 +174,10 @@ fn unknown_kinds_are_named_with_those_known() {
     let bytes = fixture("llama.gguf");
     let file = open(&patched(&bytes, &string("llama"), &string("mamba"))).unwrap();
     let error = file.hf_config().unwrap_err().to_string();
-    assert!(error.ends_with("architecture 'mamba' is not known; known are llama, qwen2, qwen3"), "{error}");
+    assert!(
+        error.contains("architecture 'mamba' is not known; known are llama, qwen2, qwen3; `pmetal models`"),
+        "{error}"
+    );
 
     let bytes = fixture("tokenizer-qwen2.gguf");
     let file = open(&patched(&bytes, &string("qwen2"), &string("qwen9"))).unwrap();
@@ -182,10 +185,82 @@ fn unknown_kinds_are_named_with_those_known() {
     assert!(error.contains("pre-tokenizer 'qwen9' is not known; known are gpt-2, "), "{error}");
     let file = open(&patched(&bytes, &string("gpt2"), &string("bert"))).unwrap();
     let error = file.tokenizer().unwrap_err().to_string();
-    assert!(error.ends_with("tokenizer model 'bert' is not known; known are gpt2, llama"), "{error}");
+    assert!(error.contains("tokenizer model 'bert' is not known; known are gpt2, llama, gemma4"), "{error}");
 
     let version = open_error(&patched(&bytes, b"GGUF\x03\0\0\0", b"GGUF\x01\0\0\0"));
     assert!(version.contains("GGUF version 1 is not known"), "{version}");
     let error = open(&fixture("llama.gguf")).unwrap().tokenizer().unwrap_err().to_string();
-    assert!(error.ends_with("metadata key 'tokenizer.ggml.tokens' is missing"), "{error}");
+    assert!(error.contains("metadata key 'tokenizer.ggml.tokens' is missing; download"), "{error}");
+}
+
+/// The vocabulary of three tokens, its merges, scores and types, as a file with these and no tensors.
+fn vocabulary(model: &str, tokens: &[&str], merges: &[&str], scores: &[f32], types: &[i32]) -> Result<GgufFile, Error> {
+    let texts = |key: &str, texts: &[&str]| {
+        let head = [string(key), 9_u32.to_le_bytes().to_vec(), 8_u32.to_le_bytes().to_vec()].concat();
+        let list: Vec<u8> = texts.iter().flat_map(|text| string(text)).collect();
+        [head, (texts.len() as u64).to_le_bytes().to_vec(), list].concat()
+    };
+    let numbers = |key: &str, kind: u32, count: usize, list: Vec<u8>| {
+        let head = [string(key), 9_u32.to_le_bytes().to_vec(), kind.to_le_bytes().to_vec()].concat();
+        [head, (count as u64).to_le_bytes().to_vec(), list].concat()
+    };
+    let text = |key: &str, value: &str| [string(key), 8_u32.to_le_bytes().to_vec(), string(value)].concat();
+    let pairs = [
+        text("general.architecture", "llama"),
+        text("tokenizer.ggml.model", model),
+        text("tokenizer.ggml.pre", "gpt-2"),
+        texts("tokenizer.ggml.tokens", tokens),
+        texts("tokenizer.ggml.merges", merges),
+        numbers(
+            "tokenizer.ggml.scores",
+            6,
+            scores.len(),
+            scores.iter().flat_map(|score| score.to_le_bytes()).collect(),
+        ),
+        numbers(
+            "tokenizer.ggml.token_type",
+            5,
+            types.len(),
+            types.iter().flat_map(|kind| kind.to_le_bytes()).collect(),
+        ),
+    ];
+    let parts: Vec<&[u8]> = pairs.iter().map(Vec::as_slice).collect();
+    open(&with_header(0, parts.len() as u64, &parts))
+}
+
+fn tokenizer_error(model: &str, tokens: &[&str], merges: &[&str], scores: &[f32], types: &[i32]) -> String {
+    vocabulary(model, tokens, merges, scores, types).unwrap().tokenizer().unwrap_err().to_string()
+}
+
+#[test]
+fn contradicting_vocabularies_are_errors() {
+    let three = [0.0; 3];
+    let message = tokenizer_error("gpt2", &["a", "b", "a"], &[], &three, &[1; 3]);
+    assert!(
+        message.contains("tokenizer.ggml.tokens': expected each token once, found \"a\" as 0 and as 2"),
+        "{message}"
+    );
+    let message = tokenizer_error("llama", &["a", "b", "c"], &[], &[0.0; 2], &[1; 3]);
+    assert!(message.contains("tokenizer.ggml.scores': expected 3 numbers, one per token, found 2"), "{message}");
+    let message = tokenizer_error("gpt2", &["a", "b", "c"], &[], &three, &[1; 2]);
+    assert!(message.contains("tokenizer.ggml.token_type': expected 3 numbers, one per token, found 2"), "{message}");
+    let message = tokenizer_error("gpt2", &["a", "b", "c"], &["ab"], &three, &[1; 3]);
+    assert!(message.contains("tokenizer.ggml.merges': expected two tokens and a space, found 'ab'"), "{message}");
+    for unknown in ["a z", "a b"] {
+        let message = tokenizer_error("gpt2", &["a", "b", "c"], &[unknown], &three, &[1; 3]);
+        let expected = format!("tokenizer.ggml.merges': expected tokens that make a token, found '{unknown}'");
+        assert!(message.contains(&expected), "{message}");
+    }
+    let message = tokenizer_error("bert", &["a", "b", "c"], &[], &three, &[1; 3]);
+    assert!(message.contains("tokenizer model") && message.contains("gpt2, llama, gemma4"), "{message}");
+}
+
+#[test]
+fn odd_vocabularies_are_read_as_llama_cpp_reads_them() {
+    // An empty token has a name instead; scores that are no numbers; types nobody knows; a merge that is there twice.
+    let scores = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+    let file = vocabulary("llama", &["<unk>", "", "b"], &[], &scores, &[-7, 99, i32::MIN]).unwrap();
+    assert_eq!(file.tokenizer().unwrap().encode("b[EMPTY_1]", false).unwrap().get_ids().first(), Some(&0));
+    let file = vocabulary("gpt2", &["a", "b", "ab", "ba"], &["b a", "a b", "b a"], &[0.0; 4], &[1; 4]).unwrap();
+    assert_eq!(file.tokenizer().unwrap().encode("aba", false).unwrap().get_ids(), [0, 3]);
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use candle_core::{DType, Device, Shape, Tensor};
-use pmetal_models::CausalLMModel;
+use pmetal_models::{CausalLMModel, DecoderSpec, linear_layers};
 use pmetal_ops::{Adapter, Arena, LinearMember, Weight, random};
 
 use crate::{
@@ -135,7 +135,22 @@ fn all_layers(model: &mut dyn CausalLMModel) -> Vec<Target> {
 }
 
 fn targets(model: &mut dyn CausalLMModel, wanted: &TargetModules) -> Result<Vec<Target>> {
-    let layers = all_layers(model);
+    chosen(all_layers(model), wanted)
+}
+
+/// The parameters that a fresh adapter would have, by the names of its tensors, without a model to put it on.
+///
+/// # Errors
+/// Where the settings are outside their range or name a layer that the model lacks.
+pub fn adapter_tensors(spec: &DecoderSpec, config: &LoraConfig) -> Result<Vec<(String, Shape)>> {
+    config.validate()?;
+    let layers = linear_layers(spec).into_iter();
+    let layers = layers.map(|(module, [out_features, in_features])| Target { module, in_features, out_features });
+    let targets = chosen(layers.collect(), &config.target_modules)?;
+    Ok(targets.iter().flat_map(|target| target.names().into_iter().zip(target.shapes(config.r))).collect())
+}
+
+fn chosen(layers: Vec<Target>, wanted: &TargetModules) -> Result<Vec<Target>> {
     let modules: Vec<String> = layers.iter().map(|l| l.module.clone()).collect();
     if let TargetModules::Names(names) = wanted {
         let unmatched = |n: &&String| !modules.iter().any(|m| names_module(n, m));

@@ -156,7 +156,7 @@ impl LoraConfig {
 
     /// Reads the content of `adapter_config.json`; what it asks for and is not done here is refused by name.
     pub fn from_peft(json: &Value, path: &Path) -> Result<Self> {
-        let broken = |reason: String| Error::broken(path, reason);
+        let broken = |reason: String| Error::broken(path, format!("{reason}; restore the adapter's own file"));
         let get = |key: &str| json.get(key).filter(|v| !v.is_null());
         match get("peft_type").and_then(Value::as_str) {
             Some("LORA") => {}
@@ -181,7 +181,10 @@ impl LoraConfig {
             lora_alpha: number("lora_alpha", 8.0)?,
             lora_dropout: number("lora_dropout", 0.0)?,
             target_modules,
-            use_rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+            use_rslora: match get("use_rslora") {
+                None => false,
+                Some(v) => v.as_bool().ok_or_else(|| broken(format!("use_rslora is {v}, expected true or false")))?,
+            },
             modules_to_save: modules_to_save(get("modules_to_save"), path)?,
         };
         config.validate().map_err(|e| broken(e.to_string()))?;

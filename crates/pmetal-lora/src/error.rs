@@ -4,10 +4,16 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nothing at this path is an adapter.
-    #[error("{} is no adapter: expected a folder with adapter_config.json and adapter_model.safetensors, or a lora_weights.safetensors file", path.display())]
+    #[error(
+        "{} is no adapter: expected a folder with adapter_config.json and adapter_model.safetensors, or a lora_weights.safetensors file; \
+         {found}",
+        path.display()
+    )]
     NotAnAdapter {
         /// What was given.
         path: PathBuf,
+        /// What is there instead, and what to do.
+        found: &'static str,
     },
     /// A file of the adapter cannot be read as what it is.
     #[error("{}: {reason}", path.display())]
@@ -18,7 +24,7 @@ pub enum Error {
         reason: String,
     },
     /// The adapter uses something that is not supported.
-    #[error("{}: {what} is not supported", path.display())]
+    #[error("{}: {what} is not supported; use an adapter without it", path.display())]
     Unsupported {
         /// The configuration.
         path: PathBuf,
@@ -26,7 +32,7 @@ pub enum Error {
         what: String,
     },
     /// The adapter was made for a model of other layers.
-    #[error("adapter {} does not fit this model: {reason} (it was trained on {base})", path.display())]
+    #[error("adapter {} does not fit this model: {reason}; it was trained on {base}: give that as --model", path.display())]
     OtherModel {
         /// The adapter.
         path: PathBuf,

@@ -11,7 +11,7 @@ mod error;
 mod peft;
 mod tables;
 
-pub use attach::{Use, attach, attach_file, detach};
+pub use attach::{Use, adapter_tensors, attach, attach_file, detach};
 pub use config::{LoraConfig, TargetModules};
 pub use error::{Error, Result};
 pub use peft::{AdapterFile, SINGLE_FILE, save};

@@ -39,7 +39,7 @@ pub struct AdapterFile {
 impl AdapterFile {
     /// Reads a PEFT folder or a single file.
     pub fn open(path: &Path) -> Result<Self> {
-        let not_an_adapter = || Error::NotAnAdapter { path: path.to_path_buf() };
+        let not_an_adapter = || Error::NotAnAdapter { path: path.to_path_buf(), found: found_at(path) };
         if path.is_file() {
             let bytes = read(path)?;
             let json = single_file_config(path, &bytes)?.ok_or_else(not_an_adapter)?;
@@ -47,7 +47,8 @@ impl AdapterFile {
         }
         let (config, weights) = (path.join(CONFIG), path.join(WEIGHTS));
         if config.is_file() && weights.is_file() {
-            let json: Value = serde_json::from_slice(&read(&config)?).map_err(|e| Error::broken(&config, e))?;
+            let json: Value = serde_json::from_slice(&read(&config)?)
+                .map_err(|e| Error::broken(&config, format!("is no JSON: {e}; restore the adapter's own file")))?;
             return Self::parse(&config, &json, &weights, &read(&weights)?);
         }
         if path.join(SINGLE_FILE).is_file() {
@@ -59,12 +60,16 @@ impl AdapterFile {
     fn parse(config_path: &Path, json: &Value, weights_path: &Path, bytes: &[u8]) -> Result<Self> {
         let config = LoraConfig::from_peft(json, config_path)?;
         let base = json.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or("").to_owned();
-        let file = SafeTensors::deserialize(bytes).map_err(|e| not_whole(weights_path, &e))?;
+        let file = SafeTensors::deserialize(bytes).map_err(|e| not_whole(weights_path, bytes, &e))?;
         let mut tensors = BTreeMap::new();
         for (name, view) in file.tensors() {
             let Some(name) = plain_name(&name) else { continue };
             let tensor = read_tensor(&view, &name).ok_or_else(|| {
-                Error::broken(weights_path, format!("{name} is {:?}, expected f32, f16 or bf16", view.dtype()))
+                let reason = format!(
+                    "{name} is {:?}, expected f32, f16 or bf16; save the adapter in one of these",
+                    view.dtype()
+                );
+                Error::broken(weights_path, reason)
             })??;
             tensors.insert(name, tensor);
         }
@@ -72,7 +77,30 @@ impl AdapterFile {
             let reason = format!("{missing} is missing, which modules_to_save of {} names", config_path.display());
             return Err(Error::broken(weights_path, reason));
         }
+        tracing::debug!(path = %weights_path.display(), base, r = config.r, tensors = tensors.len(), "opened adapter");
         Ok(Self { path: weights_path.to_path_buf(), config, base, tensors })
+    }
+}
+
+/// What stands where an adapter should, and what to do.
+fn found_at(path: &Path) -> &'static str {
+    let has = |name: &str| path.join(name).is_file();
+    if !path.exists() {
+        "there is nothing: check the path"
+    } else if path.is_file() {
+        "the file has no adapter's settings in its metadata: give the adapter's folder"
+    } else if has("adapters.safetensors") {
+        "it is one of mlx-lm, which is not read: convert it to PEFT's format"
+    } else if has("adapter_model.bin") {
+        "it has adapter_model.bin, a pickle, which is never read: save it as safetensors"
+    } else if has(CONFIG) {
+        "adapter_model.safetensors is missing: fetch the adapter again"
+    } else if has(WEIGHTS) {
+        "adapter_config.json is missing: fetch the adapter again"
+    } else if has("config.json") {
+        "it is a model: give it as --model"
+    } else {
+        "it has none of these: check the path"
     }
 }
 
@@ -80,12 +108,18 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(fs::read(path).map_err(pmetal_core::Error::io("read", path))?)
 }
 
-fn not_whole(path: &Path, error: &safetensors::SafeTensorError) -> Error {
-    Error::broken(path, format!("is truncated, or no safetensors file: {error}; fetch or train the adapter again"))
+fn not_whole(path: &Path, bytes: &[u8], error: &safetensors::SafeTensorError) -> Error {
+    Error::broken(
+        path,
+        match pmetal_core::what_it_is(bytes) {
+            Some(kind) => format!("is no safetensors file but {kind}"),
+            None => format!("is truncated, or no safetensors file: {error}; fetch or train the adapter again"),
+        },
+    )
 }
 
 fn single_file_config(path: &Path, bytes: &[u8]) -> Result<Option<Value>> {
-    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| not_whole(path, &e))?;
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| not_whole(path, bytes, &e))?;
     let Some(text) = metadata.metadata().as_ref().and_then(|m| m.get(METADATA_KEY)) else { return Ok(None) };
     serde_json::from_str(text).map(Some).map_err(|e| Error::broken(path, format!("settings in its metadata: {e}")))
 }

@@ -82,7 +82,7 @@ impl Checkpoint {
     fn open_folder(folder: &Path) -> Result<Self> {
         let config_path = folder.join(CONFIG);
         let mut config = read_object(&config_path)?;
-        let mut spec = spec_of(&config).map_err(|e| at(e, &config_path))?;
+        let mut spec = spec_of(&config).map_err(|e| e.at(&config_path))?;
         let Some(weights) = SafetensorsFolder::open(folder)? else { return Err(not_a_model(folder)) };
         if spec.tie_word_embeddings && has_its_own_head(&weights) {
             spec.tie_word_embeddings = false;
@@ -90,7 +90,8 @@ impl Checkpoint {
         }
         let generation_path = folder.join(GENERATION_CONFIG);
         let generation = if generation_path.exists() { Some(read_object(&generation_path)?) } else { None };
-        let generation = GenerationConfig::read(generation.as_ref(), &config).map_err(|e| at(e, &generation_path))?;
+        let generation =
+            GenerationConfig::read(generation.as_ref().map(|json| (json, &*generation_path)), (&config, &config_path))?;
         let checkpoint = Self {
             path: folder.to_path_buf(),
             config,
@@ -106,8 +107,8 @@ impl Checkpoint {
     fn open_gguf(path: &Path, file: &Path) -> Result<Self> {
         let gguf = GgufFile::open(file)?;
         let config = gguf_config::standard(gguf.hf_config()?);
-        let spec = spec_of(&config).map_err(|e| at(e, file))?;
-        let mut generation = GenerationConfig::read(None, &config).map_err(|e| at(e, file))?;
+        let spec = spec_of(&config).map_err(|e| e.at(file))?;
+        let mut generation = GenerationConfig::read(None, (&config, file))?;
         let ends: Vec<u32> = gguf.special_tokens()?.end_of_generation.iter().map(|token| token.id).collect();
         if !ends.is_empty() {
             generation.eos_token_ids = ends;
@@ -183,6 +184,26 @@ impl Checkpoint {
         dtypes.all(|dtype| dtype == Some(first)).then_some(first)
     }
 
+    /// Bytes of the weights computed with in `dtype` on the CPU: of those that stay in their mapped files, and of those that are copied.
+    pub fn weight_bytes(&self, dtype: DType) -> (u64, u64) {
+        let half = self.common_dtype().filter(|&stored| stored != DType::F32);
+        let (mut mapped, mut copied) = (0, 0);
+        for (name, shape) in self.tensors() {
+            let numbers = shape.elem_count() as u64;
+            let stored = match &self.weights {
+                Weights::Folder(folder) => folder.get(&name).and_then(|entry| entry.dtype()),
+                Weights::Gguf { .. } => None,
+            };
+            match stored {
+                Some(stored) if shape.rank() > 1 && (stored != DType::F32 || stored == dtype) => {
+                    mapped += numbers * stored.size_in_bytes() as u64;
+                }
+                _ => copied += numbers * half.unwrap_or(dtype).size_in_bytes() as u64,
+            }
+        }
+        (mapped, copied)
+    }
+
     /// A weight as it is stored, but for a vocabulary that was resized; a quantized one decoded into `dtype`.
     pub(crate) fn weight(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Weight> {
         let Some(Resized { stored_rows, fresh }) = self.resized.as_ref().filter(|_| is_table(name)) else {
@@ -234,6 +255,9 @@ impl Checkpoint {
     /// Every tensor of the decoder is there in its shape, and no other is.
     fn check_tensors(&self) -> Result<()> {
         let mut found: HashMap<String, Found> = self.found()?.into_iter().collect();
+        let (family, layers, dtype) =
+            (&self.spec.model_type, self.spec.num_hidden_layers, self.stored_dtype().as_str());
+        tracing::debug!(path = %self.path.display(), family, layers, dtype, tensors = found.len(), "opened model");
         for (tensor, shape) in self.tensors() {
             let expected = shape.dims().to_vec();
             match found.remove(&tensor) {
@@ -299,14 +323,6 @@ fn plain_dtype(block_type: &str) -> Option<DType> {
         "F16" => Some(DType::F16),
         "BF16" => Some(DType::BF16),
         _ => None,
-    }
-}
-
-/// The error with the file that a configuration came from.
-fn at(error: Error, path: &Path) -> Error {
-    match error {
-        Error::Config { key, reason, .. } => Error::Config { path: path.to_path_buf(), key, reason },
-        other => other,
     }
 }
 

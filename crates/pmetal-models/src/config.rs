@@ -22,8 +22,15 @@ pub fn read_config(path: &Path) -> Result<Value> {
 /// Reads a file that holds one JSON object.
 pub(crate) fn read_object(path: &Path) -> Result<Value> {
     let text = fs::read(path).map_err(pmetal_core::Error::io("read", path))?;
-    let json: Value = serde_json::from_slice(&text).map_err(|e| Error::broken(path, format!("is no JSON: {e}")))?;
-    if json.is_object() { Ok(json) } else { Err(Error::broken(path, "expected an object")) }
+    let json: Value = serde_json::from_slice(&text).map_err(|e| match pmetal_core::what_it_is(&text) {
+        Some(kind) => Error::broken(path, format!("is {kind}")),
+        None => Error::broken(path, format!("is no JSON: {e}; restore the model's own file")),
+    })?;
+    if json.is_object() {
+        Ok(json)
+    } else {
+        Err(Error::broken(path, "expected an object; restore the model's own file"))
+    }
 }
 
 /// The dtype a configuration names, under today's key or the old one.

@@ -117,6 +117,11 @@ impl CausalLMModel for Decoder {
             let reason = format!("rows of {tokens} tokens in all, {} ids", input.ids.len());
             return Err(Error::Input { reason });
         }
+        if let Some(id) = input.ids.iter().find(|&&id| id as usize >= self.spec.vocab_size) {
+            let last = self.spec.vocab_size.saturating_sub(1);
+            let reason = format!("token id {id}, the model knows 0 to {last}; is the tokenizer of another model?");
+            return Err(Error::Input { reason });
+        }
         let Some(cache) = cache else {
             let pass = self.pass(input, &vec![0; input.q_lens.len()], Rows::packed(input.q_lens));
             return self.run(input, &pass, None);

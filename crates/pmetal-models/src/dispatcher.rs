@@ -8,6 +8,7 @@ use crate::{
     keys::Keys,
     known_architectures,
     registry::{FAMILIES, Family},
+    tensors_of,
     weights::{FromCheckpoint, FromSeed},
 };
 
@@ -20,6 +21,7 @@ pub(crate) fn family_of(config: &Value) -> Result<&'static Family> {
         None => classes.contains(&family.architecture),
     });
     found.ok_or_else(|| Error::UnknownArchitecture {
+        path: "config.json".into(),
         name: model_type.or(classes.first().copied()).unwrap_or("(no model_type)").to_owned(),
         known: known_architectures(),
     })
@@ -45,7 +47,9 @@ pub fn load(
     trainable: Option<&Arena>,
 ) -> Result<Box<dyn CausalLMModel>> {
     let source = FromCheckpoint { checkpoint, dtype, device };
-    Ok(Box::new(Decoder::new(checkpoint.spec().clone(), &source, trainable, dtype, device)?))
+    let decoder = Decoder::new(checkpoint.spec().clone(), &source, trainable, dtype, device)?;
+    tracing::debug!(dtype = dtype.as_str(), ?device, "weights are ready");
+    Ok(Box::new(decoder))
 }
 
 /// A model of fresh weights: normal around zero with the configuration's `initializer_range`, norms one, biases zero. Each value is a
@@ -58,6 +62,21 @@ pub fn random(
     trainable: Option<&Arena>,
 ) -> Result<Box<dyn CausalLMModel>> {
     let spec = spec_of(config)?;
+    refuse_too_large(&spec, dtype)?;
     let source = FromSeed { seed, std: spec.initializer_range, dtype, device };
     Ok(Box::new(Decoder::new(spec, &source, trainable, dtype, device)?))
+}
+
+/// Refuses to make weights that this machine has no memory for: a slip in a size would take all of it before anyone is told.
+///
+/// # Errors
+/// [`Error::TooLarge`].
+pub fn refuse_too_large(spec: &DecoderSpec, dtype: DType) -> Result<()> {
+    let count = |shape: &candle_core::Shape| shape.dims().iter().map(|&n| n as u128).product::<u128>();
+    let parameters: u128 = tensors_of(spec).iter().map(|(_, shape)| count(shape)).sum();
+    let needed = parameters * dtype.size_in_bytes() as u128;
+    match pmetal_core::total_memory() {
+        Some(memory) if needed > u128::from(memory) => Err(Error::TooLarge { parameters, needed, memory }),
+        _ => Ok(()),
+    }
 }

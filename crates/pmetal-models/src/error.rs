@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is nothing at this path.
-    #[error("{} does not exist", path.display())]
+    #[error("{} does not exist; give a Hugging Face folder or a .gguf file", path.display())]
     NotFound {
         /// What was looked for.
         path: PathBuf,
@@ -41,8 +41,13 @@ pub enum Error {
         found: u64,
     },
     /// A family that is not in the registry.
-    #[error("architecture {name} is not supported; known are {}", known.join(", "))]
+    #[error(
+        "{}: architecture {name} is not supported; known are {} (see `pmetal models`)",
+        path.display(), known.join(", ")
+    )]
     UnknownArchitecture {
+        /// The file; `config.json` where the configuration did not come from one.
+        path: PathBuf,
         /// What the configuration says.
         name: String,
         /// The model types there are.
@@ -59,7 +64,10 @@ pub enum Error {
         reason: String,
     },
     /// A weight the configuration asks for is not there.
-    #[error("{}: tensor {tensor} is missing, expected {expected:?}", path.display())]
+    #[error(
+        "{}: tensor {tensor} is missing, expected {expected:?}; the download is incomplete, or config.json of another model: fetch both again",
+        path.display()
+    )]
     MissingTensor {
         /// The file, or the folder where there are several.
         path: PathBuf,
@@ -69,7 +77,10 @@ pub enum Error {
         expected: Vec<usize>,
     },
     /// A weight of another shape than the configuration says.
-    #[error("{}: tensor {tensor} is {found:?}, expected {expected:?}", path.display())]
+    #[error(
+        "{}: tensor {tensor} is {found:?}, expected {expected:?}; weights and configuration are of different models: fetch both again",
+        path.display()
+    )]
     TensorShape {
         /// The file it is in.
         path: PathBuf,
@@ -81,7 +92,7 @@ pub enum Error {
         found: Vec<usize>,
     },
     /// A weight of a dtype that is not supported.
-    #[error("{}: tensor {tensor} is {found}, expected F32, F16 or BF16", path.display())]
+    #[error("{}: tensor {tensor} is {found}, expected F32, F16 or BF16; take the model in one of these, or a GGUF file", path.display())]
     TensorDType {
         /// The file it is in.
         path: PathBuf,
@@ -91,7 +102,10 @@ pub enum Error {
         found: String,
     },
     /// A weight the architecture has no place for: leaving it out would be another model.
-    #[error("{}: there is no place for tensor {tensor} in a {model_type} model", path.display())]
+    #[error(
+        "{}: there is no place for tensor {tensor} in a {model_type} model; is config.json of another model?",
+        path.display()
+    )]
     ExtraTensor {
         /// The file it is in.
         path: PathBuf,
@@ -99,6 +113,18 @@ pub enum Error {
         tensor: String,
         /// The family.
         model_type: String,
+    },
+    /// A model that this machine has no memory for.
+    #[error(
+        "a model of these sizes has {parameters} parameters, {needed} bytes; this machine has {memory} bytes of memory: correct config.json"
+    )]
+    TooLarge {
+        /// Weights, counted.
+        parameters: u128,
+        /// Bytes they take.
+        needed: u128,
+        /// Bytes of memory there are.
+        memory: u64,
     },
     /// The prompt leaves no room in the model's context.
     #[error(
@@ -161,6 +187,16 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// The same with the file that a configuration came from.
+    pub(crate) fn at(self, path: &Path) -> Self {
+        let path = path.to_path_buf();
+        match self {
+            Self::Config { key, reason, .. } => Self::Config { path, key, reason },
+            Self::UnknownArchitecture { name, known, .. } => Self::UnknownArchitecture { path, name, known },
+            other => other,
+        }
+    }
+
     pub(crate) fn broken(path: &Path, reason: impl std::fmt::Display) -> Self {
         Self::Broken { path: path.to_path_buf(), reason: reason.to_string() }
     }

@@ -1,3 +1,5 @@
+use std::path::Path;
+
 use serde_json::Value;
 
 use crate::{Result, keys::Keys};
@@ -24,16 +26,23 @@ pub struct GenerationConfig {
 }
 
 impl GenerationConfig {
-    /// Reads `generation_config.json`, where there is one. The end tokens are those of `config.json` where it names none.
-    pub(crate) fn read(generation: Option<&Value>, config: &Value) -> Result<Self> {
-        let from_model = || Keys::new(config).ids("eos_token_id");
-        let Some(generation) = generation else {
-            return Ok(Self { eos_token_ids: from_model()?.unwrap_or_default(), ..Self::default() });
+    /// Reads `generation_config.json`, where there is one. The end tokens are those of `config.json` where it names none. Both come with
+    /// the file they were read from.
+    pub(crate) fn read(generation: Option<(&Value, &Path)>, (config, config_path): (&Value, &Path)) -> Result<Self> {
+        let from_model = || Keys::new(config).ids("eos_token_id").map_err(|e| e.at(config_path));
+        let (read, ends) = match generation {
+            Some((generation, path)) => Self::read_keys(&Keys::new(generation)).map_err(|e| e.at(path))?,
+            None => (Self::default(), None),
         };
-        let keys = Keys::new(generation);
+        let ends = ends.map_or_else(from_model, |ids| Ok(Some(ids)))?;
+        Ok(Self { eos_token_ids: ends.unwrap_or_default(), ..read })
+    }
+
+    /// What a file says, its end tokens apart.
+    fn read_keys(keys: &Keys) -> Result<(Self, Option<Vec<u32>>)> {
         let whole = |key| Ok::<_, crate::Error>(keys.whole(key)?.map(|n| n as usize));
-        Ok(Self {
-            eos_token_ids: keys.ids("eos_token_id")?.map_or_else(from_model, |ids| Ok(Some(ids)))?.unwrap_or_default(),
+        let read = Self {
+            eos_token_ids: Vec::new(),
             do_sample: keys.boolean("do_sample")?,
             temperature: keys.number("temperature")?,
             top_k: whole("top_k")?,
@@ -41,7 +50,8 @@ impl GenerationConfig {
             min_p: keys.number("min_p")?,
             repetition_penalty: keys.number("repetition_penalty")?,
             max_new_tokens: whole("max_new_tokens")?,
-        })
+        };
+        Ok((read, keys.ids("eos_token_id")?))
     }
 }
 
@@ -51,14 +61,18 @@ mod tests {
 
     use super::*;
 
+    fn read(generation: Option<&Value>, config: &Value) -> Result<GenerationConfig> {
+        GenerationConfig::read(generation.map(|json| (json, Path::new("g.json"))), (config, Path::new("c.json")))
+    }
+
     #[test]
     fn end_tokens_come_from_the_generation_config_first() {
         let config = json!({"eos_token_id": 2});
-        let ends =
-            |generation: Option<Value>| GenerationConfig::read(generation.as_ref(), &config).unwrap().eos_token_ids;
+        let ends = |generation: Option<Value>| read(generation.as_ref(), &config).unwrap().eos_token_ids;
         assert_eq!(ends(None), [2]);
         assert_eq!(ends(Some(json!({"temperature": 0.6}))), [2]);
         assert_eq!(ends(Some(json!({"eos_token_id": [7, 8]}))), [7, 8]);
-        assert!(GenerationConfig::read(Some(&json!({"eos_token_id": "x"})), &config).is_err());
+        assert!(read(Some(&json!({"eos_token_id": "x"})), &config).unwrap_err().to_string().starts_with("g.json: "));
+        assert!(read(None, &json!({"eos_token_id": "x"})).unwrap_err().to_string().starts_with("c.json: "));
     }
 }

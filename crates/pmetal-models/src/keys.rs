@@ -6,6 +6,9 @@ use serde_json::Value;
 
 use crate::{Error, Result};
 
+/// What to do about a value that no tool wrote.
+const RESTORE: &str = "restore the model's own file";
+
 /// The largest size a configuration may state: beyond any model there is, and small enough that products of two do not overflow.
 const LARGEST: u64 = 1 << 26;
 
@@ -27,7 +30,7 @@ impl<'a> Keys<'a> {
         match self.get(key) {
             None => Ok(None),
             Some(object) if object.is_object() => Ok(Some(Keys { object, under: key })),
-            Some(other) => Err(self.refuse(key, format!("expected an object, found {other}"))),
+            Some(other) => Err(self.refuse(key, format!("expected an object, found {other}; {RESTORE}"))),
         }
     }
 
@@ -48,11 +51,11 @@ impl<'a> Keys<'a> {
 
     fn typed<T>(&self, key: &str, expected: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        read(value).map(Some).ok_or_else(|| self.refuse(key, format!("expected {expected}, found {value}")))
+        read(value).map(Some).ok_or_else(|| self.refuse(key, format!("expected {expected}, found {value}; {RESTORE}")))
     }
 
     fn required<T>(&self, key: &str, found: Option<T>) -> Result<T> {
-        found.ok_or_else(|| self.refuse(key, "is missing"))
+        found.ok_or_else(|| self.refuse(key, format!("is missing; {RESTORE}")))
     }
 
     /// A number of things: at least one.

@@ -52,6 +52,15 @@ fn norms(spec: &DecoderSpec) -> impl Iterator<Item = (&'static str, usize)> {
     BLOCK_NORMS.iter().map(|&name| (name, spec.hidden_size)).chain(heads)
 }
 
+/// Every linear layer of a decoder's attention and MLP: its module's name, `[out, in]` of its weight.
+pub fn linear_layers(spec: &DecoderSpec) -> Vec<(String, [usize; 2])> {
+    let layer = |index: usize| {
+        let linears = linear_groups(spec).into_iter().flatten();
+        linears.map(move |linear| (format!("{LAYERS}{index}.{}", linear.module), [linear.outputs, linear.inputs]))
+    };
+    (0..spec.num_hidden_layers).flat_map(layer).collect()
+}
+
 /// Every tensor of a decoder under its Hugging Face name, with its shape, from the embedding to the head (which a tied decoder
 /// has none of).
 pub fn tensors_of(spec: &DecoderSpec) -> Vec<(String, Shape)> {

@@ -8,8 +8,8 @@ use std::f64::consts::PI;
 
 use crate::{Result, keys::Keys};
 
-/// Kinds of scaling there are.
-const KINDS: &str = "default, linear, llama3";
+/// The kinds of scaling there are, as `rope_type` names them.
+pub const ROPE_SCALING_KINDS: [&str; 3] = ["default", "linear", "llama3"];
 
 /// Rotary position embedding.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,7 +70,10 @@ fn scaled(scaling: &Keys, config: &Keys, plain: Vec<f64>, max_positions: usize) 
             }
             Ok(plain.into_iter().zip(factors).map(|(f, factor)| f / factor).collect())
         }
-        other => Err(scaling.refuse("rope_type", format!("{other} is not supported, only {KINDS}"))),
+        other => Err(scaling.refuse(
+            "rope_type",
+            format!("{other} is not supported, only {}; choose another model", ROPE_SCALING_KINDS.join(", ")),
+        )),
     }
 }
 

@@ -3,7 +3,7 @@
 //! Only headers are read when a folder is opened, and everything in them is checked against the file before a tensor is looked at.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     ops::Range,
     path::{Path, PathBuf},
@@ -11,7 +11,7 @@ use std::{
 
 use candle_core::{DType, Device, Shape, Tensor};
 use pmetal_ops::{MappedFile, MappedWeight, Weight};
-use safetensors::tensor::{Dtype, Metadata};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::Value;
 
 use crate::{Error, Result};
@@ -45,9 +45,9 @@ impl SafetensorsFolder {
     pub(crate) fn open(folder: &Path) -> Result<Option<Self>> {
         let mut found = Self { tensors: HashMap::new() };
         let (one_file, index) = (folder.join(ONE_FILE), folder.join(INDEX));
-        if one_file.exists() {
+        if one_file.is_file() {
             found.add_file(&one_file)?;
-        } else if index.exists() {
+        } else if index.is_file() {
             found.add_shards(folder, &index)?;
         } else {
             return Ok(None);
@@ -66,28 +66,36 @@ impl SafetensorsFolder {
 
     fn add_shards(&mut self, folder: &Path, index: &Path) -> Result<()> {
         let text = fs::read(index).map_err(pmetal_core::Error::io("read", index))?;
-        let json: Value = serde_json::from_slice(&text).map_err(|e| Error::broken(index, e))?;
+        let json: Value = serde_json::from_slice(&text)
+            .map_err(|e| Error::broken(index, format!("is no JSON: {e}; fetch it again")))?;
         let Some(map) = json.get("weight_map").and_then(Value::as_object) else {
-            return Err(Error::broken(index, "weight_map: expected an object of tensor names and their files"));
+            return Err(Error::broken(
+                index,
+                "weight_map: expected an object of tensor names and their files; fetch it again",
+            ));
         };
         let mut shards = BTreeSet::new();
         for (tensor, shard) in map {
             // a file name alone: an index does not reach out of its folder
             let shard = shard.as_str().filter(|s| Path::new(s).file_name().is_some_and(|name| name == *s));
             let Some(shard) = shard else {
-                return Err(Error::broken(index, format!("weight_map: {tensor} has no file name in this folder")));
+                return Err(Error::broken(
+                    index,
+                    format!("weight_map: {tensor} has no file name in this folder; fetch it again"),
+                ));
             };
             shards.insert(shard);
         }
         for shard in shards {
             let path = folder.join(shard);
-            if !path.exists() {
-                return Err(Error::NotFound { path });
+            if !path.is_file() {
+                let reason = format!("names the file {shard}, which does not exist; fetch the model again");
+                return Err(Error::broken(index, reason));
             }
             self.add_file(&path)?;
         }
         match map.keys().find(|name| !self.tensors.contains_key(*name)) {
-            Some(name) => Err(Error::broken(index, format!("weight_map: {name} is not in its file"))),
+            Some(name) => Err(Error::broken(index, format!("weight_map: {name} is not in its file; fetch both again"))),
             None => Ok(()),
         }
     }
@@ -96,9 +104,11 @@ impl SafetensorsFolder {
         let file = MappedFile::open(path)?;
         let (metadata, data_start) = read_header(path, file.bytes())?;
         let room = (file.bytes().len() - data_start) as u64;
+        let mut covered = 0;
         for name in metadata.offset_keys() {
             let Some(info) = metadata.info(&name) else { continue };
             let (start, end) = info.data_offsets;
+            covered = covered.max(end as u64);
             if end as u64 > room {
                 let (expected, found) = ((end - start) as u64, room.saturating_sub(start as u64));
                 return Err(Error::Truncated { path: path.into(), what: format!("tensor {name}"), expected, found });
@@ -111,8 +121,12 @@ impl SafetensorsFolder {
                 range: data_start + start..data_start + end,
             };
             if self.tensors.insert(name.clone(), entry).is_some() {
-                return Err(Error::broken(path, format!("tensor {name} is in two files")));
+                return Err(Error::broken(path, format!("tensor {name} is in two files; fetch the model again")));
             }
+        }
+        if covered < room {
+            let reason = format!("has {} bytes behind its last tensor; fetch the file again", room - covered);
+            return Err(Error::broken(path, reason));
         }
         Ok(())
     }
@@ -129,13 +143,33 @@ fn read_header(path: &Path, bytes: &[u8]) -> Result<(Metadata, usize)> {
     let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
         return Err(truncated(LENGTH_BYTES as u64));
     };
+    if let Some(kind) = pmetal_core::what_it_is(bytes) {
+        return Err(Error::broken(path, format!("is no safetensors file but {kind}")));
+    }
     let length = u64::from_le_bytes(*length);
     if length > MAX_HEADER {
-        return Err(Error::broken(path, format!("is no safetensors file: a header of {length} bytes")));
+        let reason = format!("is no safetensors file: a header of {length} bytes; fetch the file again");
+        return Err(Error::broken(path, reason));
     }
     let Some(header) = rest.get(..length as usize) else { return Err(truncated(LENGTH_BYTES as u64 + length)) };
-    let metadata = serde_json::from_slice(header).map_err(|e| Error::broken(path, format!("header: {e}")))?;
+    let metadata = serde_json::from_slice(header).map_err(|e| {
+        let culprit = wrong_size(header).map(|tensor| format!("tensor {tensor}: ")).unwrap_or_default();
+        Error::broken(path, format!("header: {culprit}{e}; fetch the file again"))
+    })?;
     Ok((metadata, LENGTH_BYTES + header.len()))
+}
+
+/// The first tensor whose bytes are not as many as its shape and dtype need: the library refuses the header without its name.
+fn wrong_size(header: &[u8]) -> Option<String> {
+    let tensors: BTreeMap<String, Value> = serde_json::from_slice(header).ok()?;
+    let fits = |info: &TensorInfo| {
+        let count = info.shape.iter().try_fold(1_usize, |product, &n| product.checked_mul(n));
+        let bits = count.and_then(|count| count.checked_mul(info.dtype.bitsize()));
+        let bytes = info.data_offsets.1.checked_sub(info.data_offsets.0);
+        bits.zip(bytes.and_then(|bytes| bytes.checked_mul(8))).is_some_and(|(needed, found)| needed == found)
+    };
+    let infos = tensors.into_iter().filter_map(|(name, info)| Some((name, serde_json::from_value(info).ok()?)));
+    infos.into_iter().find(|(_, info)| !fits(info)).map(|(name, _)| name)
 }
 
 impl Entry {

@@ -3,18 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use pmetal_data::{
-    CacheChoice, ColumnMap, DatasetOptions, Mix, Source, Split, Template, TemplateChoice, TrainOn,
-};
+use pmetal_data::{CacheChoice, ColumnMap, DatasetOptions, Mix, Source, Split, Template, TemplateChoice, TrainOn};
+use pmetal_hub::{DownloadProgress, Kind, locate};
 
 use crate::{Error, Result};
 
 /// Options of a dataset.
 #[derive(Clone, Debug, Args)]
 pub struct DataOptions {
-    /// Rows: a .jsonl, .json, .parquet, .csv, .tsv or .txt file (also .gz, .zst), or a folder of them with train, valid and test files.
-    /// May be given several times
-    #[arg(long, visible_aliases = ["data", "dataset-name"], value_name = "PATH", required = true, help_heading = "Input")]
+    /// Rows: a .jsonl, .json, .parquet, .csv, .tsv or .txt file (also .gz, .zst), a folder of them with train, valid and test files, or an
+    /// id of the hub (org/name). May be given several times
+    #[arg(long, visible_aliases = ["data", "dataset-name"], value_name = "PATH|ID", required = true, help_heading = "Input")]
     pub dataset: Vec<PathBuf>,
     /// How often the rows of each --dataset occur in an epoch: 2 is each twice, 0.5 every second one
     #[arg(long, value_name = "WEIGHTS", value_delimiter = ',', help_heading = "Input")]
@@ -70,15 +69,15 @@ impl DataOptions {
         }
     }
 
-    /// The files of every `--dataset` with their weights.
-    pub fn mix(&self, seed: u64) -> Result<Mix> {
+    /// The files of every `--dataset` with their weights; those named by an id of the hub are downloaded.
+    pub fn mix(&self, seed: u64, progress: &dyn DownloadProgress) -> Result<Mix> {
         let weights = self.dataset_weights.iter().copied().chain(std::iter::repeat(1.0));
-        let parts = self.dataset.iter().zip(weights).map(|(path, weight)| Ok((locate(path)?, weight)));
+        let parts = self.dataset.iter().zip(weights).map(|(path, weight)| Ok((find(path, progress)?, weight)));
         Ok(Mix { parts: parts.collect::<Result<_>>()?, split: Split::Train, seed })
     }
 }
 
-/// The files of a dataset.
-pub fn locate(path: &Path) -> Result<Source> {
-    Ok(Source::find(path)?)
+/// The files of a dataset named by its path or its id on the hub.
+pub(crate) fn find(named: &Path, progress: &dyn DownloadProgress) -> Result<Source> {
+    Ok(Source::find(&locate(Kind::Dataset, named, None, progress)?)?)
 }

@@ -50,6 +50,9 @@ pub enum Error {
     /// The rows could not be read or tokenized.
     #[error(transparent)]
     Data(#[from] pmetal_data::Error),
+    /// An id of the hub did not become a folder.
+    #[error(transparent)]
+    Hub(#[from] pmetal_hub::Error),
     /// An operation failed.
     #[error(transparent)]
     Ops(#[from] pmetal_ops::Error),

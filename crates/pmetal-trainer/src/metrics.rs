@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use pmetal_hub::DownloadProgress;
 use serde::Serialize;
 
 use crate::Result;
@@ -58,6 +59,10 @@ pub trait Observer {
     fn eval(&mut self, _metrics: &EvalMetrics) {}
     /// Something worth a line.
     fn note(&mut self, _line: &str) {}
+    /// Who watches the downloads before the run.
+    fn downloads(&self) -> &dyn DownloadProgress {
+        &()
+    }
 }
 
 /// Watches nothing.

@@ -21,14 +21,17 @@ pub enum FineTuneType {
 /// Options of supervised fine-tuning.
 #[derive(Clone, Debug, Args)]
 pub struct SftOptions {
-    /// Model to start from: a Hugging Face folder or a GGUF file
-    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH", help_heading = "Input")]
+    /// Model to start from: a Hugging Face folder, a GGUF file, or an id of the hub (org/name, org/name:FILE.gguf)
+    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH|ID", help_heading = "Input")]
     pub model: PathBuf,
+    /// Branch, tag or commit of --model on the hub
+    #[arg(long, value_name = "REVISION", help_heading = "Input")]
+    pub revision: Option<String>,
     /// The rows.
     #[command(flatten)]
     pub data: DataOptions,
     /// Rows to evaluate on before and after training; without it, the valid files of a --dataset that is a folder
-    #[arg(long, value_name = "PATH", conflicts_with = "eval_split", help_heading = "Input")]
+    #[arg(long, value_name = "PATH|ID", conflicts_with = "eval_split", help_heading = "Input")]
     pub eval_dataset: Option<PathBuf>,
     /// Share of the dataset held back for evaluation, or a number of rows
     #[arg(long, value_name = "SHARE", help_heading = "Input")]
@@ -79,8 +82,8 @@ pub struct SftOptions {
     /// Scale by alpha / sqrt(rank)
     #[arg(long, help_heading = "Adapter")]
     pub use_rslora: bool,
-    /// Start from this adapter, with its rank, alpha and layers
-    #[arg(long, visible_alias = "adapter", value_name = "PATH", help_heading = "Adapter",
+    /// Start from this adapter (a path, or an id of the hub), with its rank, alpha and layers
+    #[arg(long, visible_alias = "adapter", value_name = "PATH|ID", help_heading = "Adapter",
           conflicts_with_all = ["lora_r", "lora_alpha", "lora_target_modules", "use_rslora"])]
     pub lora: Option<PathBuf>,
     /// Start from random weights: --model needs config.json and a tokenizer only. With --fine-tune-type full
@@ -131,6 +134,9 @@ pub struct SftOptions {
     /// Keep only the inputs of each layer and run it again in backward: less memory, a third more time
     #[arg(long, visible_alias = "grad-checkpoint", help_heading = "Training")]
     pub gradient_checkpointing: bool,
+    /// Show what would be trained on what, in how many steps and how much memory, and stop there
+    #[arg(long, help_heading = "Training")]
+    pub dry_run: bool,
     /// Seed of the shuffle, the adapter's start and the dropout
     #[arg(long, default_value_t = 42, help_heading = "Training")]
     pub seed: u64,

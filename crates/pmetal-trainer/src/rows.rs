@@ -7,8 +7,9 @@ use std::{
 };
 
 use pmetal_data::{Dataset, Examples, Mix, Packing, Report, Sampler, Split, Template, Tokenizer, Watch, pack};
+use pmetal_hub::DownloadProgress;
 
-use crate::{Epochs, Error, Observer, Result, SftOptions, data_options::locate};
+use crate::{Epochs, Error, Observer, Result, SftOptions, data_options::find};
 
 /// The rows of a run, tokenized.
 pub(crate) struct Rows {
@@ -32,14 +33,15 @@ impl Rows {
         stop: &AtomicBool,
     ) -> Result<Self> {
         let dataset_options = options.data.dataset_options(template.clone(), vocab_size);
-        let mix = options.data.mix(options.seed)?;
+        let mix = options.data.mix(options.seed, observer.downloads())?;
+        let eval = eval_mix(options, &mix, observer.downloads())?;
         let mut watch = Reading { observer, stop };
         let Dataset { examples, report } = Dataset::load(&mix, tokenizer, &dataset_options, &mut watch)?;
         if let Some(share) = options.eval_split {
             let (train, eval) = hold_back(&examples, share, options.seed)?;
             return Ok(Self { train, eval, report });
         }
-        let eval = match eval_mix(options, &mix)? {
+        let eval = match eval {
             Some(mix) => Dataset::load(&mix, tokenizer, &dataset_options, &mut watch)?.examples,
             None => Examples::default(),
         };
@@ -48,13 +50,13 @@ impl Rows {
 }
 
 /// The files to evaluate on.
-fn eval_mix(options: &SftOptions, train: &Mix) -> Result<Option<Mix>> {
+fn eval_mix(options: &SftOptions, train: &Mix, progress: &dyn DownloadProgress) -> Result<Option<Mix>> {
     let Some(path) = &options.eval_dataset else {
         let parts: Vec<_> = train.parts.iter().filter(|(source, _)| source.has(Split::Valid)).cloned().collect();
         let parts: Vec<_> = parts.into_iter().map(|(source, _)| (source, 1.0)).collect();
         return Ok((!parts.is_empty()).then_some(Mix { parts, split: Split::Valid, seed: 0 }));
     };
-    let source = locate(path)?;
+    let source = find(path, progress)?;
     let split = [Split::Valid, Split::Test].into_iter().find(|&split| source.has(split)).unwrap_or(Split::Train);
     Ok(Some(Mix { split, ..source.into() }))
 }

@@ -1,20 +1,26 @@
 //! Supervised fine-tuning from paths to paths: read the rows and the model, train, evaluate, write, read back.
 
-use std::{fs, path::Path, sync::atomic::AtomicBool};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+};
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_core::StagedDir;
-use pmetal_data::{Example, TOKENIZER_FILES, Template, Tokenizer};
+use pmetal_data::{Example, TOKENIZER_FILES, Template, TemplateChoice, Tokenizer};
+use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
-    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, save_pretrained, spec_of,
-    tensors_of,
+    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, refuse_too_large,
+    save_pretrained, spec_of, tensors_of,
 };
 use pmetal_ops::{Arena, Policy, no_grad};
 
 use crate::{
     Error, FineTuneType, LoopSettings, MetricsFile, Observer, Result, Schedule, SftOptions, StepSettings, Summary,
     TrainingData,
+    plan::Plan,
     rows::{Batches, Rows},
     train,
     vocabulary::add_tokens,
@@ -56,33 +62,70 @@ impl Trained {
     }
 }
 
+/// All that a run knows before the model is loaded.
+pub(crate) struct Setup {
+    inputs: Inputs,
+    pub(crate) base: Base,
+    tokenizer: Option<Tokenizer>,
+    pub(crate) rows: Rows,
+    pub(crate) batches: Batches,
+    /// Of activations.
+    pub(crate) dtype: DType,
+}
+
+impl Setup {
+    /// Finds the model, opens its tokenizer, reads the rows, and says what will be trained on.
+    pub(crate) fn new(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Self> {
+        options.validate()?;
+        let inputs = Inputs::locate(options, observer.downloads())?;
+        let mut base = Base::open(options, &inputs)?;
+        let mut tokenizer = Tokenizer::find_with_adapter(&inputs.model, inputs.lora.as_deref())?;
+        add_tokens(options, &mut base, tokenizer.as_mut(), observer)?;
+        let template = Template::choose(&options.data.chat_template, tokenizer.as_ref())?;
+        if let Some(tokenizer) = &tokenizer {
+            note_unknown_marks(options, &template, tokenizer, observer);
+        }
+        let rows = Rows::read(options, base.spec.vocab_size, tokenizer.as_ref(), &template, observer, stop)?;
+        if let Some((tokenizer, source)) = tokenizer.as_mut().zip(template.used_for(&rows.report)) {
+            tokenizer.set_chat_template(source);
+        }
+        let batches = Batches::new(options, &rows.train)?;
+        describe(options, &rows, &batches, observer);
+        let dtype = options.dtype.resolve(base.stored_dtype);
+        Ok(Self { inputs, base, tokenizer, rows, batches, dtype })
+    }
+}
+
 /// Runs supervised fine-tuning as `options` say. `stop` ends it after the step under way, and what was trained is written.
 pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
-    options.validate()?;
-    let mut base = Base::open(options)?;
-    let mut tokenizer = Tokenizer::find_with_adapter(&options.model, options.lora.as_deref())?;
-    add_tokens(options, &mut base, tokenizer.as_mut(), observer)?;
-    let template = Template::choose(&options.data.chat_template, tokenizer.as_ref())?;
-    let rows = Rows::read(options, base.spec.vocab_size, tokenizer.as_ref(), &template, observer, stop)?;
-    if let Some((tokenizer, source)) = tokenizer.as_mut().zip(template.used_for(&rows.report)) {
-        tokenizer.set_chat_template(source);
+    let mut setup = Setup::new(options, observer, stop)?;
+    if let Some(warning) = Plan::of(options, &setup)?.warning() {
+        observer.note(&warning);
     }
-    let batches = Batches::new(options, &rows.train)?;
-    describe(options, &rows, &batches, observer);
     make_output(&options.output)?;
-
-    let dtype = options.dtype.resolve(base.stored_dtype);
-    let (model, trained) = prepare(options, &mut base, dtype, &options.device.resolve())?;
+    let (model, trained) = prepare(options, &mut setup.base, setup.dtype, &options.device.resolve())?;
     let arena = trained.arena();
     let total: usize = model.named_weights().iter().map(|(_, w)| w.shape().elem_count()).sum();
-    observer.note(&format!("training {} parameters of a model of {total} in {}", arena.len(), dtype.as_str()));
+    let dtype = setup.dtype.as_str();
+    observer.note(&format!("training {} parameters of a model of {total} in {dtype}", arena.len()));
 
     // not before all else is known to be right: a run that cannot start leaves the metrics of the last one alone
     let mut metrics = MetricsFile::create(&options.output.join("metrics.jsonl"))?;
-    let data = TrainingData { rows: &rows.train, eval_rows: &rows.eval, order: &batches };
+    let data = TrainingData { rows: &setup.rows.train, eval_rows: &setup.rows.eval, order: &setup.batches };
     let summary = train(model.as_ref(), arena, &data, &loop_settings(options), &mut metrics, observer, stop)?;
-    let written = write(options, &base, tokenizer.as_ref(), model.as_ref(), &trained, dtype, &rows.train.get(0)?)?;
+    let written = write(options, &setup, model.as_ref(), &trained)?;
     Ok(Outcome { summary, written })
+}
+
+/// A template of another family is read token by token of this one: it can be learnt, but ends of turns are no single tokens.
+fn note_unknown_marks(options: &SftOptions, template: &Template, tokenizer: &Tokenizer, observer: &mut dyn Observer) {
+    let unknown = template.unknown_marks(tokenizer);
+    if !unknown.is_empty() && options.data.chat_template != TemplateChoice::Auto {
+        observer.note(&format!(
+            "the chat template's {} are no tokens of this model, only text: --add-tokens adds them, --chat-template auto takes the model's own",
+            unknown.join(", ")
+        ));
+    }
 }
 
 /// Says what will be trained on.
@@ -109,29 +152,43 @@ fn make_output(folder: &Path) -> Result<()> {
     Ok(fs::create_dir_all(folder).map_err(pmetal_core::Error::io("create", folder))?)
 }
 
+/// Where on this machine lies what the options name by path or id.
+pub(crate) struct Inputs {
+    pub(crate) model: PathBuf,
+    lora: Option<PathBuf>,
+}
+
+impl Inputs {
+    pub(crate) fn locate(options: &SftOptions, progress: &dyn DownloadProgress) -> Result<Self> {
+        let model = locate(Kind::Model, &options.model, options.revision.as_deref(), progress)?;
+        let lora = options.lora.as_ref().map(|lora| locate(Kind::Model, lora, None, progress)).transpose()?;
+        Ok(Self { model, lora })
+    }
+}
+
 /// Where a run starts: a checkpoint, or a configuration alone; and an adapter where one goes on.
 pub(crate) struct Base {
     config: serde_json::Value,
     /// With the vocabulary that the run trains.
     pub(crate) spec: DecoderSpec,
     stored_dtype: DType,
-    checkpoint: Option<Checkpoint>,
-    adapter: Option<AdapterFile>,
+    pub(crate) checkpoint: Option<Checkpoint>,
+    pub(crate) adapter: Option<AdapterFile>,
     /// Tables to train beside the adapter.
     pub(crate) modules_to_save: ModulesToSave,
 }
 
 impl Base {
-    fn open(options: &SftOptions) -> Result<Self> {
+    fn open(options: &SftOptions, inputs: &Inputs) -> Result<Self> {
         if options.from_scratch {
-            let config = read_config(&options.model)?;
+            let config = read_config(&inputs.model)?;
             let stored_dtype = dtype_of(&config).unwrap_or(DType::BF16);
             let (spec, modules_to_save) = (spec_of(&config)?, ModulesToSave::default());
             return Ok(Self { spec, config, stored_dtype, checkpoint: None, adapter: None, modules_to_save });
         }
-        let checkpoint = Checkpoint::open(&options.model)?;
+        let checkpoint = Checkpoint::open(&inputs.model)?;
         let (config, mut spec) = (checkpoint.config().clone(), checkpoint.spec().clone());
-        let adapter = options.lora.as_deref().map(AdapterFile::open).transpose()?;
+        let adapter = inputs.lora.as_deref().map(AdapterFile::open).transpose()?;
         if let Some(rows) = adapter.as_ref().and_then(AdapterFile::vocab_rows) {
             spec.vocab_size = rows;
         }
@@ -154,7 +211,7 @@ impl Base {
     }
 }
 
-fn loop_settings(options: &SftOptions) -> LoopSettings {
+pub(crate) fn loop_settings(options: &SftOptions) -> LoopSettings {
     LoopSettings {
         epochs: options.epochs,
         max_steps: options.max_steps,
@@ -184,6 +241,7 @@ fn prepare(
     device: &Device,
 ) -> Result<(Box<dyn CausalLMModel>, Trained)> {
     let Some(checkpoint) = &base.checkpoint else {
+        refuse_too_large(&base.spec, dtype)?;
         let arena = Arena::new(&tensors_of(&base.spec), dtype, device)?;
         let model = random(&base.config, dtype, device, options.seed, Some(&arena))?;
         return Ok((model, Trained::Everything(arena)));
@@ -208,15 +266,8 @@ fn prepare(
     Ok((model, Trained::Adapter(arena, file.config.clone())))
 }
 
-fn write(
-    options: &SftOptions,
-    base: &Base,
-    tokenizer: Option<&Tokenizer>,
-    model: &dyn CausalLMModel,
-    trained: &Trained,
-    dtype: DType,
-    row: &Example,
-) -> Result<Written> {
+fn write(options: &SftOptions, setup: &Setup, model: &dyn CausalLMModel, trained: &Trained) -> Result<Written> {
+    let Setup { inputs, base, tokenizer, rows, dtype, .. } = setup;
     let output = &options.output;
     let staged = StagedDir::new(output)?;
     if let Some(tokenizer) = tokenizer {
@@ -231,10 +282,10 @@ fn write(
             Ok(Written::Adapter)
         }
         Trained::Everything(_) => {
-            save_pretrained(model, &base.config, dtype, staged.path(), MAX_SHARD_BYTES)?;
-            copy_generation_config(&options.model, staged.path())?;
+            save_pretrained(model, &base.config, *dtype, staged.path(), MAX_SHARD_BYTES)?;
+            copy_generation_config(&inputs.model, staged.path())?;
             commit(staged, output)?;
-            check_model(output, model, dtype, row)?;
+            check_model(output, model, *dtype, &rows.train.get(0)?)?;
             Ok(Written::Model)
         }
     }

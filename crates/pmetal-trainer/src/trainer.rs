@@ -79,6 +79,18 @@ pub struct Summary {
     pub interrupted: bool,
 }
 
+impl LoopSettings {
+    /// Steps of an epoch of so many micro-batches, and of the whole run.
+    pub(crate) fn steps(&self, batches: usize) -> (usize, usize) {
+        let steps_per_epoch = batches.div_ceil(self.gradient_accumulation_steps);
+        let planned = match self.max_steps {
+            0 => (self.epochs * steps_per_epoch as f64).ceil() as usize,
+            steps => steps,
+        };
+        (steps_per_epoch, planned)
+    }
+}
+
 /// Trains the parameters of `arena` until the settings or `stop` end it; a step under way is finished.
 pub fn train(
     model: &dyn CausalLMModel,
@@ -89,14 +101,10 @@ pub fn train(
     observer: &mut dyn Observer,
     stop: &AtomicBool,
 ) -> Result<Summary> {
-    let steps_per_epoch = data.order.batches().div_ceil(settings.gradient_accumulation_steps);
+    let (steps_per_epoch, planned) = settings.steps(data.order.batches());
     if steps_per_epoch == 0 {
         return Err(Error::NoSteps { reason: "there are no rows".into() });
     }
-    let planned = match settings.max_steps {
-        0 => (settings.epochs * steps_per_epoch as f64).ceil() as usize,
-        steps => steps,
-    };
     let mut schedule = settings.schedule;
     schedule.total_steps = planned;
     if schedule.warmup_steps == 0 {

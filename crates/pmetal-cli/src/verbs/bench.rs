@@ -16,6 +16,11 @@ use pmetal::{
 
 use super::{Failure, Result};
 
+/// Examples shown under `--help`.
+pub const EXAMPLES: &str = "\
+Example:
+  pmetal bench train --model-config config.json --batch 2 --seq 512 --steps 5";
+
 /// Flags of `pmetal bench`.
 #[derive(clap::Args)]
 pub struct Args {
@@ -26,7 +31,7 @@ pub struct Args {
 #[derive(clap::Subcommand)]
 enum What {
     /// Time LoRA training steps on random weights of a given shape; prints one JSON object
-    #[command(after_help = "Example:\n  pmetal bench train --model-config config.json --batch 2 --seq 512 --steps 5")]
+    #[command(after_long_help = EXAMPLES)]
     Train(TrainArgs),
 }
 

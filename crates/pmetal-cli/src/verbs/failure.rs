@@ -1,4 +1,4 @@
-use pmetal::{core, data, lora, models, ops, trainer};
+use pmetal::{core, data, hub, lora, models, ops, trainer};
 
 /// Why a verb stopped: one line for the person at the terminal.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +18,9 @@ pub enum Failure {
     /// A run.
     #[error(transparent)]
     Train(#[from] trainer::Error),
+    /// The hub.
+    #[error(transparent)]
+    Hub(#[from] hub::Error),
     /// An operation.
     #[error(transparent)]
     Ops(#[from] ops::Error),
@@ -55,12 +58,24 @@ pub enum Failure {
 pub type Result<T, E = Failure> = std::result::Result<T, E>;
 
 impl Failure {
+    /// Whether whoever read the results has gone, having seen enough: `pmetal models | head -1`.
+    pub fn is_closed_pipe(&self) -> bool {
+        matches!(self, Self::Output(error) if error.kind() == std::io::ErrorKind::BrokenPipe)
+    }
+
     /// 2 for bad usage, 130 after Ctrl-C, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) | Self::Train(trainer::Error::Option { .. }) => 2,
             Self::Interrupted(_) => 130,
+            Self::Hub(e) | Self::Train(trainer::Error::Hub(e)) if is_usage(e) => 2,
             _ => 1,
         }
     }
+}
+
+/// Whether the flags were wrong whatever the hub has.
+fn is_usage(error: &hub::Error) -> bool {
+    use hub::Error::{BadPattern, NotAnId, RevisionOfPath, TwoRevisions};
+    matches!(error, BadPattern { .. } | NotAnId { .. } | RevisionOfPath { .. } | TwoRevisions { .. })
 }

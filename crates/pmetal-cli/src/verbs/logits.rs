@@ -14,7 +14,8 @@ use super::{Failure, ModelArgs, Result};
 pub const EXAMPLES: &str = "\
 Example:
   echo '[[1, 2, 3], [4, 5]]' > ids.json
-  pmetal logits --model ./model --ids ids.json --dtype f32 --output out.safetensors";
+  pmetal logits --model ./model --ids ids.json --dtype f32 \\
+      --output out.safetensors";
 
 /// Flags of `pmetal logits`.
 #[derive(clap::Args)]

@@ -3,20 +3,25 @@ use std::path::{Path, PathBuf};
 use pmetal::{
     core::{DTypeChoice, DeviceChoice},
     data::Tokenizer,
+    hub::{Kind, locate},
     lora::AdapterFile,
     models::{CausalLMModel, Checkpoint, load},
 };
 
 use super::Result;
+use crate::transfer_bars::TransferBars;
 
 /// Which model to run, and how.
 #[derive(clap::Args)]
 pub struct ModelArgs {
-    /// Model: a Hugging Face folder or a GGUF file
-    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH")]
+    /// Model: a Hugging Face folder, a GGUF file, or an id of the hub (org/name, org/name:FILE.gguf)
+    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH|ID")]
     model: PathBuf,
-    /// Adapter to use with it; several, each with its own --lora, take turns
-    #[arg(long, visible_alias = "adapter", value_name = "PATH")]
+    /// Branch, tag or commit of --model on the hub
+    #[arg(long, value_name = "REVISION")]
+    revision: Option<String>,
+    /// Adapter to use with it: a path, or an id of the hub; several, each with its own --lora, take turns
+    #[arg(long, visible_alias = "adapter", value_name = "PATH|ID")]
     lora: Vec<PathBuf>,
     /// Dtype of activations: auto (the checkpoint's), bf16, f16, f32
     #[arg(long, default_value_t, value_name = "DTYPE")]
@@ -29,12 +34,13 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// The model's files, checked; no weight is read.
     pub fn checkpoint(&self) -> Result<Checkpoint> {
-        Ok(Checkpoint::open(&self.model)?)
+        let path = locate(Kind::Model, &self.model, self.revision.as_deref(), &TransferBars::downloads())?;
+        Ok(Checkpoint::open(&path)?)
     }
 
-    /// The first adapter's tokenizer where it has one beside it, else the checkpoint's.
-    pub fn tokenizer(&self, checkpoint: &Checkpoint) -> Result<Tokenizer> {
-        match Tokenizer::find_with_adapter(checkpoint.path(), self.lora.first().map(PathBuf::as_path))? {
+    /// The tokenizer beside an adapter where there is one, else the checkpoint's.
+    pub fn tokenizer(&self, checkpoint: &Checkpoint, adapter: Option<&Path>) -> Result<Tokenizer> {
+        match Tokenizer::find_with_adapter(checkpoint.path(), adapter)? {
             Some(tokenizer) => Ok(tokenizer),
             // the error that says what is missing
             None => Ok(Tokenizer::from_model_path(checkpoint.path())?),
@@ -46,9 +52,14 @@ impl ModelArgs {
         &self.lora
     }
 
+    /// Where an adapter is, by the name the user gave it.
+    pub fn adapter_path(&self, named: &Path) -> Result<PathBuf> {
+        Ok(locate(Kind::Model, named, None, &TransferBars::downloads())?)
+    }
+
     /// An adapter, by the name the user gave it.
     pub fn adapter(&self, named: &Path) -> Result<AdapterFile> {
-        Ok(AdapterFile::open(named)?)
+        Ok(AdapterFile::open(&self.adapter_path(named)?)?)
     }
 
     /// The model as the user named it.

@@ -7,7 +7,7 @@ use std::{
     },
 };
 
-use pmetal::trainer::{Outcome, SftOptions, Written, sft};
+use pmetal::trainer::{Outcome, SftOptions, Written, plan, sft};
 
 use super::Result;
 use crate::{progress::Progress, tell::tell};
@@ -15,9 +15,14 @@ use crate::{progress::Progress, tell::tell};
 /// Examples shown under `--help`.
 pub const EXAMPLES: &str = "\
 Examples:
-  pmetal train --model ./SmolLM2-135M-Instruct.gguf --dataset rows.jsonl --eval-split 0.1
-  pmetal train --model ./Qwen3-0.6B --dataset rows.jsonl --max-seq-len 2048 --packing --epochs 3
-  pmetal train --model ./base --dataset rows.jsonl --fine-tune-type full --learning-rate 2e-5";
+  pmetal train --model ./SmolLM2-135M-Instruct.gguf --dataset rows.jsonl \\
+      --eval-split 0.1
+  pmetal train --model ./Qwen3-0.6B --dataset rows.jsonl --epochs 3 \\
+      --max-seq-len 2048 --packing
+  pmetal train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset rows.csv \\
+      --columns instruction=question,output=answer --dry-run
+  pmetal train --model ./base --dataset rows.jsonl --fine-tune-type full \\
+      --learning-rate 2e-5";
 
 /// Flags of `pmetal train`.
 #[derive(clap::Args)]
@@ -39,8 +44,21 @@ pub fn run(args: &Args) -> Result<()> {
     if let Err(e) = handler {
         tell(format_args!("Ctrl-C will end the run without writing: {e}"));
     }
-    let outcome = sft(&args.options, &mut Progress::new(args.options.logging_steps), &stop)?;
+    if args.options.dry_run {
+        return dry_run(args, stop);
+    }
+    let outcome = sft(&args.options, &mut Progress::new(args.options.logging_steps, stop.clone()), &stop)?;
     report(&args.options, &outcome)
+}
+
+/// Prints what the run would be.
+fn dry_run(args: &Args, stop: Arc<AtomicBool>) -> Result<()> {
+    let plan = plan(&args.options, &mut Progress::new(args.options.logging_steps, stop.clone()), &stop)?;
+    write!(io::stdout(), "{plan}")?;
+    if let Some(warning) = plan.warning() {
+        tell(format_args!("warning: {warning}"));
+    }
+    Ok(())
 }
 
 fn report(options: &SftOptions, outcome: &Outcome) -> Result<()> {

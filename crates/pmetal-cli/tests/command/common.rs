@@ -69,7 +69,21 @@ pub fn refused<S: AsRef<OsStr>>(code: i32, args: impl IntoIterator<Item = S>) ->
     let last = ran.stderr.lines().last().unwrap_or_default();
     let Some(message) = last.strip_prefix("error: ") else { panic!("no error in the last line of:\n{}", ran.stderr) };
     assert_eq!(ran.stderr.lines().filter(|line| line.starts_with("error:")).count(), 1, "{}", ran.stderr);
+    assert!(message.chars().count() < 700 && !message.contains(char::is_control), "{message}");
     message.to_owned()
+}
+
+/// What `pmetal logits` says about a model that it must refuse.
+pub fn told(space: &Space, path: &str) -> String {
+    told_about(space, path, &[])
+}
+
+/// The same with further flags: a line or two, and nothing written.
+pub fn told_about(space: &Space, path: &str, more: &[&str]) -> String {
+    let (ids, output) = (space.write("ids.json", "[[1, 2, 3]]"), space.path("out.safetensors"));
+    let message = refused(1, [&["logits", "--model", path, "--ids", &ids, "--output", &output], more].concat());
+    assert!(!fs::exists(output).unwrap(), "something was written");
+    message
 }
 
 /// Asserts that a message has every part.

@@ -70,7 +70,7 @@ fn flags_that_do_not_go_together() {
     says(&ours(2, &["--from-scratch"]), &["--from-scratch", "add --fine-tune-type full"]);
     let adapter = model("llama/adapter");
     for flag in ["--lora-r=4", "--lora-alpha=4", "--lora-target-modules=q_proj", "--use-rslora"] {
-        says(&parser(&["--lora", &adapter, flag]), &["--lora <PATH>", flag.split('=').next().unwrap()]);
+        says(&parser(&["--lora", &adapter, flag]), &["--lora <PATH|ID>", flag.split('=').next().unwrap()]);
     }
     says(&parser(&["--warmup-steps=3", "--warmup-ratio=0.1"]), &["--warmup-steps", "--warmup-ratio"]);
 }

@@ -56,7 +56,7 @@ fn a_run_goes_on_when_nobody_reads_its_progress() {
 }
 
 #[test]
-fn a_result_that_nobody_reads_is_an_error_and_no_panic() {
+fn a_reader_that_has_seen_enough_ends_the_command_without_a_word() {
     let config = format!("{}/config.json", model("llama"));
     let infer = ["infer", "--model", &chat_model(), "--prompt", "Hello", "--chat"].map(str::to_owned);
     let bench = ["bench", "train", "--model-config", &config, "--seq", "8", "--steps", "1"].map(str::to_owned);
@@ -64,7 +64,6 @@ fn a_result_that_nobody_reads_is_an_error_and_no_panic() {
         let child = command(args).stdout(closed_pipe()).stderr(Stdio::piped()).spawn().unwrap();
         let output = child.wait_with_output().unwrap();
         let told = String::from_utf8(output.stderr).unwrap();
-        assert!(told.starts_with("error: cannot write the result") && told.lines().count() == 1, "{told}");
-        assert_eq!(output.status.code(), Some(1));
+        assert_eq!((told.as_str(), output.status.code()), ("", Some(0)));
     }
 }

@@ -66,7 +66,7 @@ fn shards_that_are_missing_or_cut() {
     fs::write(&shard, &whole[..whole.len() - 100]).unwrap();
     says(&opening(&space, &copy), &["model-00002-of-00003.safetensors is truncated"]);
     fs::remove_file(&shard).unwrap();
-    says(&opening(&space, &copy), &["model-00002-of-00003.safetensors does not exist"]);
+    says(&opening(&space, &copy), &["model-00002-of-00003.safetensors, which does not exist"]);
 }
 
 #[test]
@@ -111,8 +111,8 @@ fn configurations_that_say_no_model() {
 fn adapters_that_are_none_or_of_another_model() {
     let space = Space::new();
     let nowhere = space.path("nowhere");
-    says(&attaching(&space, &nowhere), &[&nowhere, "is no adapter: expected a folder with adapter_config.json"]);
-    says(&attaching(&space, &model("llama")), &["is no adapter"]);
+    says(&attaching(&space, &nowhere), &[&nowhere, "does not exist"]);
+    says(&attaching(&space, &model("llama")), &["is no adapter: expected a folder with adapter_config.json"]);
     let other = attaching(&space, &model("qwen2/adapter"));
     says(&other, &["does not fit this model", "k_proj.lora_B.weight is [8, 4]", "it was trained on qwen2"]);
 
@@ -134,7 +134,7 @@ fn adapters_that_are_none_or_of_another_model() {
         says(&attaching(&space, &file), &[&file, "is truncated"]);
     }
     space.write("cut/adapter_config.json", "{");
-    says(&attaching(&space, &cut), &["cut/adapter_config.json: EOF"]);
+    says(&attaching(&space, &cut), &["cut/adapter_config.json: is no JSON: EOF"]);
 }
 
 #[test]

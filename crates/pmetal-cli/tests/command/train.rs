@@ -2,7 +2,9 @@
 
 use std::{fs, path::Path};
 
-use crate::common::{Space, close, column, command, finish, logits, metrics, model, read_json, rows, succeed, tensors};
+use crate::common::{
+    Space, close, column, command, finish, logits, metrics, model, read_json, refused, rows, says, succeed, tensors,
+};
 
 /// Trains an adapter of the fixture `llama` into the folder `name`, and returns the folder.
 fn train(space: &Space, name: &str, more: &[&str]) -> String {
@@ -149,4 +151,25 @@ fn a_seed_decides_every_byte_whatever_the_threads() {
 
 fn adapter(output: &str) -> Vec<u8> {
     fs::read(Path::new(output).join("adapter_model.safetensors")).unwrap()
+}
+
+#[test]
+fn a_dry_run_says_what_would_happen_and_leaves_nothing() {
+    let space = Space::new();
+    let output = space.path("out");
+    let base = ["train", "--model", &model("llama"), "--dataset", &rows(), "--output", &output];
+    let ran = succeed([&base[..], &["--dry-run", "--epochs", "3", "--lora-r", "4", "--eval-split", "4"]].concat());
+    says(
+        &ran.stdout,
+        &["12 to train on, 4 to evaluate on", "9 (3 an epoch)", "optimizer", "activations", "2 of 2 layers"],
+    );
+    assert!(!std::fs::exists(&output).unwrap());
+    // the figure is the one that the run itself reports
+    let adapter = succeed([&base[..], &["--max-steps", "1", "--lora-r", "4"]].concat());
+    let parameters = |text: &str, after: &str| -> String {
+        let rest = text.split_once(after).unwrap_or_else(|| panic!("'{after}' is not in {text}")).1.trim_start();
+        rest.split(' ').next().unwrap().to_owned()
+    };
+    assert_eq!(parameters(&ran.stdout, "trained "), parameters(&adapter.stderr, "training "));
+    says(&refused(1, [&base[..], &["--dry-run", "--lora-target-modules", "x"]].concat()), &["called x"]);
 }

@@ -120,8 +120,8 @@ fn trained(turn: usize, object: &Object) -> Parsed<bool> {
     let weight = match object.get("weight").filter(|weight| !weight.is_null()) {
         None => true,
         Some(weight) => match weight.as_f64() {
-            Some(number) if number == 0.0 => false,
-            Some(number) if number == 1.0 => true,
+            Some(0.0) => false,
+            Some(1.0) => true,
             _ => return Err(RowFault::Weight { turn, found: weight.to_string() }),
         },
     };

@@ -146,10 +146,12 @@ impl FromStr for TemplateChoice {
     }
 }
 
-/// The templates of a run: one for conversations, one for Alpaca rows; the same but for a base model under `auto`.
+/// The templates of a run: one for conversations, one for those with tools, one for Alpaca rows. They are the same but under `auto`: some
+/// models have a template of their own for tools, and a base model has none.
 #[derive(Debug, Clone)]
 pub struct Template {
     pub(crate) conversation: Arc<ChatTemplate>,
+    pub(crate) tools: Arc<ChatTemplate>,
     pub(crate) alpaca: Arc<ChatTemplate>,
     marks: &'static [&'static str],
 }
@@ -166,7 +168,8 @@ impl Template {
             (TemplateChoice::Auto, Some((origin, source))) => ChatTemplate::new(origin, source, special)?,
             (TemplateChoice::Auto, None) => {
                 let alpaca = Arc::new(built_in("alpaca", tokenizer)?);
-                return Ok(Self { conversation: Arc::new(built_in("chatml", tokenizer)?), alpaca, marks: &TURNS });
+                let conversation = Arc::new(built_in("chatml", tokenizer)?);
+                return Ok(Self { tools: Arc::clone(&conversation), conversation, alpaca, marks: &TURNS });
             }
             (TemplateChoice::Named(name), _) => built_in(name, tokenizer)?,
             (TemplateChoice::File(path), _) => ChatTemplate::from_file(path, special)?,
@@ -176,7 +179,17 @@ impl Template {
             TemplateChoice::Named(name) => named(name).map_or(&[][..], |(_, template)| template.marks),
             _ => &[],
         };
-        Ok(Self { alpaca: Arc::clone(&conversation), conversation, marks })
+        let for_tools = tokenizer.filter(|_| *choice == TemplateChoice::Auto).and_then(Tokenizer::tool_template);
+        let tools = match for_tools {
+            Some((origin, source)) => Arc::new(ChatTemplate::new(origin, source, special)?),
+            None => Arc::clone(&conversation),
+        };
+        Ok(Self { alpaca: Arc::clone(&conversation), tools, conversation, marks })
+    }
+
+    /// The template of a conversation.
+    pub(crate) fn of(&self, conversation: &Conversation) -> &Arc<ChatTemplate> {
+        if conversation.has_tools() { &self.tools } else { &self.conversation }
     }
 
     /// Marks around turns of a built-in template that are no tokens of their own in this tokenizer: it is for models of
@@ -196,7 +209,7 @@ impl Template {
 
     /// Tells what decides the text that conversations become.
     pub(crate) fn describe(&self, add: &mut impl FnMut(&str)) {
-        for template in [&self.conversation, &self.alpaca] {
+        for template in [&self.conversation, &self.tools, &self.alpaca] {
             add(template.source());
             if template.source().contains("strftime_now") {
                 add(&today());
@@ -209,7 +222,7 @@ impl Template {
     /// # Errors
     /// As [`Template::render`].
     pub fn render_prompt(&self, conversation: &Conversation) -> Result<String> {
-        self.conversation.render(conversation, true)
+        self.of(conversation).render(conversation, true)
     }
 
     /// Where the template of conversations comes from: a file, or `built in: chatml`.

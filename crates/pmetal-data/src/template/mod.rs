@@ -1,6 +1,7 @@
 //! Chat templates, rendered as `transformers` renders them.
 
 mod builtin;
+mod depth;
 mod environment;
 mod generation;
 mod python_json;
@@ -51,6 +52,10 @@ impl ChatTemplate {
         // Jinja reads every kind of line end as one.
         let given = source.to_string();
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        if let Some(line) = depth::overlong_chain(&source) {
+            let reason = "an expression too long to be read; split it with {% set %}".to_string();
+            return Err(Error::Template { template: origin.to_string(), line: Some(line), reason });
+        }
         let (rewritten, marks_generation) = generation::rewrite(&source);
         let mut environment = environment::like_transformers();
         environment.add_template_owned(NAME, rewritten).map_err(|e| template_error(origin, &e))?;

@@ -1,77 +1,95 @@
+use super::patterns::*;
 use crate::{GgufFile, Result};
 
-/// How byte-level BPE cuts a text into words, by the name in `tokenizer.ggml.pre`.
+/// How byte-pair encoding cuts a text into words, by the name in `tokenizer.ggml.pre`.
 #[derive(Debug)]
 pub(crate) struct PreTokenizer {
     /// The names that mean this one.
     pub(crate) names: &'static [&'static str],
     /// Regular expressions, applied one after the other: what one matches and what it leaves are words for the next.
     pub(crate) splits: &'static [&'static str],
-    /// Composed to NFC first, as the model's own tokenizer does. llama.cpp leaves that out: the one place where ids differ.
-    pub(crate) nfc: bool,
     /// A word that is a token is taken whole, whatever the merges say.
     pub(crate) ignores_merges: bool,
     /// bos is put first where the file does not say.
     pub(crate) adds_bos: bool,
+    /// What the vocabulary is written in.
+    pub(crate) alphabet: Alphabet,
 }
 
-/// GPT-2's words. The letters after an apostrophe are lower case only.
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-/// Digits in groups of up to three.
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// As Llama 3, one digit at a time.
-const QWEN2: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// Mistral's: words also end between a lower-case and an upper-case letter.
-const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const DIGIT: &str = r"\p{N}";
+/// What the tokens of a vocabulary are written in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Alphabet {
+    /// One visible character for each byte, as GPT-2's.
+    Bytes,
+    /// Text, with SentencePiece's visible space, and `<0xE4>` for bytes of other characters.
+    Text,
+}
 
-/// Those that files of the known architectures carry; names and expressions are llama.cpp's (`src/llama-vocab.cpp`).
-const KNOWN: [PreTokenizer; 8] = [
-    PreTokenizer {
-        names: &["gpt-2", "phi-2", "gigachat", "a.x-4.0", "exaone4", "olmo", "trillion"],
-        splits: &[GPT2],
-        nfc: false,
-        ignores_merges: false,
-        adds_bos: false,
-    },
-    PreTokenizer {
-        names: &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
-        splits: &[DIGIT, GPT2],
-        nfc: false,
-        ignores_merges: false,
-        adds_bos: false,
-    },
-    PreTokenizer {
-        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"],
-        splits: &[LLAMA3],
-        nfc: false,
-        ignores_merges: true,
-        adds_bos: true,
-    },
-    PreTokenizer {
-        names: &["smaug-bpe", "dbrx"],
-        splits: &[LLAMA3],
-        nfc: false,
-        ignores_merges: false,
-        adds_bos: false,
-    },
-    PreTokenizer { names: &["qwen2"], splits: &[QWEN2], nfc: true, ignores_merges: false, adds_bos: false },
-    PreTokenizer {
-        names: &["deepseek-r1-qwen", "megrez", "kormo", "stablelm2", "hunyuan"],
-        splits: &[QWEN2],
-        nfc: false,
-        ignores_merges: false,
-        adds_bos: false,
-    },
-    PreTokenizer { names: &["tekken"], splits: &[TEKKEN], nfc: false, ignores_merges: true, adds_bos: true },
-    PreTokenizer {
-        names: &["default"],
-        splits: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
-        nfc: false,
-        ignores_merges: false,
-        adds_bos: false,
-    },
+/// Splits under names, with nothing special about them.
+const fn words(names: &'static [&'static str], splits: &'static [&'static str]) -> PreTokenizer {
+    PreTokenizer { names, splits, ignores_merges: false, adds_bos: false, alphabet: Alphabet::Bytes }
+}
+
+impl PreTokenizer {
+    const fn ignoring_merges(mut self) -> Self {
+        self.ignores_merges = true;
+        self
+    }
+
+    const fn adding_bos(mut self) -> Self {
+        self.adds_bos = true;
+        self
+    }
+
+    const fn written_in(mut self, alphabet: Alphabet) -> Self {
+        self.alphabet = alphabet;
+        self
+    }
+}
+
+/// Names and expressions are llama.cpp's (`src/llama-vocab.cpp`).
+const KNOWN: [PreTokenizer; 32] = [
+    words(&["gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "trillion"], &[GPT2]),
+    words(&["granite-docling"], &[GPT2]),
+    words(
+        &["starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"],
+        &[DIGIT, GPT2],
+    ),
+    words(&["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"], &[LLAMA3])
+        .ignoring_merges()
+        .adding_bos(),
+    words(&["smaug-bpe", "dbrx", "chatglm-bpe"], &[LLAMA3]),
+    words(&["glm4", "glm5"], &[LLAMA3]).ignoring_merges(),
+    words(&["qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"], &[QWEN2]),
+    words(&["qwen35"], &[QWEN35]),
+    words(&["tekken"], &[TEKKEN]).ignoring_merges().adding_bos(),
+    words(&["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], &[GPT4O]),
+    words(&["tiny_aya", "cohere2moe"], &[THREES_FROM_THE_END, TINY_AYA]),
+    words(&["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], &[THREE_DIGITS, CHINESE_JAPANESE, DEEPSEEK3]),
+    words(
+        &["deepseek-llm"],
+        &[LINE_END, DEEPSEEK_LLM_LETTERS, DEEPSEEK_LLM_PUNCTUATION, SPACES_AT_END, DEEPSEEK_ASIAN, DIGITS],
+    ),
+    words(&["deepseek-coder"], &[LINE_END, DEEPSEEK_CODER_LETTERS, DEEPSEEK_CODER_PUNCTUATION, DEEPSEEK_ASIAN, DIGIT]),
+    words(&["spark2_5"], &[THREE_DIGITS, CHINESE_JAPANESE, SPARK, DIGIT]),
+    words(&["youtu"], &[YOUTU_SCRIPTS, YOUTU]).ignoring_merges(),
+    words(&["falcon"], &[FALCON_PUNCTUATION, GPT2, THREE_ASCII_DIGITS]),
+    words(&["poro-chat", "bloom", "gpt3-finnish"], &[BLOOM]),
+    words(&["viking"], &[BLOOM, DIGIT]),
+    words(&["chameleon"], &[CHAMELEON_SENTINEL, CHAMELEON_IMAGE, CHAMELEON_SPACES, DIGIT, CHAMELEON_PUNCTUATION, GPT2])
+        .adding_bos(),
+    words(&["kimi-k2"], &[KIMI_K2]),
+    words(&["bailingmoe", "bailingmoe2", "llada-moe"], &[BAILING]),
+    words(&["seed-coder"], &[SEED_CODER]),
+    words(&["ufakzeka"], &[UFAKZEKA]),
+    words(&["afmoe"], &[THREES_FROM_THE_END, AFMOE_ASIAN, DEEPSEEK3]),
+    words(&["laguna"], &[LINES, QWEN2]),
+    words(&["exaone-moe"], &[EXAONE_MOE]),
+    words(&["minicpm5"], &[THREE_DIGITS, MINICPM5]).ignoring_merges(),
+    words(&["jais-2"], &[JAIS2]),
+    words(&["gemma4"], &[LINES]).adding_bos().written_in(Alphabet::Text),
+    words(&["sarvam-moe"], &[LINES]).written_in(Alphabet::Text),
+    words(&["default"], &[DEFAULT_PUNCTUATION, GPT2, DIGITS, THREE_ASCII_DIGITS]),
 ];
 
 const KEY: &str = "tokenizer.ggml.pre";
@@ -79,7 +97,10 @@ const KEY: &str = "tokenizer.ggml.pre";
 impl GgufFile {
     /// The pre-tokenizer the file names. Guessing one would give other ids without a word, so none is ever assumed.
     pub(crate) fn pre_tokenizer(&self) -> Result<&'static PreTokenizer> {
-        let found = self.required(KEY, self.string(KEY)?)?;
+        let found = match self.string(super::MODEL)? {
+            Some("gemma4") => "gemma4",
+            _ => self.required(KEY, self.string(KEY)?)?,
+        };
         KNOWN.iter().find(|known| known.names.contains(&found)).ok_or_else(|| {
             let known: Vec<_> = KNOWN.iter().flat_map(|known| known.names).copied().collect();
             self.unknown("pre-tokenizer", found, known.join(", "))

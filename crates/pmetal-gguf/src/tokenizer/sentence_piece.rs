@@ -12,7 +12,7 @@ use super::vocabulary;
 use crate::{GgufFile, Result, SpecialTokens};
 
 /// SentencePiece's visible space.
-const SPACE: &str = "\u{2581}";
+pub(super) const SPACE: &str = "\u{2581}";
 const SCORES: &str = "tokenizer.ggml.scores";
 /// Pieces are a few characters long; the merges of anything beyond this would be sought for nothing.
 const LONGEST_PIECE: usize = 1024;

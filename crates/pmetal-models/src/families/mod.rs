@@ -6,6 +6,9 @@ pub(crate) mod qwen3;
 
 use crate::{AttentionBias, DecoderSpec, Result, RopeSpec, keys::Keys};
 
+/// Wider than the head of any model, and small enough that its frequencies cost nothing.
+const LARGEST_HEAD: usize = 1 << 16;
+
 /// What a dense decoder's configuration means where it is silent.
 struct Defaults {
     num_key_value_heads: Option<usize>,
@@ -29,6 +32,9 @@ fn dense(config: &Keys, defaults: Defaults) -> Result<DecoderSpec> {
     if head_dim == 0 || !head_dim.is_multiple_of(2) {
         return Err(config.refuse("head_dim", format!("{head_dim} is not an even number above 0")));
     }
+    if head_dim > LARGEST_HEAD {
+        return Err(config.refuse("head_dim", format!("{head_dim} is more than {LARGEST_HEAD}")));
+    }
     let max_positions = config.size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
     Ok(DecoderSpec {
         model_type: String::new(),
@@ -39,7 +45,7 @@ fn dense(config: &Keys, defaults: Defaults) -> Result<DecoderSpec> {
         num_attention_heads: heads,
         num_key_value_heads: kv_heads,
         head_dim,
-        rms_norm_eps: config.number("rms_norm_eps")?.unwrap_or(1e-6).max(0.0),
+        rms_norm_eps: epsilon(config)?,
         rope: RopeSpec::read(config, head_dim, max_positions)?,
         attention_bias: AttentionBias::default(),
         mlp_bias: false,
@@ -48,6 +54,14 @@ fn dense(config: &Keys, defaults: Defaults) -> Result<DecoderSpec> {
         max_position_embeddings: max_positions,
         initializer_range: config.number("initializer_range")?.unwrap_or(0.02),
     })
+}
+
+fn epsilon(config: &Keys) -> Result<f64> {
+    let epsilon = config.number("rms_norm_eps")?.unwrap_or(1e-6);
+    if epsilon < 0.0 {
+        return Err(config.refuse("rms_norm_eps", format!("{epsilon} is below 0; restore the model's own file")));
+    }
+    Ok(epsilon)
 }
 
 fn layers(config: &Keys) -> Result<usize> {
@@ -61,7 +75,7 @@ fn layers(config: &Keys) -> Result<usize> {
 /// What would change the numbers and is not there: refused by name.
 fn refuse_unsupported(config: &Keys) -> Result<()> {
     if let Some(act) = config.text("hidden_act")?.filter(|&act| act != "silu") {
-        return Err(config.refuse("hidden_act", format!("{act} is not supported, only silu")));
+        return Err(config.refuse("hidden_act", format!("{act} is not supported, only silu; choose another model")));
     }
     if config.number("attention_dropout")?.is_some_and(|p| p != 0.0) {
         return Err(config.refuse("attention_dropout", "is not supported, set it to 0"));
@@ -81,13 +95,16 @@ fn refuse_sliding_windows(config: &Keys, layers: usize) -> Result<()> {
     if let Some(kind) =
         config.texts("layer_types")?.unwrap_or_default().into_iter().find(|&kind| kind != "full_attention")
     {
-        return Err(config.refuse("layer_types", format!("{kind} is not supported, only full_attention")));
+        return Err(
+            config.refuse("layer_types", format!("{kind} is not supported, only full_attention; choose another model"))
+        );
     }
     let window = config.whole("sliding_window")?.or((!config.has("sliding_window")).then_some(4096));
     let used = config.boolean("use_sliding_window")?.unwrap_or(false) && window.is_some();
     let full_layers = config.whole("max_window_layers")?.unwrap_or(28);
     if used && !config.has("layer_types") && (layers as u64) > full_layers {
-        return Err(config.refuse("use_sliding_window", "attention over a sliding window is not supported"));
+        return Err(config
+            .refuse("use_sliding_window", "attention over a sliding window is not supported; choose another model"));
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use pmetal::{
 };
 
 use super::{Failure, Result, tokenizer};
-use crate::reading::Reading;
+use crate::{reading::Reading, transfer_bars::TransferBars};
 
 /// Examples shown under `--help`.
 pub const EXAMPLES: &str = "\
@@ -44,7 +44,7 @@ pub fn run(args: &Args) -> Result<()> {
     let template = Template::choose(&args.data.chat_template, tokenizer.as_ref())?;
     let options = args.data.dataset_options(template, usize::MAX);
     let words = tokenizer.as_ref().map(|tokenizer| Words { tokenizer, options: &options });
-    let mix = args.data.mix(0)?;
+    let mix = args.data.mix(0, &TransferBars::downloads())?;
     let most = args.data.max_samples;
     let rows = convert(&mix, &options.columns, most, args.to, words, &args.output, &mut Reading::new())?;
     Ok(writeln!(io::stdout(), "{}: {rows} rows", args.output.display())?)

@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 
 use pmetal::{
     data::{DatasetOptions, Template, Tokenizer},
+    hub::{Kind, locate},
     trainer::DataOptions,
 };
 
 use super::{Failure, Result};
+use crate::transfer_bars::TransferBars;
 
 /// Flags of `pmetal data`.
 #[derive(clap::Args)]
@@ -46,7 +48,7 @@ pub fn run(args: &Args) -> Result<()> {
 #[derive(clap::Args)]
 struct Input {
     /// Model whose tokenizer and chat template are used; its weights are not read
-    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH", help_heading = "Input")]
+    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH|ID", help_heading = "Input")]
     model: PathBuf,
     #[command(flatten)]
     data: DataOptions,
@@ -65,5 +67,5 @@ impl Input {
 }
 
 fn tokenizer(model: &Path) -> Result<Option<Tokenizer>> {
-    Ok(Tokenizer::find(model)?)
+    Ok(Tokenizer::find(locate(Kind::Model, model, None, &TransferBars::downloads())?)?)
 }

@@ -7,7 +7,7 @@ use pmetal::data::{RowView, preview};
 use serde_json::json;
 
 use super::{Failure, Input, Result};
-use crate::{layout::Layout, tell::tell};
+use crate::{layout::Layout, tell::tell, transfer_bars::TransferBars};
 
 /// Examples shown under `--help`.
 pub const EXAMPLES: &str = "\
@@ -35,7 +35,7 @@ pub struct Args {
 /// Prints rows as the model will see them.
 pub fn run(args: &Args) -> Result<()> {
     let (tokenizer, options) = args.input.open()?;
-    let mix = args.input.data.mix(0)?;
+    let mix = args.input.data.mix(0, &TransferBars::downloads())?;
     let mut out = io::stdout().lock();
     let layout = Layout::for_stdout();
     let (mut seen, mut shown, mut endings) = (0, 0, Endings::default());

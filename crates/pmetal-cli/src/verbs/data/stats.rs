@@ -6,7 +6,7 @@ use std::{
 use pmetal::data::{Dataset, DropReason, Report, Stats};
 
 use super::{Input, Result};
-use crate::reading::Reading;
+use crate::{reading::Reading, transfer_bars::TransferBars};
 
 /// Examples shown under `--help`.
 pub const EXAMPLES: &str = "\
@@ -32,7 +32,7 @@ pub fn run(args: &Args) -> Result<()> {
     let (tokenizer, mut options) = args.input.open()?;
     // whole rows are counted: what a cut would do is one of the figures
     let cut = std::mem::take(&mut options.max_seq_len);
-    let mix = args.input.data.mix(0)?;
+    let mix = args.input.data.mix(0, &TransferBars::downloads())?;
     let started = Instant::now();
     let dataset = Dataset::load(&mix, tokenizer.as_ref(), &options, &mut Reading::new())?;
     let stats = Stats::of(&dataset.examples, cut)?;

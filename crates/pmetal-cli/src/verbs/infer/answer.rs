@@ -4,6 +4,7 @@ use pmetal::{
     data::StreamDecoder,
     lora::{Use, attach_file, detach},
     models::{CausalLMModel, Checkpoint, Event, Generation, Logprobs, SamplingParams, Session, StopReason},
+    ops::Weight,
 };
 use serde_json::{Map, Value, json};
 
@@ -24,6 +25,8 @@ pub type Sink<'a> = &'a mut dyn FnMut(&Piece) -> Result<()>;
 /// A model that answers, with one adapter or none at a time.
 pub struct Engine {
     model: Box<dyn CausalLMModel>,
+    /// The model's own, whatever an adapter brings.
+    tables: Tables,
     session: Session,
     pub voice: Voice,
     pub params: SamplingParams,
@@ -89,22 +92,46 @@ impl Answer {
     }
 }
 
+/// The embedding and the head of a model: an adapter may bring its own.
+struct Tables {
+    embedding: Weight,
+    /// None where it is the embedding.
+    head: Option<Weight>,
+}
+
+impl Tables {
+    fn of(model: &dyn CausalLMModel) -> Self {
+        let head = (!model.spec().tie_word_embeddings).then(|| model.head().clone());
+        Self { embedding: model.embedding().clone(), head }
+    }
+
+    fn put(&self, model: &mut dyn CausalLMModel) -> Result<()> {
+        Ok(model.set_tables(self.embedding.clone(), self.head.clone())?)
+    }
+}
+
 impl Engine {
     /// Loads the weights of a checkpoint, with the adapter of a voice.
     pub fn load(args: &Args, checkpoint: &Checkpoint, voice: Voice, params: SamplingParams) -> Result<Self> {
         let mut model = args.model.load(checkpoint)?;
+        let tables = Tables::of(model.as_ref());
         if let Some(adapter) = &voice.adapter {
             attach_file(model.as_mut(), adapter, Use::Inference)?;
         }
         let session = Session::new(model.as_ref())?;
-        Ok(Self { model, session, voice, params, stop: args.stop.clone(), interrupt: Interrupt::default() })
+        Ok(Self { model, tables, session, voice, params, stop: args.stop.clone(), interrupt: Interrupt::default() })
     }
 
     /// Goes on with another adapter, or without one. One that does not fit changes nothing.
     pub fn switch(&mut self, voice: Voice) -> Result<()> {
+        let held = Tables::of(self.model.as_ref());
+        self.tables.put(self.model.as_mut())?;
         match &voice.adapter {
             Some(adapter) => {
-                attach_file(self.model.as_mut(), adapter, Use::Inference)?;
+                if let Err(error) = attach_file(self.model.as_mut(), adapter, Use::Inference) {
+                    held.put(self.model.as_mut())?;
+                    return Err(error.into());
+                }
             }
             None => detach(self.model.as_mut()),
         }

@@ -65,7 +65,8 @@ const PROBES: [&str; 2] = ["Kestrel flew", "Wagon stood up"];
 impl Voice {
     /// Opens tokenizer, template and adapter, and reads no weights of the model.
     pub fn open(args: &Args, checkpoint: &Checkpoint, adapter: Option<&Path>, with_template: bool) -> Result<Self> {
-        let tokenizer = args.model.tokenizer(checkpoint)?;
+        let path = adapter.map(|named| args.model.adapter_path(named)).transpose()?;
+        let tokenizer = args.model.tokenizer(checkpoint, path.as_deref())?;
         let choice = args.chat_template.clone().unwrap_or_default();
         let template = with_template.then(|| Template::choose(&choice, &tokenizer)).transpose()?;
         let mut eos_ids: BTreeSet<u32> = checkpoint.generation().eos_token_ids.iter().copied().collect();
@@ -82,7 +83,7 @@ impl Voice {
         }
         Ok(Self {
             name: adapter.map(|path| path.display().to_string()),
-            adapter: adapter.map(|path| args.model.adapter(path)).transpose()?,
+            adapter: path.as_deref().map(AdapterFile::open).transpose()?,
             turn_ends: template.as_ref().map(|template| turn_ends(template, &tokenizer)).unwrap_or_default(),
             tokenizer,
             template,

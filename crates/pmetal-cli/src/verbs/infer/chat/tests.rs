@@ -148,7 +148,7 @@ fn commands_that_are_none_or_cannot_be_done_leave_the_chat_as_it_is() {
     let printed = talk(&["/rest", "/retry", "/lora", "/lora /no/such/adapter", "", KITES, "/help"]);
     assert!(printed.notes[0].starts_with("no command /rest: /help lists them"), "{:?}", printed.notes);
     assert_eq!(printed.notes[1..3], ["nothing to answer again", "adapter: off"]);
-    assert!(printed.notes[3].starts_with("error: /no/such/adapter is no adapter"), "{:?}", printed.notes);
+    assert!(printed.notes[3].starts_with("error: /no/such/adapter does not exist"), "{:?}", printed.notes);
     assert_eq!(printed.answers, [fresh(&[("user", KITES)])]);
     assert!(printed.notes.iter().any(|note| note.contains("/system TEXT")));
     assert!(printed.notes.iter().all(|note| note.len() <= 80 || note.starts_with("error")), "{:?}", printed.notes);

@@ -1,18 +1,21 @@
-use std::{
-    collections::HashSet,
-    fs,
-    path::{Path, PathBuf},
-};
+//! Text to token ids and back.
 
-use pmetal_gguf::{GgufFile, gguf_files_in};
+mod folder;
+mod merges;
+mod pieces;
+mod stream;
+mod template_files;
+
+use std::{collections::HashSet, fs, path::Path};
+
+use pmetal_gguf::GgufFile;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Encoding};
 
 use crate::error::{Error, Result};
-
-/// The variables under which chat templates know special tokens, as `tokenizer_config.json` names them.
-const SPECIAL_NAMES: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+use pieces::Pieces;
+pub use stream::StreamDecoder;
+use template_files::NamedTemplate;
 
 /// What [`Tokenizer::save`] writes; a template only where there is one.
 pub const TOKENIZER_FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
@@ -28,8 +31,9 @@ pub struct Tokenizer {
     special_set: HashSet<String>,
     eos: Vec<u32>,
     adds_bos: bool,
-    /// Where it comes from, and the Jinja text.
-    chat_template: Option<(String, String)>,
+    pieces: Pieces,
+    /// The one for chatting first.
+    chat_templates: Vec<NamedTemplate>,
     /// What else `tokenizer_config.json` says.
     config: Map<String, Value>,
 }
@@ -37,9 +41,10 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Opens the tokenizer of a model: a folder in Hugging Face's layout, a GGUF file, or a folder around one.
     ///
-    /// Of a folder it reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and,
-    /// for the ids that end a text, `generation_config.json` and `config.json`. Like `transformers`, it takes what is put
-    /// around a plain text from `tokenizer.json` alone.
+    /// Of a folder it reads `tokenizer.json`, `tokenizer_config.json`, `added_tokens.json`, `special_tokens_map.json`, the
+    /// template files and, for the ids that end a text, `generation_config.json` and `config.json`. As transformers 5 does, it
+    /// adds the tokens that only those files have, lets `LlamaTokenizer` treat spaces in its own way, and takes what is put
+    /// around a plain text from `tokenizer.json` alone, whatever `add_bos_token` says.
     ///
     /// # Errors
     /// When the path is neither, `tokenizer.json` is missing, or a file is broken.
@@ -74,7 +79,9 @@ impl Tokenizer {
             let ends: Vec<u32> = models.eos.iter().copied().filter(|id| !tokenizer.eos.contains(id)).collect();
             tokenizer.special_set.extend(ends.iter().filter_map(|&id| tokenizer.inner.id_to_token(id)));
             tokenizer.eos.extend(ends);
-            tokenizer.chat_template = tokenizer.chat_template.or(models.chat_template);
+            if tokenizer.chat_templates.is_empty() {
+                tokenizer.chat_templates = models.chat_templates;
+            }
         }
         Ok(Some(tokenizer))
     }
@@ -89,7 +96,8 @@ impl Tokenizer {
             ("pad_token", tokens.pad),
         ];
         let special = named.into_iter().filter_map(|(name, token)| Some((name.to_string(), token?.text))).collect();
-        let template = file.chat_template()?.map(|source| (path.display().to_string(), source.to_string()));
+        let template = file.chat_template()?;
+        let template = template.map(|source| NamedTemplate::default_of(path.display().to_string(), source.to_string()));
         let eos = tokens.end_of_generation.iter().map(|token| token.id).collect();
         let inner = match file.tokenizer() {
             Err(pmetal_gguf::Error::MissingKey { key, .. }) if key == GGUF_TOKENS => {
@@ -97,52 +105,14 @@ impl Tokenizer {
             }
             found => found?,
         };
-        Self::assemble(inner, special, eos, template, path)
-    }
-
-    fn from_folder(folder: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return match gguf_files_in(folder).unwrap_or_default().as_slice() {
-                    [only] => Self::from_gguf(only),
-                    _ => Err(Error::NoTokenizer { path: folder.to_path_buf() }),
-                };
-            }
-            Err(source) => return Err(Error::Read { path, source }),
-        };
-        let inner = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|e| Error::TokenizerFile { path: path.clone(), reason: e.to_string() })?;
-        let config_path = folder.join("tokenizer_config.json");
-        let config = json(&config_path)?;
-        let map = json(&folder.join("special_tokens_map.json"))?;
-        let text = |name: &str| token_text(config.get(name)).or_else(|| token_text(map.get(name)));
-        let special = SPECIAL_NAMES.iter().filter_map(|name| Some((name.to_string(), text(name)?))).collect();
-        let mut eos = Vec::new();
-        for name in ["generation_config.json", "config.json"] {
-            eos.extend(ids(json(&folder.join(name))?.get("eos_token_id")));
-        }
-        let own = folder.join("chat_template.jinja");
-        let template = match fs::read_to_string(&own) {
-            Ok(source) => Some((own.display().to_string(), source)),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                config_template(&config).map(|source| (config_path.display().to_string(), source))
-            }
-            Err(source) => return Err(Error::Read { path: own, source }),
-        };
-        let mut tokenizer = Self::assemble(inner, special, eos, template, &path)?;
-        if let Value::Object(config) = config {
-            tokenizer.config = config;
-        }
-        Ok(tokenizer)
+        Self::assemble(inner, special, eos, template.into_iter().collect(), path)
     }
 
     fn assemble(
         mut inner: tokenizers::Tokenizer,
         special: Vec<(String, String)>,
         more_eos: Vec<u32>,
-        chat_template: Option<(String, String)>,
+        chat_templates: Vec<NamedTemplate>,
         path: &Path,
     ) -> Result<Self> {
         // Lengths are the dataset's business: a `tokenizer.json` saved while training may still cut or fill up.
@@ -161,7 +131,8 @@ impl Tokenizer {
         let adds_bos = bos.is_some() && empty.get_ids().first().copied() == bos && eos.first().copied() != bos;
         let added = inner.get_added_tokens_decoder().into_values().filter(|token| token.special);
         let special_set = added.map(|t| t.content).chain(eos.iter().filter_map(|&id| inner.id_to_token(id))).collect();
-        Ok(Self { inner, special, special_set, eos, adds_bos, chat_template, config: Map::new() })
+        let pieces = Pieces::of(&inner);
+        Ok(Self { inner, special, special_set, eos, adds_bos, pieces, chat_templates, config: Map::new() })
     }
 
     /// The ids of a text. With `add_special`, what the tokenizer puts around a plain text (usually bos before it) is there.
@@ -179,13 +150,24 @@ impl Tokenizer {
     }
 
     /// The text of some ids without special tokens. Bytes that are no UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(failed)
+        if self.pieces == Pieces::Joined {
+            return self.inner.decode(ids, true).map_err(failed);
+        }
+        let mut bytes = Vec::new();
+        for &id in ids {
+            self.pieces.append(&self.inner, id, &mut bytes);
+        }
+        self.pieces.strip_start(&mut bytes);
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Decodes ids one at a time, as they are generated; special tokens are left out.
     pub fn stream(&self) -> StreamDecoder<'_> {
-        StreamDecoder { tokenizer: self, ids: Vec::new(), settled: 0, printed: 0 }
+        StreamDecoder::new(self)
     }
 
     /// Adds tokens that are never split; `special` ones are not part of a decoded text. Returns those that are new with their ids; the
@@ -207,6 +189,7 @@ impl Tokenizer {
             }
             self.describe(token, id, special);
         }
+        self.pieces = Pieces::of(&self.inner);
         Ok(added)
     }
 
@@ -222,10 +205,14 @@ impl Tokenizer {
 
     /// Replaces the chat template by another Jinja text.
     pub fn set_chat_template(&mut self, source: &str) {
-        self.chat_template = Some(("the run's chat template".to_string(), source.to_string()));
+        let own = NamedTemplate::default_of("the run's chat template".to_string(), source.to_string());
+        match self.chat_templates.first_mut() {
+            Some(first) => *first = own,
+            None => self.chat_templates.push(own),
+        }
     }
 
-    /// Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, from which `transformers` and mlx-lm make the
+    /// Writes `tokenizer.json`, `tokenizer_config.json` and the chat templates' files, from which `transformers` and mlx-lm make the
     /// same tokenizer.
     ///
     /// # Errors
@@ -245,10 +232,7 @@ impl Tokenizer {
             }
         }
         write("tokenizer_config.json", &format!("{:#}\n", Value::Object(config)))?;
-        match &self.chat_template {
-            Some((_, source)) => write("chat_template.jinja", source),
-            None => Ok(()),
-        }
+        template_files::write(folder, &self.chat_templates)
     }
 
     /// Everything that decides which ids a text becomes and which of them end it, in words.
@@ -294,7 +278,13 @@ impl Tokenizer {
 
     /// The model's own chat template: where it comes from and its Jinja text.
     pub(crate) fn chat_template(&self) -> Option<(&str, &str)> {
-        self.chat_template.as_ref().map(|(origin, source)| (origin.as_str(), source.as_str()))
+        self.chat_templates.first().map(|template| (template.origin.as_str(), template.source.as_str()))
+    }
+
+    /// The model's template of its own for conversations with tools, the one named `tool_use`.
+    pub(crate) fn tool_template(&self) -> Option<(&str, &str)> {
+        let named = self.chat_templates.iter().find(|template| template.name == "tool_use");
+        named.map(|template| (template.origin.as_str(), template.source.as_str()))
     }
 
     /// The special tokens as chat templates know them: (`bos_token`, `<s>`).
@@ -308,94 +298,6 @@ impl Tokenizer {
     }
 }
 
-/// Ids in, text out, without ever cutting a character: bytes wait until they are complete.
-pub struct StreamDecoder<'a> {
-    tokenizer: &'a Tokenizer,
-    ids: Vec<u32>,
-    /// Ids before this are printed and no longer needed as context.
-    settled: usize,
-    /// Ids before this are printed.
-    printed: usize,
-}
-
-/// Tokens a character can take at most: one for each of its bytes.
-const LONGEST_CHARACTER: usize = 4;
-
-impl StreamDecoder<'_> {
-    /// The text that `id` completes; empty while a character is incomplete.
-    ///
-    /// # Errors
-    /// When the tokenizer's decoder fails.
-    pub fn push(&mut self, id: u32) -> Result<String> {
-        self.ids.push(id);
-        let text = self.pending()?;
-        let waiting = self.ids.len() - self.printed;
-        if text.is_empty() || (text.ends_with(char::REPLACEMENT_CHARACTER) && waiting < LONGEST_CHARACTER) {
-            return Ok(String::new());
-        }
-        self.settled = self.printed;
-        self.printed = self.ids.len();
-        Ok(text)
-    }
-
-    /// What still waits when no more ids come.
-    ///
-    /// # Errors
-    /// When the tokenizer's decoder fails.
-    pub fn finish(mut self) -> Result<String> {
-        let rest = self.pending();
-        self.printed = self.ids.len();
-        rest
-    }
-
-    /// The text of the ids not printed yet, in the context of those before: decoders drop the first space of a text.
-    fn pending(&self) -> Result<String> {
-        let recent = self.ids.get(self.settled..).unwrap_or_default();
-        let context = recent.get(..self.printed - self.settled).unwrap_or_default();
-        let before = self.tokenizer.decode(context)?;
-        let all = self.tokenizer.decode(recent)?;
-        Ok(all.strip_prefix(&before).map(str::to_string).unwrap_or_default())
-    }
-}
-
 fn failed(error: tokenizers::Error) -> Error {
     Error::Tokenize { reason: error.to_string() }
-}
-
-/// A JSON file's value, null if there is no such file.
-fn json(path: &PathBuf) -> Result<Value> {
-    match fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map_err(|e| Error::TokenizerFile { path: path.clone(), reason: format!("bad JSON: {e}") }),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        Err(source) => Err(Error::Read { path: path.clone(), source }),
-    }
-}
-
-/// A token is written as its text, or as an object with the text under `content`.
-fn token_text(value: Option<&Value>) -> Option<String> {
-    let value = value?;
-    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
-}
-
-/// `eos_token_id` is one id or a list.
-fn ids(value: Option<&Value>) -> Vec<u32> {
-    let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    match value {
-        Some(Value::Array(list)) => list.iter().filter_map(one).collect(),
-        Some(value) => one(value).into_iter().collect(),
-        None => Vec::new(),
-    }
-}
-
-/// `chat_template` is the template, or a list of named ones of which `default` is for chatting.
-fn config_template(config: &Value) -> Option<String> {
-    match config.get("chat_template")? {
-        Value::String(source) => Some(source.clone()),
-        Value::Array(named) => {
-            let default = named.iter().find(|entry| entry.get("name").is_some_and(|name| name == "default"));
-            default.or(named.first())?.get("template")?.as_str().map(str::to_string)
-        }
-        _ => None,
-    }
 }

@@ -1,0 +1,267 @@
+//! What a run would do: parameters, rows, steps and memory, before any of it is done.
+
+use std::{collections::BTreeMap, fmt, sync::atomic::AtomicBool};
+
+use candle_core::DType;
+use pmetal_core::total_memory;
+use pmetal_lora::{LoraConfig, adapter_tensors};
+use pmetal_models::{DecoderSpec, EMBEDDING, HEAD, linear_layers, tensors_of};
+use serde::Serialize;
+
+use crate::{
+    Epochs, FineTuneType, Observer, Result, SftOptions,
+    sft::{Setup, loop_settings},
+};
+
+/// Bytes of a trained value: itself, its gradient and AdamW's two moments, all f32.
+const TRAINED_BYTES: u64 = 16;
+/// Bytes of the block of logits that the loss is computed on.
+const LOGITS_BYTES: u64 = 16 << 20;
+/// The share of the machine's memory that others need.
+const RESERVED: f64 = 0.1;
+
+/// What a run would do.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// The family.
+    pub model_type: String,
+    /// Layers of the model.
+    pub layers: usize,
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// Dtype of activations.
+    pub dtype: &'static str,
+    /// Parameters trained, by the module they belong to (`q_proj`, `embed_tokens`).
+    pub trained: BTreeMap<String, u64>,
+    /// Layers that have a trained parameter.
+    pub trained_layers: usize,
+    /// Rows to train on.
+    pub rows: usize,
+    /// Rows to evaluate on.
+    pub eval_rows: usize,
+    /// Tokens of the rows to train on.
+    pub tokens: u64,
+    /// Packs of them, where they are packed.
+    pub packs: Option<usize>,
+    /// Steps of an epoch.
+    pub steps_per_epoch: usize,
+    /// Steps of the run.
+    pub steps: usize,
+    /// Tokens of the largest micro-batch of the first epoch.
+    pub largest_batch_tokens: u64,
+    /// Bytes, by part.
+    pub memory: Memory,
+    /// Bytes of memory of this machine; none where it does not say.
+    pub machine_memory: Option<u64>,
+}
+
+/// Bytes that a run needs, by part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// Frozen weights read where they lie in their files.
+    pub mapped_weights: u64,
+    /// Frozen weights in memory.
+    pub weights: u64,
+    /// Trained values, their gradients and optimizer states.
+    pub trained: u64,
+    /// What is kept of the forward pass, and the room of the backward pass.
+    pub activations: u64,
+    /// Logits of a block of tokens.
+    pub logits: u64,
+}
+
+impl Memory {
+    /// All parts.
+    pub fn total(&self) -> u64 {
+        self.mapped_weights + self.weights + self.trained + self.activations + self.logits
+    }
+}
+
+/// Plans a run: reads model headers and rows, loads no weight and trains nothing.
+///
+/// # Errors
+/// As [`crate::sft`] before its first step.
+pub fn plan(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Plan> {
+    Plan::of(options, &Setup::new(options, observer, stop)?)
+}
+
+impl Plan {
+    pub(crate) fn of(options: &SftOptions, setup: &Setup) -> Result<Self> {
+        let spec = &setup.base.spec;
+        let trained = trained_tensors(options, setup)?;
+        let lengths = setup.rows.train.lengths()?;
+        let length = |&row: &usize| lengths.get(row).map_or(0, |&length| u64::from(length));
+        let largest = setup.batches.epoch(0).map(|batch| batch.iter().map(length).sum()).max().unwrap_or(0);
+        let (steps_per_epoch, steps) = loop_settings(options).steps(setup.batches.batches());
+        let numbers: u64 = trained.iter().map(|(_, numbers)| numbers).sum();
+        let full = options.fine_tune_type == FineTuneType::Full;
+        let copies = if full && setup.dtype != DType::F32 { setup.dtype.size_in_bytes() as u64 } else { 0 };
+        let (mapped_weights, weights) = match &setup.base.checkpoint {
+            Some(checkpoint) if !full => checkpoint.weight_bytes(setup.dtype),
+            _ => (0, 0),
+        };
+        let rank = if full { 0 } else { adapter_config(options, setup).r };
+        let kept = Kept { spec, width: setup.dtype.size_in_bytes() as u64, rank: rank as u64 };
+        let mut by_module = BTreeMap::new();
+        for (name, numbers) in &trained {
+            *by_module.entry(module_of(name)).or_insert(0) += numbers;
+        }
+        Ok(Self {
+            model_type: spec.model_type.clone(),
+            layers: spec.num_hidden_layers,
+            parameters: tensors_of(spec).iter().map(|(_, shape)| shape.elem_count() as u64).sum(),
+            dtype: setup.dtype.as_str(),
+            trained_layers: layers_of(&trained),
+            trained: by_module,
+            rows: setup.rows.train.len(),
+            eval_rows: setup.rows.eval.len(),
+            tokens: lengths.iter().map(|&length| u64::from(length)).sum(),
+            packs: setup.batches.packing.as_ref().map(pmetal_data::Packing::len),
+            steps_per_epoch,
+            steps,
+            largest_batch_tokens: largest,
+            memory: Memory {
+                mapped_weights,
+                weights,
+                trained: numbers * (TRAINED_BYTES + copies),
+                activations: largest * kept.per_token(options.gradient_checkpointing),
+                logits: LOGITS_BYTES.max(8 * 4 * spec.vocab_size as u64),
+            },
+            machine_memory: total_memory(),
+        })
+    }
+
+    /// What to say where the machine has too little memory.
+    pub fn warning(&self) -> Option<String> {
+        let (needed, machine) = (self.memory.total(), self.machine_memory?);
+        (needed as f64 > machine as f64 * (1.0 - RESERVED)).then(|| {
+            format!(
+                "this run needs about {} of memory, the machine has {}: lower --batch-size or --max-seq-len, or add --gradient-checkpointing",
+                gib(needed),
+                gib(machine)
+            )
+        })
+    }
+}
+
+fn adapter_config(options: &SftOptions, setup: &Setup) -> LoraConfig {
+    setup.base.adapter.as_ref().map_or_else(|| options.lora_config(), |file| file.config.clone())
+}
+
+/// The trained tensors and their sizes.
+fn trained_tensors(options: &SftOptions, setup: &Setup) -> Result<Vec<(String, u64)>> {
+    let spec = &setup.base.spec;
+    let all = || tensors_of(spec).into_iter().map(|(name, shape)| (name, shape.elem_count() as u64));
+    if options.fine_tune_type == FineTuneType::Full {
+        return Ok(all().collect());
+    }
+    let saved = setup.base.modules_to_save.and(adapter_config(options, setup).modules_to_save);
+    let mut trained: Vec<(String, u64)> = match &setup.base.adapter {
+        Some(file) => file.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.elem_count() as u64)).collect(),
+        None => {
+            let fresh = adapter_tensors(spec, &options.lora_config())?;
+            fresh.into_iter().map(|(name, shape)| (name, shape.elem_count() as u64)).collect()
+        }
+    };
+    let wanted = |name: &str| (name == EMBEDDING && saved.embed_tokens) || (name == HEAD && saved.lm_head);
+    let tables = all().filter(|(name, _)| wanted(name) && trained.iter().all(|(known, _)| known != name));
+    let tables: Vec<_> = tables.collect();
+    trained.extend(tables);
+    Ok(trained)
+}
+
+/// `q_proj` of `model.layers.3.self_attn.q_proj.lora_A.weight`.
+fn module_of(name: &str) -> String {
+    let stem = [".weight", ".bias", ".lora_A", ".lora_B"]
+        .iter()
+        .fold(name, |name, end| name.strip_suffix(end).unwrap_or(name));
+    stem.rsplit('.').next().unwrap_or(stem).to_string()
+}
+
+fn layers_of(trained: &[(String, u64)]) -> usize {
+    let layer = |(name, _): &(String, u64)| name.split_once(".layers.")?.1.split('.').next()?.parse::<usize>().ok();
+    let mut layers: Vec<usize> = trained.iter().filter_map(layer).collect();
+    layers.sort_unstable();
+    layers.dedup();
+    layers.len()
+}
+
+/// What the forward pass keeps for the backward pass, as the operations of `pmetal-ops` save it.
+struct Kept<'a> {
+    spec: &'a DecoderSpec,
+    /// Bytes of an activation.
+    width: u64,
+    /// Of the adapter; 0 without one.
+    rank: u64,
+}
+
+impl Kept<'_> {
+    fn per_token(&self, checkpointing: bool) -> u64 {
+        let spec = self.spec;
+        let (hidden, inner) = (spec.hidden_size as u64, spec.intermediate_size as u64);
+        let layers = spec.num_hidden_layers as u64;
+        // the backward pass of an MLP while all is still kept; the embedding, the last norm and its gradient
+        let room = (3 * inner / 2 + 2 * hidden + 3 * hidden) * self.width;
+        if checkpointing {
+            return layers * hidden * self.width + self.layer() + 3 * hidden * self.width + room;
+        }
+        layers * self.layer() + room
+    }
+
+    /// Bytes of one layer: two sums and two norms, q, k and v (before and behind their norms), the heads' results, gate, up and their
+    /// product; f32 statistics and low-rank products.
+    fn layer(&self) -> u64 {
+        let spec = self.spec;
+        let (q, kv) = (spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
+        let normed = if spec.qk_norm { q + kv } else { 0 };
+        let activations = 4 * spec.hidden_size + 2 * q + 2 * kv + normed + 3 * spec.intermediate_size;
+        let linears = linear_layers(spec).len() / spec.num_hidden_layers.max(1);
+        let statistics = spec.num_attention_heads + 2 + if spec.qk_norm { spec.num_attention_heads * 2 } else { 0 };
+        activations as u64 * self.width + 4 * (statistics as u64 + linears as u64 * self.rank)
+    }
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let total: u64 = self.trained.values().sum();
+        let share = 100.0 * total as f64 / self.parameters.max(1) as f64;
+        let line = |f: &mut fmt::Formatter<'_>, name: &str, text: String| writeln!(f, "{name:<22}{text}");
+        line(
+            f,
+            "model",
+            format!("{}, {} layers, {} parameters, {}", self.model_type, self.layers, self.parameters, self.dtype),
+        )?;
+        line(
+            f,
+            "trained",
+            format!("{total} parameters ({share:.2} %) in {} of {} layers", self.trained_layers, self.layers),
+        )?;
+        for (module, numbers) in &self.trained {
+            line(f, "", format!("{numbers:>14}  {module}"))?;
+        }
+        line(f, "rows", format!("{} to train on, {} to evaluate on", self.rows, self.eval_rows))?;
+        let packs = self.packs.map(|packs| format!(", in {packs} packs")).unwrap_or_default();
+        line(f, "tokens of an epoch", format!("{}{packs}", self.tokens))?;
+        line(f, "steps", format!("{} ({} an epoch)", self.steps, self.steps_per_epoch))?;
+        line(f, "largest micro-batch", format!("{} tokens", self.largest_batch_tokens))?;
+        let m = &self.memory;
+        line(f, "memory, about", gib(m.total()))?;
+        for (name, bytes) in [
+            ("weights, mapped", m.mapped_weights),
+            ("weights", m.weights),
+            ("trained, gradients, optimizer", m.trained),
+            ("activations", m.activations),
+            ("logits", m.logits),
+        ] {
+            line(f, "", format!("{:>14}  {name}", gib(bytes)))?;
+        }
+        match self.machine_memory {
+            Some(machine) => line(f, "this machine has", gib(machine)),
+            None => Ok(()),
+        }
+    }
+}
