@@ -1,8 +1,10 @@
 use std::{collections::HashSet, ops::Range, sync::Arc};
 
+use serde_json::Value;
+
 use crate::{
-    conversation::Conversation,
-    error::{Result, RowFault},
+    conversation::{Conversation, Message},
+    error::{Error, Result, RowFault},
     mask::{TrainOn, TurnShape, Turns},
     row::Row,
     template::{ChatTemplate, Prepared, Template},
@@ -188,7 +190,8 @@ impl Rendering<'_> {
     fn conversation(&self, shaped: &Shaped, conversation: &Conversation) -> Result<Encoded> {
         let template = &shaped.template;
         let prepared = Prepared::new(template, conversation);
-        let text = template.render_messages(&prepared, prepared.messages(), false)?;
+        let text = template.render_messages(&prepared, prepared.messages(), false);
+        let text = text.map_err(|error| about_calls(error, conversation))?;
         let encoding = self.tokenizer.encode_with_offsets(&text)?;
         let mut ids = encoding.get_ids().to_vec();
         let mut trained = if self.train_on == TrainOn::All {
@@ -214,6 +217,19 @@ impl Rendering<'_> {
         let labels = ids.iter().zip(trained).map(label).collect();
         let example = Example { input_ids: ids, labels };
         Ok(Encoded { example, text, offsets: encoding.get_offsets().to_vec(), before: 0 })
+    }
+}
+
+/// A template that knows no tool calls fails at a message that has nothing else: what it says then helps nobody.
+fn about_calls(error: Error, conversation: &Conversation) -> Error {
+    let silent = |message: &Message| message.object().get("content").is_none_or(Value::is_null);
+    let Some(message) = conversation.messages.iter().position(silent) else { return error };
+    match error {
+        Error::Template { template, line, reason } => {
+            let hint = "has tool calls and no content, which this template does not take; --chat-template qwen-3 does";
+            Error::Template { template, line, reason: format!("message {message} (from 0) {hint} ({reason})") }
+        }
+        other => other,
     }
 }
 

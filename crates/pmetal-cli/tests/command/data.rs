@@ -53,6 +53,27 @@ fn a_preview_as_json_has_the_ids_that_are_trained() {
 }
 
 #[test]
+fn tool_calls_are_seen_and_a_template_without_them_says_so() {
+    let space = Space::new();
+    let row = json!({"tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}], "messages": [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}]},
+        {"role": "tool", "content": "12"}, {"role": "assistant", "content": "Cool."}]});
+    let file = space.write("tools.jsonl", row.to_string());
+    let base = ["data", "preview", "--model", &chat_model(), "--dataset", &file];
+    says(
+        &refused(1, base),
+        &["tools.jsonl:1:", "message 1 (from 0) has tool calls and no content", "--chat-template qwen-3"],
+    );
+    let ran = succeed([&base[..], &["--chat-template", "qwen-3", "--json"]].concat());
+    let shown: Value = serde_json::from_str(&ran.stdout).unwrap();
+    let trained = shown["tokens"].as_array().unwrap().iter().filter(|token| token["trained"] == true);
+    let text: String = trained.map(|token| token["text"].as_str().unwrap()).collect();
+    assert!(text.contains("<tool_call>") && text.contains("Bern") && text.contains("Cool."), "{text}");
+    assert!(!text.contains("12"), "{text}");
+}
+
+#[test]
 fn warnings_of_a_preview() {
     let space = Space::new();
     let silent = space.write("rows.jsonl", r#"{"messages": [{"role": "user", "content": "Hi"}]}"#);
