@@ -42,6 +42,7 @@ enum Verb {
     #[command(after_long_help = verbs::infer::EXAMPLES)]
     Infer(Box<verbs::infer::Args>),
     /// Look at a dataset: preview what is trained, count it, convert it
+    #[command(after_long_help = verbs::data::EXAMPLES)]
     Data(verbs::data::Args),
     /// List the families of models, and what each supports
     #[command(after_long_help = verbs::models::EXAMPLES)]

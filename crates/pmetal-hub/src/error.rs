@@ -4,7 +4,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nothing is there under the name, and it is no id.
-    #[error("{name} does not exist, and is no id of the hub either (those look like org/name)")]
+    #[error("{name} does not exist, and is no id of the hub either (those look like org/name): check the path")]
     NoSuchPath {
         /// What was given.
         name: String,

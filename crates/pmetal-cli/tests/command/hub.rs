@@ -151,3 +151,20 @@ fn what_cannot_be_meant_is_refused_before_anything_is_asked() {
     let message = refused(&server, &space, 1, ["infer", "--model", "org/shut", "--prompt", "x"]);
     says(&message, &["org/shut is gated", "accept its licence", "HF_TOKEN"]);
 }
+
+#[test]
+fn a_dataset_by_id_trains_and_is_evaluated_on_its_own_split() {
+    let (server, space) = (Server::start(), Space::new());
+    publish(&server, "org/tiny", &model("llama"));
+    let rows = fs::read(rows()).unwrap();
+    let files =
+        [("data/train-00000.jsonl", rows.as_slice()), ("data/validation.jsonl", &rows), ("README.md", b"# Rows")];
+    server.commit("datasets/org/rows", &files);
+    let output = space.path("out");
+    let base = ["train", "--model", "org/tiny", "--dataset", "org/rows", "--max-steps", "1", "--output", &output];
+    let ran = succeed(&server, &space, base);
+    says(&ran.stderr, &["16 rows to train on, 16 to evaluate on"]);
+    assert!(metrics(&output)[0].get("eval_loss").is_some());
+    let missing = ["data", "stats", "--model", "org/tiny", "--dataset", "org/none"];
+    says(&refused(&server, &space, 1, missing), &["org/none"]);
+}

@@ -15,6 +15,13 @@ use pmetal::{
 use super::{Failure, Result};
 use crate::transfer_bars::TransferBars;
 
+/// Examples shown under `--help`.
+pub const EXAMPLES: &str = "\
+Examples:
+  pmetal data preview --model ./Qwen3-0.6B --dataset rows.jsonl
+  pmetal data stats --model ./Qwen3-0.6B --dataset rows.parquet
+  pmetal data convert --dataset alpaca.json --to messages --output rows.jsonl";
+
 /// Flags of `pmetal data`.
 #[derive(clap::Args)]
 pub struct Args {
@@ -25,13 +32,13 @@ pub struct Args {
 #[derive(clap::Subcommand)]
 enum What {
     /// Show rows token by token: what is trained, what is not, and whether the end of the turn is
-    #[command(after_help = preview::EXAMPLES)]
+    #[command(after_long_help = preview::EXAMPLES)]
     Preview(preview::Args),
     /// Show lengths, what a cut would lose, the share that is trained, duplicates and how well rows pack
-    #[command(after_help = stats::EXAMPLES)]
+    #[command(after_long_help = stats::EXAMPLES)]
     Stats(stats::Args),
     /// Write rows in another format
-    #[command(after_help = convert::EXAMPLES)]
+    #[command(after_long_help = convert::EXAMPLES)]
     Convert(convert::Args),
 }
 
