@@ -2,7 +2,6 @@
 
 use std::{
     cell::RefCell,
-    io::IsTerminal,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,7 +12,7 @@ use std::{
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use pmetal::hub::DownloadProgress;
 
-use crate::tell::tell;
+use crate::tell::{shows_bars, tell};
 
 /// Fits 80 columns, whatever the numbers.
 const BAR: &str = "{prefix:25.25} {wide_bar} {bytes:>10}/{total_bytes:10} {bytes_per_sec:>12} {eta:>4}";
@@ -25,7 +24,7 @@ const NAME_WIDTH: usize = 25;
 /// Shows transfers on stderr.
 pub struct TransferBars {
     verb: &'static str,
-    terminal: bool,
+    bars: bool,
     current: RefCell<Option<Current>>,
     stop: Option<Arc<AtomicBool>>,
 }
@@ -51,7 +50,7 @@ impl TransferBars {
     }
 
     fn new(verb: &'static str) -> Self {
-        Self { verb, terminal: std::io::stderr().is_terminal(), current: RefCell::default(), stop: None }
+        Self { verb, bars: shows_bars(), current: RefCell::default(), stop: None }
     }
 
     /// Ends transfers when this becomes true.
@@ -60,7 +59,7 @@ impl TransferBars {
     }
 
     fn bar(&self, file: &str, total: Option<u64>) -> ProgressBar {
-        let bar = if !self.terminal {
+        let bar = if !self.bars {
             ProgressBar::hidden()
         } else if total.is_some() {
             ProgressBar::new(0).with_style(style(BAR))
@@ -115,7 +114,7 @@ impl DownloadProgress for TransferBars {
         if let Some(left) = current.take() {
             left.bar.finish_and_clear();
         }
-        if !self.terminal {
+        if !self.bars {
             self.announce(file, total, already);
         }
         let bar = self.bar(file, total);
@@ -128,7 +127,7 @@ impl DownloadProgress for TransferBars {
     fn advance(&self, _file: &str, bytes: u64) {
         if let Some(current) = self.current.borrow_mut().as_mut() {
             current.bar.inc(bytes);
-            if !self.terminal && current.told.elapsed() >= EVERY {
+            if !self.bars && current.told.elapsed() >= EVERY {
                 current.told = Instant::now();
                 tell(current.line());
             }
@@ -137,7 +136,7 @@ impl DownloadProgress for TransferBars {
 
     fn finish(&self, _file: &str) {
         if let Some(current) = self.current.borrow_mut().take() {
-            if !self.terminal && current.started.elapsed() >= EVERY {
+            if !self.bars && current.started.elapsed() >= EVERY {
                 tell(current.line());
             }
             current.bar.finish();
@@ -145,7 +144,7 @@ impl DownloadProgress for TransferBars {
     }
 
     fn note(&self, line: &str) {
-        match self.current.borrow().as_ref().filter(|_| self.terminal) {
+        match self.current.borrow().as_ref().filter(|_| self.bars) {
             Some(current) => current.bar.println(line),
             None => tell(line),
         }

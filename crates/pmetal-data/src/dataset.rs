@@ -11,7 +11,7 @@ use crate::{
     examples::Examples,
     mask::TrainOn,
     reader::{for_each_row, size_of},
-    report::{Counts, DropReason, Report},
+    report::{Counts, DropReason, Report, name},
     row::Row,
     source::{Source, Split},
     store::{Store, StoreWriter},
@@ -234,7 +234,7 @@ impl Chunks<'_> {
                     self.counts.conversations += usize::from(kind == Kind::Conversation);
                     self.counts.alpaca += usize::from(kind == Kind::Alpaca);
                 }
-                Err(reason) => self.counts.dropped(place, reason),
+                Err(reason) => name(&mut self.counts.named, place, reason),
             }
         }
         Ok(())

@@ -6,7 +6,7 @@ use crate::{
     encode::Example,
     error::Result,
     mix::permutation,
-    report::{DropReason, Report},
+    report::{DropReason, Report, name},
     store::{Record, Store, hash},
 };
 
@@ -75,7 +75,7 @@ impl Examples {
             let tokens = record.tokens as usize;
             if record.first_supervised as usize >= limit {
                 report.dropped += 1;
-                report.name(record.place, DropReason::Truncated { tokens });
+                name(&mut report.named, record.place, DropReason::Truncated { tokens });
                 return;
             }
             chosen.push(row as u32);

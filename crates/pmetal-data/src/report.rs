@@ -60,11 +60,10 @@ pub(crate) struct Counts {
     pub(crate) named: Vec<Dropped>,
 }
 
-impl Counts {
-    pub(crate) fn dropped(&mut self, place: Place, reason: DropReason) {
-        if self.named.len() < NAMED {
-            self.named.push(Dropped { place, reason });
-        }
+/// Remembers a row that is left out, while there are few.
+pub(crate) fn name(named: &mut Vec<Dropped>, place: Place, reason: DropReason) {
+    if named.len() < NAMED {
+        named.push(Dropped { place, reason });
     }
 }
 
@@ -104,12 +103,6 @@ impl Report {
         self.longest = self.longest.max(other.longest);
         self.conversations += other.conversations;
         self.alpaca += other.alpaca;
-    }
-
-    pub(crate) fn name(&mut self, place: Place, reason: DropReason) {
-        if self.named.len() < NAMED {
-            self.named.push(Dropped { place, reason });
-        }
     }
 
     /// The first rows left out, with their reasons, for the error that nothing is left.

@@ -24,6 +24,17 @@ impl Sampler {
         self.lengths.len().div_ceil(self.batch_size)
     }
 
+    /// Tokens of all rows.
+    pub fn tokens(&self) -> u64 {
+        self.lengths.iter().map(|&length| u64::from(length)).sum()
+    }
+
+    /// Tokens of the largest micro-batch of the first epoch.
+    pub fn largest_batch_tokens(&self) -> u64 {
+        let length = |row: &usize| self.lengths.get(*row).map_or(0, |&length| u64::from(length));
+        self.epoch(0).map(|batch| batch.iter().map(length).sum()).max().unwrap_or(0)
+    }
+
     /// The rows of each micro-batch of an epoch (counted from 0), in order.
     pub fn epoch(&self, epoch: usize) -> Box<dyn Iterator<Item = Vec<usize>> + '_> {
         let rows = self.lengths.len();

@@ -89,9 +89,7 @@ impl Plan {
     pub(crate) fn of(options: &SftOptions, setup: &Setup) -> Result<Self> {
         let spec = &setup.base.spec;
         let trained = trained_tensors(options, setup)?;
-        let lengths = setup.rows.train.lengths()?;
-        let length = |&row: &usize| lengths.get(row).map_or(0, |&length| u64::from(length));
-        let largest = setup.batches.epoch(0).map(|batch| batch.iter().map(length).sum()).max().unwrap_or(0);
+        let largest = setup.batches.sampler.largest_batch_tokens();
         let (steps_per_epoch, steps) = loop_settings(options).steps(setup.batches.batches());
         let numbers: u64 = trained.iter().map(|(_, numbers)| numbers).sum();
         let full = options.fine_tune_type == FineTuneType::Full;
@@ -115,7 +113,7 @@ impl Plan {
             trained: by_module,
             rows: setup.rows.train.len(),
             eval_rows: setup.rows.eval.len(),
-            tokens: lengths.iter().map(|&length| u64::from(length)).sum(),
+            tokens: setup.batches.sampler.tokens(),
             packs: setup.batches.packing.as_ref().map(pmetal_data::Packing::len),
             steps_per_epoch,
             steps,

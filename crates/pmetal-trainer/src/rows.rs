@@ -91,7 +91,8 @@ impl Watch for Reading<'_> {
 
 /// The micro-batches of each epoch: of rows, or of packs of rows.
 pub(crate) struct Batches {
-    sampler: Sampler,
+    /// Of rows, or of packs as if they were rows.
+    pub(crate) sampler: Sampler,
     /// The packs, where there are any.
     pub(crate) packing: Option<Packing>,
 }

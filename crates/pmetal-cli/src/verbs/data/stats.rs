@@ -3,7 +3,7 @@ use std::{
     time::Instant,
 };
 
-use pmetal::data::{Dataset, DropReason, Report, Stats};
+use pmetal::data::{Dataset, Report, Stats};
 
 use super::{Input, Result};
 use crate::{reading::Reading, transfer_bars::TransferBars};
@@ -55,7 +55,7 @@ fn write(out: &mut impl Write, stats: &Stats, report: &Report) -> io::Result<()>
     if report.dropped > 0 {
         line(out, "left out", grouped(report.dropped as u64))?;
         for row in &report.named {
-            writeln!(out, "{:<18}  {}: {}", "", row.place, reason(row.reason))?;
+            writeln!(out, "{:<18}  {}: {}", "", row.place, row.reason)?;
         }
     }
     let trained = share(stats.supervised_tokens as f64, stats.tokens as f64);
@@ -92,10 +92,6 @@ fn write(out: &mut impl Write, stats: &Stats, report: &Report) -> io::Result<()>
         )?;
     }
     Ok(())
-}
-
-fn reason(reason: DropReason) -> String {
-    reason.to_string()
 }
 
 /// A number with its digits in groups of three.

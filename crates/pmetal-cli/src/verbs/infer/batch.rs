@@ -15,7 +15,7 @@ use super::{
     voice::{Prepared, Voice},
 };
 use crate::{
-    tell::tell,
+    tell::{shows_bars, tell},
     verbs::{Failure, Result},
 };
 
@@ -127,7 +127,7 @@ pub struct Progress {
 impl Progress {
     /// Of `total` answers.
     pub fn new(total: usize) -> Self {
-        let bar = io::stderr().is_terminal().then(|| {
+        let bar = shows_bars().then(|| {
             let style = ProgressStyle::with_template("{bar:24} {pos}/{len} prompts  {msg}  {elapsed} < {eta}");
             ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
