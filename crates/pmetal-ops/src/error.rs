@@ -32,6 +32,9 @@ pub enum Error {
         /// The system's own words.
         source: std::io::Error,
     },
+    /// The GPU refused, or failed.
+    #[error(transparent)]
+    Gpu(#[from] pmetal_metal::Error),
     /// The tensor library failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -31,6 +31,7 @@ mod kv_cache;
 mod linear;
 mod linear_cross_entropy;
 mod param;
+mod place;
 mod rms_norm;
 mod rope;
 #[cfg(test)]
@@ -47,6 +48,7 @@ pub use kv_cache::write_rows;
 pub use linear::{Adapter, LinearGroup, LinearMember};
 pub use linear_cross_entropy::{CrossEntropy, linear_cross_entropy};
 pub use param::{Arena, Param};
+pub use place::{emulate, switch_off};
 pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rope::{RopeTable, rope};
 pub use weight::{MappedFile, MappedWeight, Weight};

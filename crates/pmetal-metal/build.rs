@@ -1,0 +1,154 @@
+//! Reads the signatures of `kernels/*.metal` and writes a Rust launcher for each kernel: a launcher cannot forget a buffer, nor
+//! whether a kernel writes it.
+
+use std::{
+    env,
+    error::Error,
+    fmt::Write,
+    fs,
+    path::{Path, PathBuf},
+};
+
+type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
+
+fn main() -> Result<()> {
+    println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rerun-if-changed=build.rs");
+    let folder = Path::new("kernels");
+    let mut files: Vec<PathBuf> = fs::read_dir(folder)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    files.retain(|path| path.extension().is_some_and(|e| e == "metal"));
+    files.sort();
+    let mut code = String::new();
+    let mut names = Vec::new();
+    let mut texts = String::new();
+    for path in &files {
+        let file = path.file_name().and_then(|name| name.to_str()).ok_or("a kernel file's name is not UTF-8")?;
+        let text = fs::read_to_string(path)?;
+        writeln!(texts, "    ({file:?}, include_str!({:?})),", path.canonicalize()?)?;
+        for kernel in kernels_of(&text).map_err(|e| format!("{}: {e}", path.display()))? {
+            kernel.write(file, &mut code)?;
+            names.push(kernel.name.to_uppercase());
+        }
+    }
+    writeln!(
+        code,
+        "/// Every kernel.\npub static ALL: &[&Kernel] = &[{}];",
+        names.iter().map(|n| format!("&{n}, ")).collect::<String>()
+    )?;
+    writeln!(code, "/// Every kernel file: its name, its text.\npub static TEXTS: &[(&str, &str)] = &[\n{texts}];")?;
+    fs::write(Path::new(&env::var("OUT_DIR")?).join("kernels.rs"), code)?;
+    Ok(())
+}
+
+/// One kernel as its text declares it.
+struct Signature<'a> {
+    name: &'a str,
+    doc: Vec<&'a str>,
+    /// Access, type, name.
+    buffers: Vec<(&'a str, &'a str, &'a str)>,
+    params: &'a str,
+    /// Type, name.
+    fields: Vec<(&'a str, &'a str)>,
+}
+
+fn kernels_of(text: &str) -> Result<Vec<Signature<'_>>> {
+    let mut found = Vec::new();
+    for (at, _) in text.match_indices("\nKERNEL(") {
+        let head = &text[at + "\nKERNEL(".len()..];
+        let (name, rest) = head.split_once(")(").ok_or("KERNEL( without )(")?;
+        let (args, _) = rest.split_once("\n{").or(rest.split_once(") {")).ok_or("a kernel without a body")?;
+        let mut doc: Vec<&str> =
+            text[..at].lines().rev().take_while(|l| l.starts_with("///")).map(|l| l[3..].trim()).collect();
+        doc.reverse();
+        let (mut buffers, mut params) = (Vec::new(), None);
+        for (index, arg) in args.split("),").enumerate() {
+            let arg = arg.trim().trim_end_matches(')');
+            let (access, inner) = arg.split_once('(').ok_or_else(|| format!("{name}: argument {arg:?}"))?;
+            let parts: Vec<&str> = inner.split(',').map(str::trim).collect();
+            let numbered = parts.last().and_then(|n| n.parse().ok()) == Some(index);
+            match (access, parts.as_slice(), numbered) {
+                ("READ" | "WRITE" | "UPDATE", [kind, buffer, _], true) => buffers.push((access, *kind, *buffer)),
+                ("PARAMS", [kind, _], true) => params = Some(*kind),
+                _ => return Err(format!("{name}: argument {index} is {arg:?}").into()),
+            }
+        }
+        let params = params.ok_or_else(|| format!("{name}: no PARAMS"))?;
+        let fields = fields_of(text, params).ok_or_else(|| format!("{name}: no struct {params} in its file"))?;
+        found.push(Signature { name, doc, buffers, params, fields });
+    }
+    Ok(found)
+}
+
+fn fields_of<'a>(text: &'a str, name: &str) -> Option<Vec<(&'a str, &'a str)>> {
+    let head = format!("struct {name} {{");
+    let body = text[text.find(&head)? + head.len()..].split_once("};")?.0;
+    let lines = body.lines().flat_map(|line| line.split("//").next().unwrap_or_default().split(';')).map(str::trim);
+    lines.filter(|line| !line.is_empty()).map(|line| line.split_once(' ')).collect()
+}
+
+fn rust_type(kind: &str) -> Result<&'static str> {
+    match kind {
+        "uint" => Ok("u32"),
+        "int" => Ok("i32"),
+        "float" => Ok("f32"),
+        "ulong" => Ok("u64"),
+        other => Err(format!("parameters of type {other} are not known").into()),
+    }
+}
+
+fn element(kind: &str) -> Result<&'static str> {
+    match kind {
+        "T" => Ok("Element::T"),
+        "float" => Ok("Element::F32"),
+        "uint" => Ok("Element::U32"),
+        "uchar" => Ok("Element::U8"),
+        other => Err(format!("buffers of {other} are not known").into()),
+    }
+}
+
+impl Signature<'_> {
+    fn write(&self, file: &str, code: &mut String) -> Result<()> {
+        let Self { name, params, .. } = self;
+        let upper = name.to_uppercase();
+        writeln!(
+            code,
+            "/// [`{name}`] as its text declares it.\npub static {upper}: Kernel = Kernel {{\n    name: {name:?},\n    file: {file:?},\n    buffers: &["
+        )?;
+        for (access, kind, buffer) in &self.buffers {
+            let access = match *access {
+                "READ" => "Read",
+                "WRITE" => "Write",
+                _ => "Update",
+            };
+            writeln!(
+                code,
+                "        Buffer {{ name: {buffer:?}, access: Access::{access}, element: {} }},",
+                element(kind)?
+            )?;
+        }
+        writeln!(code, "    ],\n    params_size: size_of::<{name}::{params}>(),\n}};")?;
+        writeln!(code, "/// The parameters of [`{name}`](fn@{name}).\npub mod {name} {{")?;
+        writeln!(
+            code,
+            "    /// What the kernel is told beside its buffers.\n    #[allow(missing_docs)]\n    #[repr(C)]\n    #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]\n    pub struct {params} {{"
+        )?;
+        for (kind, field) in &self.fields {
+            writeln!(code, "        pub {field}: {},", rust_type(kind)?)?;
+        }
+        writeln!(code, "    }}\n}}")?;
+        for line in &self.doc {
+            writeln!(code, "/// {line}")?;
+        }
+        let args: String = self.buffers.iter().map(|(_, _, buffer)| format!("{buffer}: &Tensor, ")).collect();
+        let list: String = self.buffers.iter().map(|(_, _, buffer)| format!("{buffer}, ")).collect();
+        writeln!(
+            code,
+            "#[allow(clippy::too_many_arguments)]\npub fn {name}(gpu: &dyn Gpu, dtype: DType, grid: Grid, {args}params: {name}::{params}) -> Result<()> {{"
+        )?;
+        writeln!(
+            code,
+            "    Call {{ kernel: &{upper}, dtype, grid, buffers: &[{list}], params: bytemuck::bytes_of(&params) }}.launch(gpu)\n}}"
+        )?;
+        Ok(())
+    }
+}

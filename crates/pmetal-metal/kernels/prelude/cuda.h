@@ -1,0 +1,90 @@
+// The dialect, for CUDA C++ through NVRTC. What each word means stands in metal.h. The includes of cuda_fp16.h and cuda_bf16.h, and T, come before.
+
+typedef unsigned int uint;
+typedef unsigned char uchar;
+typedef unsigned long long ulong;
+typedef __half half;
+typedef __nv_bfloat16 bfloat;
+
+#define KERNEL(name) extern "C" __global__ void name
+#define READ(type, name, place) const type* __restrict__ name
+#define WRITE(type, name, place) type* __restrict__ name
+#define UPDATE(type, name, place) type* __restrict__ name
+#define PARAMS(type, place) const type params
+
+#define GROUP_X blockIdx.x
+#define GROUP_Y blockIdx.y
+#define GROUP_Z blockIdx.z
+#define GROUPS_X gridDim.x
+#define THREAD threadIdx.x
+#define THREADS blockDim.x
+#define LANE (threadIdx.x & 31u)
+#define SIMD (threadIdx.x >> 5)
+#define SIMDS (blockDim.x >> 5)
+#define THREAD_IN_GRID (GROUP_X * THREADS + THREAD)
+#define GRID_THREADS (GROUPS_X * THREADS)
+
+#define THREADGROUP(type, name, size) __shared__ type name[size]
+#define THREADGROUP_PTR(type) type*
+#define DEVICE_PTR(type) type*
+#define THREAD_REF(type) type&
+#define FUNCTION __device__ __forceinline__
+
+#define BARRIER() __syncthreads()
+#define BARRIER_DEVICE() __syncthreads()
+#define SIMD_BARRIER() __syncwarp()
+
+#define as_uint(x) __float_as_uint(x)
+#define as_float(x) __uint_as_float(x)
+
+FUNCTION float simd_shuffle(float x, uint lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FUNCTION uint simd_shuffle(uint x, uint lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FUNCTION float simd_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+FUNCTION uint simd_shuffle_xor(uint x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+FUNCTION float simd_shuffle_down(float x, uint by) { return __shfl_down_sync(0xffffffffu, x, by); }
+FUNCTION uint simd_shuffle_down(uint x, uint by) { return __shfl_down_sync(0xffffffffu, x, by); }
+FUNCTION float simd_broadcast(float x, uint lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FUNCTION uint simd_broadcast(uint x, uint lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FUNCTION float simd_sum(float x) {
+    for (uint mask = 16; mask > 0; mask >>= 1) x += simd_shuffle_xor(x, mask);
+    return x;
+}
+FUNCTION uint simd_sum(uint x) { return __reduce_add_sync(0xffffffffu, x); }
+FUNCTION float simd_max(float x) {
+    for (uint mask = 16; mask > 0; mask >>= 1) x = fmaxf(x, simd_shuffle_xor(x, mask));
+    return x;
+}
+FUNCTION uint simd_max(uint x) { return __reduce_max_sync(0xffffffffu, x); }
+FUNCTION float simd_min(float x) {
+    for (uint mask = 16; mask > 0; mask >>= 1) x = fminf(x, simd_shuffle_xor(x, mask));
+    return x;
+}
+FUNCTION uint simd_min(uint x) { return __reduce_min_sync(0xffffffffu, x); }
+
+FUNCTION float4 load4(const float* p, ulong i) { return *reinterpret_cast<const float4*>(p + i); }
+FUNCTION void store4(float* p, ulong i, float4 v) { *reinterpret_cast<float4*>(p + i) = v; }
+FUNCTION float4 load4(const half* p, ulong i) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(p + i);
+    const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
+    const float2 b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
+    return make_float4(a.x, a.y, b.x, b.y);
+}
+FUNCTION void store4(half* p, ulong i, float4 v) {
+    const __half2 a = __floats2half2_rn(v.x, v.y), b = __floats2half2_rn(v.z, v.w);
+    uint2 raw;
+    raw.x = *reinterpret_cast<const uint*>(&a);
+    raw.y = *reinterpret_cast<const uint*>(&b);
+    *reinterpret_cast<uint2*>(p + i) = raw;
+}
+FUNCTION float4 load4(const bfloat* p, ulong i) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(p + i);
+    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
+                       __uint_as_float(raw.y & 0xffff0000u));
+}
+FUNCTION void store4(bfloat* p, ulong i, float4 v) {
+    const __nv_bfloat162 a = __floats2bfloat162_rn(v.x, v.y), b = __floats2bfloat162_rn(v.z, v.w);
+    uint2 raw;
+    raw.x = *reinterpret_cast<const uint*>(&a);
+    raw.y = *reinterpret_cast<const uint*>(&b);
+    *reinterpret_cast<uint2*>(p + i) = raw;
+}

@@ -1,0 +1,127 @@
+//! What a GPU does for the operations.
+
+use candle_core::{DType, Device, Shape, Tensor};
+
+use crate::{Call, Result};
+
+/// A GPU, or what plays one.
+pub trait Gpu: Send + Sync {
+    /// Runs a kernel behind everything that was asked for before.
+    fn launch(&self, call: &Call) -> Result<()>;
+
+    /// Runs a matrix product.
+    fn gemm(&self, product: &Gemm) -> Result<()>;
+
+    /// Attention on matrix units: fills `out` and returns what the backward needs beside it; none where this device has no such kernel
+    /// for the dtype, the head's width or the rows.
+    fn attention_forward(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        out: &Tensor,
+        rows: &AttentionRows,
+        spec: &AttentionSpec,
+    ) -> Result<Option<Tensor>>;
+
+    /// The backward of [`Gpu::attention_forward`], which returned `stats`: fills `[dq, dk, dv]`.
+    #[allow(clippy::too_many_arguments, reason = "what the formula needs")]
+    fn attention_backward(
+        &self,
+        dout: &Tensor,
+        qkv: [&Tensor; 3],
+        out: &Tensor,
+        stats: &Tensor,
+        grads: [&Tensor; 3],
+        rows: &AttentionRows,
+        spec: &AttentionSpec,
+    ) -> Result<()>;
+
+    /// Waits for all that was asked for.
+    fn synchronize(&self) -> Result<()>;
+
+    /// Memory, as the device's allocator counts it.
+    fn memory(&self) -> Result<Memory>;
+
+    /// Starts the peak anew.
+    fn reset_peak(&self) -> Result<()>;
+
+    /// What the device is.
+    fn facts(&self) -> Facts;
+}
+
+/// `c = alpha * op(a) · op(b) + beta * c`, all contiguous and two-dimensional, accumulated in f32.
+#[derive(Clone, Copy, Debug)]
+pub struct Gemm<'a> {
+    /// `[m, k]`, or `[k, m]` where it is transposed.
+    pub a: &'a Tensor,
+    /// Whether `a` is read as its transpose.
+    pub a_transposed: bool,
+    /// `[k, n]`, or `[n, k]` where it is transposed; of the dtype of `a`.
+    pub b: &'a Tensor,
+    /// Whether `b` is read as its transpose.
+    pub b_transposed: bool,
+    /// `[m, n]`, of the dtype of `a` or f32.
+    pub c: &'a Tensor,
+    /// Factor of the product.
+    pub alpha: f32,
+    /// Factor of what `c` held; 0 reads nothing of it.
+    pub beta: f32,
+}
+
+/// The rows of an attention, on the host and on the device.
+#[derive(Clone, Debug)]
+pub struct AttentionRows {
+    /// `[rows, 4]` u32 on the device: first query, queries, first key, keys of each row.
+    pub table: Tensor,
+    /// Rows.
+    pub rows: usize,
+    /// Queries of the longest row.
+    pub max_q_len: usize,
+    /// Keys of the longest row.
+    pub max_kv_len: usize,
+    /// Whether queries and keys are the same tokens: no cache.
+    pub packed: bool,
+}
+
+/// What is constant over the rows of an attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Factor on the scores, as a rule `1 / sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+/// Bytes of a device's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// In use by tensors now.
+    pub live: u64,
+    /// The most since the peak was reset.
+    pub peak: u64,
+    /// What a program may use.
+    pub total: u64,
+}
+
+/// What a device is.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// Its name.
+    pub name: String,
+    /// Its driver's version, or its system's.
+    pub driver: String,
+    /// What it can do, for people.
+    pub features: Vec<String>,
+}
+
+/// A tensor that nothing has been written to: for kernels that write all of it.
+pub fn empty(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    // SAFETY: every caller hands it to a kernel that writes every element before anything reads one; floats and integers have no
+    // bit pattern that is not a number.
+    Ok(unsafe { Tensor::empty(shape, dtype, device) }?)
+}

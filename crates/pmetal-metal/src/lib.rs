@@ -1,0 +1,20 @@
+//! The kernels that run on GPUs, written once in a dialect of the Metal Shading Language, and how Metal runs them.
+//!
+//! `kernels/*.metal` are the texts; `kernels/prelude/` holds what makes them Metal, CUDA C++, or plain C++ for tests. [`kernels`] has a
+//! launcher for each, generated from its signature. A device implements [`Gpu`]: launching, products, memory, and attention on its matrix
+//! units. The dialect is described in `kernels/prelude/metal.h`.
+
+mod error;
+mod gpu;
+mod kernel;
+pub mod kernels;
+#[cfg(target_os = "macos")]
+mod metal;
+#[cfg(not(target_os = "macos"))]
+#[path = "metal_absent.rs"]
+mod metal;
+
+pub use error::{Error, Result};
+pub use gpu::{AttentionRows, AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
+pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel};
+pub use metal::{gpu, open};
