@@ -1,5 +1,5 @@
 //! Reads the signatures of `kernels/*.metal` and writes a Rust launcher for each kernel: a launcher cannot forget a buffer, nor
-//! whether a kernel writes it.
+//! whether a kernel writes it. A file that begins with `// Matrix units of Metal.` is for Metal alone, and for the emulator.
 
 use std::{
     env,
@@ -19,23 +19,27 @@ fn main() -> Result<()> {
     files.retain(|path| path.extension().is_some_and(|e| e == "metal"));
     files.sort();
     let mut code = String::new();
-    let mut names = Vec::new();
-    let mut texts = String::new();
+    // what every device compiles, then what is for Metal alone
+    let mut names = [String::new(), String::new()];
+    let mut texts = [String::new(), String::new()];
     for path in &files {
         let file = path.file_name().and_then(|name| name.to_str()).ok_or("a kernel file's name is not UTF-8")?;
         let text = fs::read_to_string(path)?;
-        writeln!(texts, "    ({file:?}, include_str!({:?})),", path.canonicalize()?)?;
+        let kind = usize::from(text.starts_with("// Matrix units of Metal."));
+        writeln!(texts[kind], "    ({file:?}, include_str!({:?})),", path.canonicalize()?)?;
         for kernel in kernels_of(&text).map_err(|e| format!("{}: {e}", path.display()))? {
             kernel.write(file, &mut code)?;
-            names.push(kernel.name.to_uppercase());
+            write!(names[kind], "&{}, ", kernel.name.to_uppercase())?;
         }
     }
-    writeln!(
-        code,
-        "/// Every kernel.\npub static ALL: &[&Kernel] = &[{}];",
-        names.iter().map(|n| format!("&{n}, ")).collect::<String>()
-    )?;
-    writeln!(code, "/// Every kernel file: its name, its text.\npub static TEXTS: &[(&str, &str)] = &[\n{texts}];")?;
+    for (kind, prefix, which) in [(0, "", "of every device"), (1, "METAL_", "for Metal's matrix units alone")] {
+        let (names, texts) = (&names[kind], &texts[kind]);
+        writeln!(code, "/// Every kernel {which}.\npub static {prefix}ALL: &[&Kernel] = &[{names}];")?;
+        writeln!(
+            code,
+            "/// The files of [`{prefix}ALL`]: name, text.\npub static {prefix}TEXTS: &[(&str, &str)] = &[\n{texts}];"
+        )?;
+    }
     fs::write(Path::new(&env::var("OUT_DIR")?).join("kernels.rs"), code)?;
     Ok(())
 }
