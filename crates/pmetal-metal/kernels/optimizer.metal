@@ -11,6 +11,7 @@ struct AdamWParams {
     float step_size;
     float correction2;
     float eps;
+    uint unused;  // no padding: the parameters are passed as bytes
 };
 
 FUNCTION float group_sum(float x, THREADGROUP_PTR(float) partial, uint lane, uint simd, uint simds)
@@ -82,35 +83,35 @@ FUNCTION float moved(float p, THREAD_REF(float) m, THREAD_REF(float) v, float g,
     return p * f.decay - f.step_size * (m / root);
 }
 
-FUNCTION float4 moved_four(float4 p, THREAD_REF(float4) m, THREAD_REF(float4) v, float4 g, float clip, AdamWParams f)
+FUNCTION float4 moved_four(float4 p, THREAD_REF(float4) m, THREAD_REF(float4) v, float4 g, float scale, AdamWParams f)
 {
     float m0 = m.x, m1 = m.y, m2 = m.z, m3 = m.w, v0 = v.x, v1 = v.y, v2 = v.z, v3 = v.w;
-    p = make_float4(moved(p.x, m0, v0, g.x * clip, f), moved(p.y, m1, v1, g.y * clip, f), moved(p.z, m2, v2, g.z * clip, f),
-                    moved(p.w, m3, v3, g.w * clip, f));
+    p = make_float4(moved(p.x, m0, v0, g.x * scale, f), moved(p.y, m1, v1, g.y * scale, f), moved(p.z, m2, v2, g.z * scale, f),
+                    moved(p.w, m3, v3, g.w * scale, f));
     m = make_float4(m0, m1, m2, m3);
     v = make_float4(v0, v1, v2, v3);
     return p;
 }
 
-/// One step of AdamW on `state [3, n]` (values, first moments, second moments) from `grads [n]` times the factor in `outcome [4]`,
-/// of [`grad_norm_finish`]; nothing where that says that a number was not finite.
+/// One step of AdamW on `state [3, n]` (values, first moments, second moments) from `grads [n]` times `grad_scale` and the clipping
+/// factor in `outcome [4]`, of [`grad_norm_finish`]; nothing where that says that a number was not finite.
 KERNEL(adamw)(READ(float, grads, 0), READ(float, outcome, 1), UPDATE(float, state, 2), PARAMS(AdamWParams, 3))
 {
     if (outcome[2] == 0.0f) return;
-    const float clip = outcome[1];
+    const float scale = outcome[1] * params.grad_scale;
     const ulong n = params.n;
     // the rows of the state are aligned where n is a multiple of 4
     const ulong quads = n % 4 == 0 ? n / 4 : 0;
     for (ulong i = THREAD_IN_GRID; i < quads; i += GRID_THREADS) {
         const float4 g = load4(grads, 4 * i), p = load4(state, 4 * i);
         float4 m = load4(state, n + 4 * i), v = load4(state, 2 * n + 4 * i);
-        store4(state, 4 * i, moved_four(p, m, v, g, clip, params));
+        store4(state, 4 * i, moved_four(p, m, v, g, scale, params));
         store4(state, n + 4 * i, m);
         store4(state, 2 * n + 4 * i, v);
     }
     for (ulong i = 4 * quads + THREAD_IN_GRID; i < n; i += GRID_THREADS) {
         float m = state[n + i], v = state[2 * n + i];
-        state[i] = moved(state[i], m, v, grads[i] * clip, params);
+        state[i] = moved(state[i], m, v, grads[i] * scale, params);
         state[n + i] = m;
         state[2 * n + i] = v;
     }
@@ -121,13 +122,13 @@ KERNEL(adamw_with_copy)(READ(float, grads, 0), READ(float, outcome, 1), UPDATE(f
                         PARAMS(AdamWParams, 4))
 {
     if (outcome[2] == 0.0f) return;
-    const float clip = outcome[1];
+    const float scale = outcome[1] * params.grad_scale;
     const ulong n = params.n;
     const ulong quads = n % 4 == 0 ? n / 4 : 0;
     for (ulong i = THREAD_IN_GRID; i < quads; i += GRID_THREADS) {
         const float4 g = load4(grads, 4 * i);
         float4 m = load4(state, n + 4 * i), v = load4(state, 2 * n + 4 * i);
-        const float4 p = moved_four(load4(state, 4 * i), m, v, g, clip, params);
+        const float4 p = moved_four(load4(state, 4 * i), m, v, g, scale, params);
         store4(state, 4 * i, p);
         store4(state, n + 4 * i, m);
         store4(state, 2 * n + 4 * i, v);
@@ -135,7 +136,7 @@ KERNEL(adamw_with_copy)(READ(float, grads, 0), READ(float, outcome, 1), UPDATE(f
     }
     for (ulong i = 4 * quads + THREAD_IN_GRID; i < n; i += GRID_THREADS) {
         float m = state[n + i], v = state[2 * n + i];
-        const float p = moved(state[i], m, v, grads[i] * clip, params);
+        const float p = moved(state[i], m, v, grads[i] * scale, params);
         state[i] = p;
         state[n + i] = m;
         state[2 * n + i] = v;
