@@ -1,16 +1,228 @@
-//! A CUDA device.
+//! A CUDA device: candle's, its one stream, and what runs on it.
 
-use std::sync::Arc;
+mod capture;
+mod gemm;
+mod kernels;
+mod memory;
+mod nvrtc;
 
-use candle_core::{CudaDevice, Device};
-use pmetal_metal::{Gpu, Result};
+use std::{
+    collections::HashMap,
+    fs,
+    sync::{Arc, LazyLock, PoisonError, RwLock},
+};
 
-/// CUDA device `ordinal`.
+use candle_core::{
+    CudaDevice, Device, Storage, Tensor,
+    cuda_backend::{
+        CudaStorageSlice, DeviceId, WrapErr,
+        cudarc::driver::{CudaContext, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys},
+    },
+};
+use pmetal_metal::{AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, Memory, Result};
+
+pub use capture::{Graph, capture};
+pub use memory::is_out_of_memory;
+
+/// CUDA device `ordinal`, with a stream of its own.
+///
+/// # Errors
+/// Without such a GPU or its driver: what is missing, and what to do.
 pub fn open(ordinal: usize) -> Result<Device> {
-    Ok(Device::new_cuda_with_stream(ordinal)?)
+    let device = CudaDevice::new_with_stream(ordinal).map_err(|error| Error::Device {
+        device: format!("CUDA device {ordinal}"),
+        reason: missing(ordinal, memory::driver_error(&error)).unwrap_or_else(|| error.to_string()),
+    })?;
+    // its workspaces are there before anything is measured or captured
+    gpu(&device)?;
+    Ok(Device::Cuda(device))
 }
 
-/// The device as operations use it.
-pub fn gpu(_: &CudaDevice) -> Result<Arc<dyn Gpu>> {
-    todo!()
+fn missing(ordinal: usize, error: Option<DriverError>) -> Option<String> {
+    Some(match error?.0 {
+        sys::CUresult::CUDA_ERROR_NO_DEVICE => "the driver sees no GPU: check nvidia-smi, or use --device cpu".into(),
+        sys::CUresult::CUDA_ERROR_INVALID_DEVICE => match result::device::get_count() {
+            Ok(1) => "there is one GPU, number 0".into(),
+            Ok(count) => format!("there are {count} GPUs, numbers 0 to {}", count - 1),
+            Err(_) => format!("there is no GPU of number {ordinal}"),
+        },
+        sys::CUresult::CUDA_ERROR_STUB_LIBRARY
+        | sys::CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+        | sys::CUresult::CUDA_ERROR_SYSTEM_NOT_READY
+        | sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
+            "NVIDIA's driver does not answer or is too old: install one for this CUDA, or use --device cpu".into()
+        }
+        _ => return None,
+    })
+}
+
+/// The device as operations use it: made once, then looked up.
+pub fn gpu(device: &CudaDevice) -> Result<Arc<dyn Gpu>> {
+    Ok(cuda(device)?)
+}
+
+fn cuda(device: &CudaDevice) -> Result<Arc<CudaGpu>> {
+    static GPUS: LazyLock<RwLock<HashMap<DeviceId, Arc<CudaGpu>>>> = LazyLock::new(Default::default);
+    if let Some(gpu) = GPUS.read().unwrap_or_else(PoisonError::into_inner).get(&device.id()) {
+        return Ok(gpu.clone());
+    }
+    let mut gpus = GPUS.write().unwrap_or_else(PoisonError::into_inner);
+    if let Some(gpu) = gpus.get(&device.id()) {
+        return Ok(gpu.clone());
+    }
+    let gpu = Arc::new(CudaGpu::new(device)?);
+    gpus.insert(device.id(), gpu.clone());
+    Ok(gpu)
+}
+
+/// A CUDA device.
+pub(crate) struct CudaGpu {
+    device: CudaDevice,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    pool: memory::Pool,
+    kernels: kernels::Kernels,
+    products: gemm::Products,
+}
+
+impl CudaGpu {
+    fn new(device: &CudaDevice) -> Result<Self> {
+        // SAFETY: all work on the device is asked of this one stream, in order; the events that candle would record between streams order
+        // nothing, and a capture cannot hold them.
+        unsafe { device.disable_event_tracking() };
+        let stream = device.cuda_stream();
+        let context = stream.context().clone();
+        let pool = memory::Pool::new(&context)?;
+        let products = gemm::Products::new(&stream)?;
+        Ok(Self { device: device.clone(), context, stream, pool, kernels: Default::default(), products })
+    }
+
+    /// Compiles CUDA C++ for this device; `name` stands in messages.
+    ///
+    /// # Errors
+    /// The compiler's words where it refuses the text.
+    pub(crate) fn compile(&self, name: &str, text: &str, options: &[&str]) -> Result<Arc<CudaModule>> {
+        nvrtc::compile(&self.context, name, text, options)
+    }
+
+    /// Where the elements of a contiguous tensor begin on this device. Reading and writing there from kernels is right under a shared
+    /// borrow: no Rust reference ever points to device memory, the stream orders all that touches it, and memory that is given back is
+    /// given back in the stream's order, behind the kernels that were launched before.
+    ///
+    /// # Errors
+    /// Where the tensor is not on this device.
+    pub(crate) fn address(&self, tensor: &Tensor) -> Result<sys::CUdeviceptr> {
+        fn start<T>(slice: &CudaSlice<T>) -> sys::CUdeviceptr {
+            slice.device_ptr(slice.stream()).0
+        }
+        let (storage, layout) = tensor.storage_and_layout();
+        let storage = match &*storage {
+            Storage::Cuda(storage) if storage.device.id() == self.device.id() => storage,
+            _ => {
+                let reason = format!("a tensor is on another device: {:?}", tensor.device());
+                return Err(Error::Device { device: self.name(), reason });
+            }
+        };
+        let first = match &storage.slice {
+            CudaStorageSlice::U8(slice) => start(slice),
+            CudaStorageSlice::U32(slice) => start(slice),
+            CudaStorageSlice::I16(slice) => start(slice),
+            CudaStorageSlice::I32(slice) => start(slice),
+            CudaStorageSlice::I64(slice) => start(slice),
+            CudaStorageSlice::BF16(slice) => start(slice),
+            CudaStorageSlice::F16(slice) => start(slice),
+            CudaStorageSlice::F32(slice) => start(slice),
+            CudaStorageSlice::F64(slice) => start(slice),
+            CudaStorageSlice::F8E4M3(slice) => start(slice),
+            CudaStorageSlice::F6E2M3(slice)
+            | CudaStorageSlice::F6E3M2(slice)
+            | CudaStorageSlice::F4(slice)
+            | CudaStorageSlice::F8E8M0(slice) => start(slice),
+        };
+        Ok(first + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
+    }
+
+    fn name(&self) -> String {
+        format!("CUDA device {}", self.context.ordinal())
+    }
+}
+
+impl Gpu for CudaGpu {
+    fn launch(&self, call: &Call) -> Result<()> {
+        self.kernels.launch(self, call)
+    }
+
+    fn gemm(&self, product: &Gemm) -> Result<()> {
+        self.products.run(self, product)
+    }
+
+    fn attention_forward(
+        &self,
+        _q: &Tensor,
+        _k: &Tensor,
+        _v: &Tensor,
+        _out: &Tensor,
+        _rows: &AttentionRows,
+        _spec: &AttentionSpec,
+    ) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    fn attention_backward(
+        &self,
+        _dout: &Tensor,
+        _qkv: [&Tensor; 3],
+        _out: &Tensor,
+        _stats: &Tensor,
+        _grads: [&Tensor; 3],
+        _rows: &AttentionRows,
+        _spec: &AttentionSpec,
+    ) -> Result<()> {
+        Err(Error::Device { device: self.name(), reason: "no attention on matrix units".into() })
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(self.stream.synchronize().w()?)
+    }
+
+    fn memory(&self) -> Result<Memory> {
+        self.pool.memory(&self.context)
+    }
+
+    fn reset_peak(&self) -> Result<()> {
+        self.pool.reset_peak()
+    }
+
+    fn facts(&self) -> Facts {
+        let mut features = Vec::new();
+        if let Ok((major, minor)) = self.context.compute_capability() {
+            features.push(format!("compute capability {major}.{minor}"));
+        }
+        let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        if let Ok(count) = self.context.attribute(processors) {
+            features.push(format!("{count} multiprocessors"));
+        }
+        if let Ok(bytes) = self.context.total_mem() {
+            features.push(format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)));
+        }
+        if let Ok(version) = nvrtc::version() {
+            features.push(format!("NVRTC {version}"));
+        }
+        features.push(format!("cuBLASLt {}", gemm::version()));
+        Facts { name: self.context.name().unwrap_or_else(|_| self.name()), driver: driver(), features }
+    }
+}
+
+/// The driver's version where the system tells it, and the newest CUDA that it runs.
+fn driver() -> String {
+    let mut version = 0;
+    // SAFETY: it writes one integer.
+    let cuda = match unsafe { sys::cuDriverGetVersion(&mut version) }.result() {
+        Ok(()) => format!("CUDA {}.{}", version / 1000, version % 1000 / 10),
+        Err(_) => "unknown".into(),
+    };
+    match fs::read_to_string("/sys/module/nvidia/version") {
+        Ok(driver) => format!("{} ({cuda})", driver.trim()),
+        Err(_) => cuda,
+    }
 }
