@@ -1,16 +1,158 @@
-// Sums and casts, element by element.
+// Sums, casts, biases and dropout, element by element.
+//
+// `quads` is how many groups of four are moved whole: all of them, or none where a buffer does not begin at an aligned place.
 
-struct ElementwiseParams { uint n; };
+struct ElementwiseParams { ulong n; ulong quads; };
 
 /// `y += x`, both `[n]`.
 KERNEL(add_assign)(READ(T, x, 0), UPDATE(T, y, 1), PARAMS(ElementwiseParams, 2))
 {
-    const uint quads = params.n / 4;
-    for (uint i = THREAD_IN_GRID; i < quads; i += GRID_THREADS) {
+    for (ulong i = THREAD_IN_GRID; i < params.quads; i += GRID_THREADS) {
         const float4 a = load4(x, 4 * i);
         const float4 b = load4(y, 4 * i);
-        store4(y, 4 * i, make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w));
+        store4(y, 4 * i, make_float4(b.x + a.x, b.y + a.y, b.z + a.z, b.w + a.w));
     }
-    const uint tail = 4 * quads + THREAD_IN_GRID;
-    if (tail < params.n) y[tail] = T(float(y[tail]) + float(x[tail]));
+    for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS) y[i] = T(float(y[i]) + float(x[i]));
+}
+
+/// `y += x` for an f32 `y`, both `[n]`.
+KERNEL(add_assign_f32)(READ(T, x, 0), UPDATE(float, y, 1), PARAMS(ElementwiseParams, 2))
+{
+    for (ulong i = THREAD_IN_GRID; i < params.quads; i += GRID_THREADS) {
+        const float4 a = load4(x, 4 * i);
+        const float4 b = load4(y, 4 * i);
+        store4(y, 4 * i, make_float4(b.x + a.x, b.y + a.y, b.z + a.z, b.w + a.w));
+    }
+    for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS) y[i] += float(x[i]);
+}
+
+/// `y = x`, both `[n]`.
+KERNEL(copy)(READ(T, x, 0), WRITE(T, y, 1), PARAMS(ElementwiseParams, 2))
+{
+    for (ulong i = THREAD_IN_GRID; i < params.quads; i += GRID_THREADS) store4(y, 4 * i, load4(x, 4 * i));
+    for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS) y[i] = x[i];
+}
+
+/// `y = x` in f32, both `[n]`.
+KERNEL(to_f32)(READ(T, x, 0), WRITE(float, y, 1), PARAMS(ElementwiseParams, 2))
+{
+    for (ulong i = THREAD_IN_GRID; i < params.quads; i += GRID_THREADS) store4(y, 4 * i, load4(x, 4 * i));
+    for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS) y[i] = float(x[i]);
+}
+
+/// `y = x` rounded from f32, both `[n]`.
+KERNEL(from_f32)(READ(float, x, 0), WRITE(T, y, 1), PARAMS(ElementwiseParams, 2))
+{
+    for (ulong i = THREAD_IN_GRID; i < params.quads; i += GRID_THREADS) store4(y, 4 * i, load4(x, 4 * i));
+    for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS) y[i] = T(x[i]);
+}
+
+// Number `i` of the stream `seed` of SplitMix64, in [0, 1): the same as on the CPU.
+FUNCTION float dropout_uniform(ulong seed, ulong i) {
+    ulong z = seed + (i + 1) * 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return float(uint((z ^ (z >> 31)) >> 40)) * (1.0f / 16777216.0f);
+}
+
+struct DropoutParams { ulong n; ulong quads; ulong seed; float rate; float factor; };
+
+FUNCTION float dropout_of(float x, ulong i, ulong seed, float rate, float factor) {
+    return dropout_uniform(seed, i) >= rate ? x * factor : 0.0f;
+}
+
+/// `y = x * factor` where number `i` of the stream is at least `rate`, else 0; both `[n]`.
+KERNEL(dropout)(READ(T, x, 0), WRITE(T, y, 1), PARAMS(DropoutParams, 2))
+{
+    const ulong seed = params.seed;
+    const float rate = params.rate, factor = params.factor;
+    for (ulong quad = THREAD_IN_GRID; quad < params.quads; quad += GRID_THREADS) {
+        const ulong i = 4 * quad;
+        const float4 v = load4(x, i);
+        store4(y, i,
+               make_float4(dropout_of(v.x, i, seed, rate, factor), dropout_of(v.y, i + 1, seed, rate, factor),
+                           dropout_of(v.z, i + 2, seed, rate, factor), dropout_of(v.w, i + 3, seed, rate, factor)));
+    }
+    for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS)
+        y[i] = T(dropout_of(float(x[i]), i, seed, rate, factor));
+}
+
+struct BiasParams { uint rows; uint n; uint rows_per_group; uint aligned; };
+
+/// `y += bias` for every row: `bias [n]`, `y [rows, n]`. A thread has four columns of the rows of GROUP_Y.
+KERNEL(bias_add)(READ(T, bias, 0), UPDATE(T, y, 1), PARAMS(BiasParams, 2))
+{
+    const uint first = GROUP_Y * params.rows_per_group;
+    const uint last = min(first + params.rows_per_group, params.rows);
+    const uint c = 4 * THREAD_IN_GRID;
+    if (c >= params.n) return;
+    if (params.aligned) {
+        const float4 b = load4(bias, c);
+        for (uint row = first; row < last; ++row) {
+            const ulong i = ulong(row) * params.n + c;
+            const float4 v = load4(y, i);
+            store4(y, i, make_float4(v.x + b.x, v.y + b.y, v.z + b.z, v.w + b.w));
+        }
+    } else {
+        for (uint row = first; row < last; ++row) {
+            for (uint k = c; k < min(c + 4, params.n); ++k) {
+                const ulong i = ulong(row) * params.n + k;
+                y[i] = T(float(y[i]) + float(bias[k]));
+            }
+        }
+    }
+}
+
+/// The sums of the columns of `dy [rows, n]` over the rows of each GROUP_Y: `partial [groups, n]`. 256 threads: a SIMD group adds
+/// every eighth row of 128 columns.
+KERNEL(bias_grad)(READ(T, dy, 0), WRITE(float, partial, 1), PARAMS(BiasParams, 2))
+{
+    THREADGROUP(float, sums, 1024);
+    const uint first = GROUP_Y * params.rows_per_group;
+    const uint last = min(first + params.rows_per_group, params.rows);
+    const uint c = 128 * GROUP_X + 4 * LANE;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (c < params.n) {
+        for (uint row = first + SIMD; row < last; row += SIMDS) {
+            const ulong i = ulong(row) * params.n + c;
+            if (params.aligned) {
+                const float4 v = load4(dy, i);
+                sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+            } else {
+                sum.x += float(dy[i]);
+                if (c + 1 < params.n) sum.y += float(dy[i + 1]);
+                if (c + 2 < params.n) sum.z += float(dy[i + 2]);
+                if (c + 3 < params.n) sum.w += float(dy[i + 3]);
+            }
+        }
+    }
+    sums[128 * SIMD + 4 * LANE] = sum.x;
+    sums[128 * SIMD + 4 * LANE + 1] = sum.y;
+    sums[128 * SIMD + 4 * LANE + 2] = sum.z;
+    sums[128 * SIMD + 4 * LANE + 3] = sum.w;
+    BARRIER();
+    const uint column = 128 * GROUP_X + THREAD;
+    if (THREAD >= 128 || column >= params.n) return;
+    float total = 0.0f;
+    for (uint k = 0; k < SIMDS; ++k) total += sums[128 * k + THREAD];
+    partial[ulong(GROUP_Y) * params.n + column] = total;
+}
+
+struct ColumnSumsParams { uint rows; uint n; uint accumulate; };
+
+/// The sums of the columns of `partial [rows, n]`, written to `out [n]` or added to it. 256 threads for 32 columns.
+KERNEL(column_sums)(READ(float, partial, 0), UPDATE(float, out, 1), PARAMS(ColumnSumsParams, 2))
+{
+    THREADGROUP(float, sums, 256);
+    const uint column = 32 * GROUP_X + LANE;
+    float sum = 0.0f;
+    if (column < params.n) {
+        for (uint row = SIMD; row < params.rows; row += SIMDS) sum += partial[ulong(row) * params.n + column];
+    }
+    sums[THREAD] = sum;
+    BARRIER();
+    if (THREAD >= 32 || column >= params.n) return;
+    float total = 0.0f;
+    for (uint k = 0; k < SIMDS; ++k) total += sums[32 * k + THREAD];
+    out[column] = params.accumulate ? out[column] + total : total;
 }

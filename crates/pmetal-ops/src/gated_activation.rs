@@ -3,11 +3,14 @@
 //! Source: Shazeer, "GLU Variants Improve Transformer", 2020. Operands `[tokens, intermediate]`.
 
 use candle_core::Tensor;
+use pmetal_metal::{Gpu, empty, kernels};
 
 use crate::{
     Error, Result,
     autograd::{Value, composite, one, only},
-    kernel::{View, for_dtype, has_cpu_kernel, room, tensor},
+    elementwise::span,
+    kernel::{View, for_dtype, room, tensor},
+    place::{Place, place},
 };
 
 const OP: &str = "swiglu";
@@ -17,13 +20,19 @@ pub fn swiglu(gate: &Value, up: &Value) -> Result<Value> {
     if gate.tensor().shape() != up.tensor().shape() || gate.tensor().dtype() != up.tensor().dtype() {
         return Err(Error::operand(OP, "up", gate.tensor().dims(), up.tensor().dims()));
     }
-    if !has_cpu_kernel(gate.tensor()) {
-        return Ok(one(composite(&[gate, up], |t| Ok(vec![reference(&t[0], &t[1])?]))?));
-    }
+    let place = place(gate.tensor(), OP)?;
     let (gate_t, up_t) = (gate.tensor().contiguous()?, up.tensor().contiguous()?);
-    let y = forward(&gate_t, &up_t)?;
+    let y = match &place {
+        Place::Cpu => forward(&gate_t, &up_t)?,
+        Place::Gpu(gpu) => forward_on_gpu(&**gpu, &gate_t, &up_t)?,
+        Place::Reference => return Ok(one(composite(&[gate, up], |t| Ok(vec![reference(&t[0], &t[1])?]))?)),
+    };
     Ok(one(Value::record(vec![y], &[gate, up], move |grads| {
-        let (dgate, dup) = backward(&only(grads, OP)?, &gate_t, &up_t)?;
+        let dy = only(grads, OP)?.contiguous()?;
+        let (dgate, dup) = match &place {
+            Place::Gpu(gpu) => backward_on_gpu(&**gpu, &dy, &gate_t, &up_t)?,
+            _ => backward(&dy, &gate_t, &up_t)?,
+        };
         Ok(vec![Some(dgate), Some(dup)])
     })))
 }
@@ -38,13 +47,28 @@ fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 }
 
 fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
-    let dy = dy.contiguous()?;
-    let (d, g, u) = (View::of_tensor(&dy, OP)?, View::of_tensor(gate, OP)?, View::of_tensor(up, OP)?);
+    let (d, g, u) = (View::of_tensor(dy, OP)?, View::of_tensor(gate, OP)?, View::of_tensor(up, OP)?);
     for_dtype!(OP, gate.dtype(), T => {
         let (mut dgate, mut dup) = (room::<T>(gate.elem_count()), room::<T>(gate.elem_count()));
         pmetal_cpu::swiglu_backward(d.slice::<T>()?, g.slice::<T>()?, u.slice::<T>()?, &mut dgate, &mut dup);
         Ok((tensor(dgate, gate.shape().clone())?, tensor(dup, gate.shape().clone())?))
     })
+}
+
+fn forward_on_gpu(gpu: &dyn Gpu, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let y = empty(gate.shape(), gate.dtype(), gate.device())?;
+    let (n, quads, grid) = span(&[gate, up]);
+    kernels::swiglu(gpu, gate.dtype(), grid, gate, up, &y, kernels::swiglu::GateParams { n, quads })?;
+    Ok(y)
+}
+
+fn backward_on_gpu(gpu: &dyn Gpu, dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
+    let room = || empty(gate.shape(), gate.dtype(), gate.device());
+    let (dgate, dup) = (room()?, room()?);
+    let (n, quads, grid) = span(&[dy, gate, up]);
+    let params = kernels::swiglu_backward::GateParams { n, quads };
+    kernels::swiglu_backward(gpu, gate.dtype(), grid, dy, gate, up, &dgate, &dup, params)?;
+    Ok((dgate, dup))
 }
 
 /// The formula in plain candle.
@@ -59,10 +83,12 @@ mod tests {
 
     #[test]
     fn swiglu_and_its_gradients() {
-        check_op(
-            &[random(&[3, 19], 1), random(&[3, 19], 2)],
-            |t| Ok(vec![reference(&t[0], &t[1])?]),
-            |v| Ok(vec![swiglu(&v[0], &v[1])?]),
-        );
+        for shape in [[1, 1], [3, 19], [2, 520]] {
+            check_op(
+                &[random(&shape, 1), random(&shape, 2)],
+                |t| Ok(vec![reference(&t[0], &t[1])?]),
+                |v| Ok(vec![swiglu(&v[0], &v[1])?]),
+            );
+        }
     }
 }

@@ -1,10 +1,13 @@
 //! Copies of consecutive rows into places of a larger tensor: how keys and values enter their cache.
 
 use candle_core::Tensor;
+use pmetal_metal::{Gpu, Grid, kernels};
 
 use crate::{
     Error, Result,
-    kernel::{View, for_dtype, has_cpu_kernel, with_slice_mut},
+    elementwise::{convert_into, rows_in_quads},
+    kernel::{View, for_dtype, with_slice_mut},
+    place::{Place, place, upload},
 };
 
 const OP: &str = "write_rows";
@@ -16,12 +19,17 @@ const OP: &str = "write_rows";
 /// Where a run lies outside the target, or the runs do not use up `x`.
 pub fn write_rows(x: &Tensor, target: &Tensor, runs: &[(usize, usize)]) -> Result<()> {
     check(x, target, runs)?;
-    if !has_cpu_kernel(target) {
-        return by_candle(x, target, runs);
-    }
-    let width: usize = x.dims().iter().skip(1).product();
     let x = x.contiguous()?;
-    let view = View::of_tensor(&x, OP)?;
+    match place(target, OP)? {
+        Place::Cpu => on_cpu(&x, target, runs),
+        Place::Gpu(gpu) => on_gpu(&*gpu, &x, target, runs),
+        Place::Reference => by_candle(&x, target, runs),
+    }
+}
+
+fn on_cpu(x: &Tensor, target: &Tensor, runs: &[(usize, usize)]) -> Result<()> {
+    let width: usize = x.dims().iter().skip(1).product();
+    let view = View::of_tensor(x, OP)?;
     for_dtype!(OP, x.dtype(), T => {
         let mut rest = view.slice::<T>()?;
         with_slice_mut::<T, _>(target, OP, |target| {
@@ -32,6 +40,25 @@ pub fn write_rows(x: &Tensor, target: &Tensor, runs: &[(usize, usize)]) -> Resul
             }
         })
     })
+}
+
+fn on_gpu(gpu: &dyn Gpu, x: &Tensor, target: &Tensor, runs: &[(usize, usize)]) -> Result<()> {
+    if let &[(start, len)] = runs {
+        return convert_into(x, &target.narrow(0, start, len)?);
+    }
+    let width: usize = x.dims().iter().skip(1).product();
+    let mut table = Vec::with_capacity(3 * runs.len());
+    let mut next = 0;
+    for &(start, len) in runs {
+        table.extend([next, start, len].map(|n| n as u32));
+        next += len;
+    }
+    let longest = runs.iter().map(|&(_, len)| len).max().unwrap_or(0);
+    let mut grid = Grid::cover(longest * width, 16);
+    grid.groups[1] = runs.len();
+    let params =
+        kernels::write_rows::WriteRowsParams { width: width as u32, aligned: rows_in_quads(width, &[x, target]) };
+    Ok(kernels::write_rows(gpu, x.dtype(), grid, x, &upload(&table, x.device())?, target, params)?)
 }
 
 fn check(x: &Tensor, target: &Tensor, runs: &[(usize, usize)]) -> Result<()> {
@@ -63,9 +90,29 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
+    use crate::testing::{emulated, random};
 
     #[test]
     fn runs_go_to_their_places() {
+        small_runs();
+        emulated(small_runs);
+    }
+
+    #[test]
+    fn runs_of_every_width_on_a_gpu() {
+        for (width, dtype) in [(1, DType::F32), (17, DType::BF16), (128, DType::F16), (1030, DType::BF16)] {
+            let x = random(&[9, width], 1).to_dtype(dtype).unwrap();
+            for runs in [vec![(3, 9)], vec![(13, 2), (1, 4), (0, 0), (5, 3)]] {
+                let targets = [0, 1].map(|_| random(&[15, width], 2).to_dtype(dtype).unwrap());
+                write_rows(&x, &targets[0], &runs).unwrap();
+                emulated(|| write_rows(&x, &targets[1], &runs).unwrap());
+                let [want, got] = targets.map(|t| t.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap());
+                assert_eq!(want, got);
+            }
+        }
+    }
+
+    fn small_runs() {
         for dtype in [DType::F32, DType::BF16, DType::F64] {
             let x = Tensor::arange(1f32, 7.0, &Device::Cpu).unwrap().reshape((3, 2)).unwrap().to_dtype(dtype).unwrap();
             let target = Tensor::zeros((6, 2), dtype, &Device::Cpu).unwrap();

@@ -5,11 +5,14 @@
 //! Normalization", 2019.
 
 use candle_core::{D, DType, Tensor};
+use pmetal_metal::{Gpu, Grid, empty, kernels};
 
 use crate::{
     Error, Result,
-    autograd::{Value, composite, one},
-    kernel::{View, for_dtype, has_cpu_kernel, room, tensor},
+    autograd::{Value, composite, one, only},
+    elementwise::{column_grid, column_sums, converted, row_groups, rows_in_quads},
+    kernel::{View, for_dtype, room, tensor},
+    place::{Place, place},
 };
 
 const OP: &str = "rms_norm";
@@ -17,16 +20,19 @@ const OP: &str = "rms_norm";
 /// The norm of `x [rows, width]` with `weight [width]` (any float dtype).
 pub fn rms_norm(x: &Value, weight: &Value, eps: f64) -> Result<Value> {
     let width = check(x, weight)?;
-    if !has_cpu_kernel(x.tensor()) {
-        return Ok(one(composite(&[x, weight], move |t| Ok(vec![reference(&t[0], &t[1], eps)?]))?));
-    }
-    let x_t = x.tensor().contiguous()?;
-    let weight_t = weight.tensor().contiguous()?;
-    let (y, rstd) = forward(&x_t, &weight_t, eps as f32, width)?;
+    let place = place(x.tensor(), OP)?;
+    let (x_t, weight_t) = (x.tensor().contiguous()?, weight.tensor().contiguous()?);
+    let (y, rstd) = match &place {
+        Place::Cpu => forward(&x_t, &weight_t, eps as f32, width)?,
+        Place::Gpu(gpu) => forward_on_gpu(&**gpu, &x_t, &weight_t, eps as f32)?,
+        Place::Reference => {
+            return Ok(one(composite(&[x, weight], move |t| Ok(vec![reference(&t[0], &t[1], eps)?]))?));
+        }
+    };
     let needs = [x.requires_grad(), weight.requires_grad()];
     Ok(one(Value::record(vec![y], &[x, weight], move |grads| {
-        let dy = crate::autograd::only(grads, OP)?;
-        let (dx, dweight) = backward(&dy, &x_t, &weight_t, &rstd, None, needs[1])?;
+        let saved = Saved { x: x_t, weight: weight_t, rstd };
+        let (dx, dweight) = backward(&place, &only(grads, OP)?, &saved, None, needs[1])?;
         Ok(vec![needs[0].then_some(dx), dweight])
     })))
 }
@@ -37,25 +43,28 @@ pub fn add_rms_norm(x: &Value, residual: &Value, weight: &Value, eps: f64) -> Re
     if x.tensor().shape() != residual.tensor().shape() || x.tensor().dtype() != residual.tensor().dtype() {
         return Err(Error::operand(OP, "residual", x.tensor().dims(), residual.tensor().dims()));
     }
-    if !has_cpu_kernel(x.tensor()) {
-        let mut outputs = composite(&[x, residual, weight], move |t| {
-            let sum = (&t[0] + &t[1])?;
-            let y = reference(&sum, &t[2], eps)?;
-            Ok(vec![sum, y])
-        })?
-        .into_iter();
-        return pair(&mut outputs);
-    }
+    let place = place(x.tensor(), OP)?;
+    let (x_t, residual_t) = (x.tensor().contiguous()?, residual.tensor().contiguous()?);
     let weight_t = weight.tensor().contiguous()?;
-    let (sum, y, rstd) =
-        add_forward(&x.tensor().contiguous()?, &residual.tensor().contiguous()?, &weight_t, eps as f32, width)?;
+    let (sum, y, rstd) = match &place {
+        Place::Cpu => add_forward(&x_t, &residual_t, &weight_t, eps as f32, width)?,
+        Place::Gpu(gpu) => add_forward_on_gpu(&**gpu, &x_t, &residual_t, &weight_t, eps as f32)?,
+        Place::Reference => {
+            let outputs = composite(&[x, residual, weight], move |t| {
+                let sum = (&t[0] + &t[1])?;
+                let y = reference(&sum, &t[2], eps)?;
+                Ok(vec![sum, y])
+            })?;
+            return pair(&mut outputs.into_iter());
+        }
+    };
     let needs_weight = weight.requires_grad();
-    let saved = sum.clone();
+    let saved = Saved { x: sum.clone(), weight: weight_t, rstd };
     let mut outputs = Value::record(vec![sum, y], &[x, residual, weight], move |grads| {
         let mut grads = grads.into_iter();
         let (dsum, dy) = (grads.next().flatten(), grads.next().flatten());
         let Some(dy) = dy else { return Ok(vec![dsum.clone(), dsum, None]) };
-        let (dx, dweight) = backward(&dy, &saved, &weight_t, &rstd, dsum.as_ref(), needs_weight)?;
+        let (dx, dweight) = backward(&place, &dy, &saved, dsum.as_ref(), needs_weight)?;
         Ok(vec![Some(dx.clone()), Some(dx), dweight])
     })
     .into_iter();
@@ -77,13 +86,21 @@ fn check(x: &Value, weight: &Value) -> Result<usize> {
     }
 }
 
-fn forward(x: &Tensor, weight: &Tensor, eps: f32, width: usize) -> Result<(Tensor, Vec<f32>)> {
+/// What the backward needs: what was normalised, the weight, and `1 / sqrt(mean(x²) + eps)` of each row (f32).
+struct Saved {
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+}
+
+fn forward(x: &Tensor, weight: &Tensor, eps: f32, width: usize) -> Result<(Tensor, Tensor)> {
     let (xv, wv) = (View::of_tensor(x, OP)?, View::of_tensor(weight, OP)?);
     let mut rstd = vec![0.0; x.elem_count() / width];
     for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
         let mut y = room::<T>(x.elem_count());
         pmetal_cpu::rms_norm_forward(xv.slice::<T>()?, wv.slice::<W>()?, eps, width, &mut y, &mut rstd);
-        Ok((tensor(y, x.shape().clone())?, rstd))
+        let rows = rstd.len();
+        Ok((tensor(y, x.shape().clone())?, tensor(rstd, rows)?))
     }))
 }
 
@@ -93,41 +110,140 @@ fn add_forward(
     weight: &Tensor,
     eps: f32,
     width: usize,
-) -> Result<(Tensor, Tensor, Vec<f32>)> {
+) -> Result<(Tensor, Tensor, Tensor)> {
     let (xv, rv, wv) = (View::of_tensor(x, OP)?, View::of_tensor(residual, OP)?, View::of_tensor(weight, OP)?);
     let mut rstd = vec![0.0; x.elem_count() / width];
     for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
         let (mut sum, mut y) = (room::<T>(x.elem_count()), room::<T>(x.elem_count()));
         let (xs, rs, ws) = (xv.slice::<T>()?, rv.slice::<T>()?, wv.slice::<W>()?);
         pmetal_cpu::add_rms_norm_forward(xs, rs, ws, eps, width, &mut sum, &mut y, &mut rstd);
-        Ok((tensor(sum, x.shape().clone())?, tensor(y, x.shape().clone())?, rstd))
+        let rows = rstd.len();
+        Ok((tensor(sum, x.shape().clone())?, tensor(y, x.shape().clone())?, tensor(rstd, rows)?))
     }))
 }
 
 /// The gradients of the normalised value (plus `dsum`, which reached it by another way) and of the weight.
 fn backward(
+    place: &Place,
     dy: &Tensor,
-    x: &Tensor,
-    weight: &Tensor,
-    rstd: &[f32],
+    saved: &Saved,
     dsum: Option<&Tensor>,
     needs_weight: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let dy = dy.contiguous()?;
     let dsum = dsum.map(Tensor::contiguous).transpose()?;
+    match place {
+        Place::Gpu(gpu) => backward_on_gpu(&**gpu, &dy, saved, dsum.as_ref(), needs_weight),
+        _ => backward_on_cpu(&dy, saved, dsum.as_ref(), needs_weight),
+    }
+}
+
+fn backward_on_cpu(
+    dy: &Tensor,
+    Saved { x, weight, rstd }: &Saved,
+    dsum: Option<&Tensor>,
+    needs_weight: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
     let width = weight.elem_count();
-    let (dyv, xv, wv) = (View::of_tensor(&dy, OP)?, View::of_tensor(x, OP)?, View::of_tensor(weight, OP)?);
-    let dsv = dsum.as_ref().map(|d| View::of_tensor(d, OP)).transpose()?;
+    let (dyv, xv, wv) = (View::of_tensor(dy, OP)?, View::of_tensor(x, OP)?, View::of_tensor(weight, OP)?);
+    let rstdv = View::of_tensor(rstd, OP)?;
+    let dsv = dsum.map(|d| View::of_tensor(d, OP)).transpose()?;
     let mut dweight = needs_weight.then(|| vec![0f32; width]);
     let dx = for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
         let mut dx = room::<T>(x.elem_count());
         let dsum = dsv.as_ref().map(|d| d.slice::<T>()).transpose()?;
         pmetal_cpu::rms_norm_backward(
-            dyv.slice::<T>()?, xv.slice::<T>()?, wv.slice::<W>()?, rstd, width, dsum, &mut dx, dweight.as_deref_mut(),
+            dyv.slice::<T>()?, xv.slice::<T>()?, wv.slice::<W>()?, rstdv.slice::<f32>()?, width, dsum, &mut dx,
+            dweight.as_deref_mut(),
         );
         tensor(dx, x.shape().clone())
     }))?;
     Ok((dx, dweight.map(|d| tensor(d, width)).transpose()?))
+}
+
+/// How rows are shared out: a SIMD group to a narrow row, a threadgroup to a wide one. Returns the grid and the SIMD groups of a row.
+fn share_rows(rows: usize, width: usize) -> (Grid, u32) {
+    if width <= WIDTH_OF_A_SIMD_GROUP {
+        return (Grid::line(rows.div_ceil(8), 256), 1);
+    }
+    let threads = width.div_ceil(16).next_multiple_of(32).min(1024);
+    (Grid::line(rows, threads), threads as u32 / 32)
+}
+
+/// Up to here a row is read twice by 32 threads without leaving the first cache in between.
+const WIDTH_OF_A_SIMD_GROUP: usize = 512;
+
+fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
+    let (rows, width) = x.dims2()?;
+    let weight = converted(weight, x.dtype())?;
+    let (y, rstd) = (empty((rows, width), x.dtype(), x.device())?, empty(rows, DType::F32, x.device())?);
+    let (grid, simds_per_row) = share_rows(rows, width);
+    let aligned = rows_in_quads(width, &[x, &weight]);
+    let (rows, width) = (rows as u32, width as u32);
+    let params = kernels::rms_norm::RmsNormParams { rows, width, simds_per_row, aligned, eps };
+    kernels::rms_norm(gpu, x.dtype(), grid, x, &weight, &y, &rstd, params)?;
+    Ok((y, rstd))
+}
+
+fn add_forward_on_gpu(
+    gpu: &dyn Gpu,
+    x: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    eps: f32,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let (rows, width) = x.dims2()?;
+    let weight = converted(weight, x.dtype())?;
+    let room = || empty((rows, width), x.dtype(), x.device());
+    let (sum, y, rstd) = (room()?, room()?, empty(rows, DType::F32, x.device())?);
+    let (grid, simds_per_row) = share_rows(rows, width);
+    let aligned = rows_in_quads(width, &[x, residual, &weight]);
+    let (rows, width) = (rows as u32, width as u32);
+    let params = kernels::add_rms_norm::RmsNormParams { rows, width, simds_per_row, aligned, eps };
+    kernels::add_rms_norm(gpu, x.dtype(), grid, x, residual, &weight, &sum, &y, &rstd, params)?;
+    Ok((sum, y, rstd))
+}
+
+fn backward_on_gpu(
+    gpu: &dyn Gpu,
+    dy: &Tensor,
+    Saved { x, weight, rstd }: &Saved,
+    dsum: Option<&Tensor>,
+    needs_weight: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (rows, width) = x.dims2()?;
+    let weight = converted(weight, x.dtype())?;
+    let dx = empty((rows, width), x.dtype(), x.device())?;
+    let (grid, simds_per_row) = share_rows(rows, width);
+    let has_dsum = u32::from(dsum.is_some());
+    let dsum = dsum.unwrap_or(dy);
+    let aligned = rows_in_quads(width, &[dy, x, &weight, dsum]);
+    let params = kernels::rms_norm_backward::RmsNormBackwardParams {
+        rows: rows as u32,
+        width: width as u32,
+        simds_per_row,
+        aligned,
+        has_dsum,
+    };
+    kernels::rms_norm_backward(gpu, x.dtype(), grid, dy, x, &weight, rstd, dsum, &dx, params)?;
+    let dweight = needs_weight.then(|| weight_grad_on_gpu(gpu, dy, x, rstd)).transpose()?;
+    Ok((dx, dweight))
+}
+
+fn weight_grad_on_gpu(gpu: &dyn Gpu, dy: &Tensor, x: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+    let (rows, width) = x.dims2()?;
+    let (rows_per_group, groups) = row_groups(rows);
+    let partial = empty((groups, width), DType::F32, x.device())?;
+    let dweight = empty(width, DType::F32, x.device())?;
+    let params = kernels::rms_norm_weight_grad::RmsNormWeightParams {
+        rows: rows as u32,
+        width: width as u32,
+        rows_per_group,
+        aligned: rows_in_quads(width, &[dy, x]),
+    };
+    kernels::rms_norm_weight_grad(gpu, x.dtype(), column_grid(width, groups), dy, x, rstd, &partial, params)?;
+    column_sums(gpu, &partial, &dweight, false)?;
+    Ok(dweight)
 }
 
 /// The formula in plain candle.
@@ -144,26 +260,31 @@ mod tests {
     use super::*;
     use crate::testing::{check_op, random};
 
+    /// Rows to a SIMD group and to a threadgroup, in fours and not, one and many.
+    const SHAPES: [(usize, usize); 7] = [(1, 1), (5, 24), (3, 17), (70, 6), (9, 130), (3, 1030), (1, 2052)];
+
     #[test]
     fn norm_and_its_gradients() {
-        let inputs = [random(&[5, 24], 1), random(&[24], 2)];
-        check_op(&inputs, |t| Ok(vec![reference(&t[0], &t[1], 1e-5)?]), |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5)?]));
+        for (rows, width) in SHAPES {
+            let inputs = [random(&[rows, width], 1), random(&[width], 2)];
+            let formula = |t: &[Tensor]| Ok(vec![reference(&t[0], &t[1], 1e-5)?]);
+            check_op(&inputs, formula, |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5)?]));
+        }
     }
 
     #[test]
     fn sum_and_norm_and_their_gradients() {
-        let inputs = [random(&[3, 17], 1), random(&[3, 17], 2), random(&[17], 3)];
-        check_op(
-            &inputs,
-            |t| {
+        for (rows, width) in SHAPES {
+            let inputs = [random(&[rows, width], 1), random(&[rows, width], 2), random(&[width], 3)];
+            let formula = |t: &[Tensor]| {
                 let sum = (&t[0] + &t[1])?;
                 let y = reference(&sum, &t[2], 1e-6)?;
                 Ok(vec![sum, y])
-            },
-            |v| {
+            };
+            check_op(&inputs, formula, |v| {
                 let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-6)?;
                 Ok(vec![sum, y])
-            },
-        );
+            });
+        }
     }
 }

@@ -1,8 +1,17 @@
 //! How operations prove themselves: the reference against central differences in f64, the kernel against the reference.
 
-use candle_core::{DType, Device, Tensor};
+use std::sync::{Arc, OnceLock};
 
-use crate::{Result, Value, autograd::composite, gradients};
+use candle_core::{DType, Device, Tensor};
+use pmetal_emulator::Emulator;
+
+use crate::{Result, Value, autograd::composite, emulate, gradients};
+
+/// Runs `f` with the emulator's GPU in the place of the CPU.
+pub(crate) fn emulated<T>(f: impl FnOnce() -> T) -> T {
+    static EMULATOR: OnceLock<Arc<Emulator>> = OnceLock::new();
+    emulate(EMULATOR.get_or_init(|| Arc::new(Emulator::new())).clone(), f)
+}
 
 /// Reproducible numbers around zero, f64.
 pub(crate) fn random(shape: &[usize], seed: u64) -> Tensor {
@@ -12,8 +21,8 @@ pub(crate) fn random(shape: &[usize], seed: u64) -> Tensor {
 }
 
 /// Checks an operation on f64 `inputs`:
-/// the reference's gradient (f64, through [`composite`]) against central differences; `op` in f32 against the reference, to
-/// rounding; `op` in bf16 against the reference on the same rounded inputs, to bf16's rounding.
+/// the reference's gradient (f64, through [`composite`]) against central differences; `op` in f32, bf16 and f16, on the CPU and on the
+/// emulator's GPU, against the reference on the same rounded inputs, to the dtype's rounding.
 pub(crate) fn check_op(
     inputs: &[Tensor],
     reference: impl Fn(&[Tensor]) -> candle_core::Result<Vec<Tensor>> + Clone + Send + 'static,
@@ -27,17 +36,18 @@ pub(crate) fn check_op(
     for (i, grad) in grads.iter().enumerate() {
         assert_close(&central_differences(inputs, i, &reference), grad, 1e-6, "reference gradient");
     }
-    for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 3e-2)] {
+    for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 3e-2), (DType::F16, 4e-3)] {
         let rounded: Vec<Tensor> = inputs.iter().map(|t| t.to_dtype(dtype).unwrap()).collect();
         let exact: Vec<Tensor> = rounded.iter().map(|t| t.to_dtype(DType::F64).unwrap()).collect();
         let (want, want_grads) =
             if dtype == DType::F32 { (outputs.clone(), grads.clone()) } else { run(&exact, run_reference) };
-        let (got, got_grads) = run(&rounded, &op);
-        for (want, got) in want.iter().zip(&got) {
-            assert_close(want, got, tolerance, &format!("{dtype:?} output"));
-        }
-        for (i, (want, got)) in want_grads.iter().zip(&got_grads).enumerate() {
-            assert_close(want, got, tolerance, &format!("{dtype:?} gradient {i}"));
+        for (place, (got, got_grads)) in [("CPU", run(&rounded, &op)), ("GPU", emulated(|| run(&rounded, &op)))] {
+            for (want, got) in want.iter().zip(&got) {
+                assert_close(want, got, tolerance, &format!("{place}, {dtype:?} output"));
+            }
+            for (i, (want, got)) in want_grads.iter().zip(&got_grads).enumerate() {
+                assert_close(want, got, tolerance, &format!("{place}, {dtype:?} gradient {i}"));
+            }
         }
     }
 }

@@ -62,5 +62,7 @@ using namespace metal;
 #define as_uint(x) as_type<uint>(x)
 #define as_float(x) as_type<float>(x)
 
-FUNCTION float4 load4(device const T* p, ulong i) { return float4(*reinterpret_cast<device const vec<T, 4>*>(p + i)); }
-FUNCTION void store4(device T* p, ulong i, float4 v) { *reinterpret_cast<device vec<T, 4>*>(p + i) = vec<T, 4>(v); }
+template <typename E>
+FUNCTION float4 load4(device const E* p, ulong i) { return float4(*reinterpret_cast<device const vec<E, 4>*>(p + i)); }
+template <typename E>
+FUNCTION void store4(device E* p, ulong i, float4 v) { *reinterpret_cast<device vec<E, 4>*>(p + i) = vec<E, 4>(v); }
