@@ -1,48 +1,52 @@
 use std::{fmt, str::FromStr};
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
 /// The device a run asks for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// The best device of this build: the CPU.
+    /// The best device of this build that the machine has: Metal, CUDA, the CPU.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
-}
-
-impl DeviceChoice {
-    /// The device itself.
-    pub fn resolve(self) -> Device {
-        match self {
-            Self::Auto | Self::Cpu => Device::Cpu,
-        }
-    }
+    /// An NVIDIA GPU by its number.
+    Cuda(usize),
+    /// The GPU of a Mac.
+    Metal,
 }
 
 impl FromStr for DeviceChoice {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
+        let cuda = || name.strip_prefix("cuda:")?.parse().ok();
         match name {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
-            _ => Err(Error::UnknownName { what: "device", got: name.into(), expected: "auto, cpu" }),
+            "cuda" => Ok(Self::Cuda(0)),
+            "metal" => Ok(Self::Metal),
+            _ => cuda().map(Self::Cuda).ok_or_else(|| Error::UnknownName {
+                what: "device",
+                got: name.into(),
+                expected: "auto, cpu, cuda, cuda:1 and so on, metal",
+            }),
         }
     }
 }
 
 impl fmt::Display for DeviceChoice {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Self::Auto => "auto",
-            Self::Cpu => "cpu",
-        })
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(0) => f.write_str("cuda"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::Metal => f.write_str("metal"),
+        }
     }
 }
 

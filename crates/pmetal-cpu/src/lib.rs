@@ -40,6 +40,6 @@ pub use elementwise::{add_assign, add_assign_mixed, bias_add, bias_grad, convert
 pub use embedding::{gather_rows, scatter_add_rows};
 pub use gemm::{Mat, matmul};
 pub use norm::{add_rms_norm_forward, rms_norm_backward, rms_norm_forward};
-pub use optimizer::{AdamW, adamw, sum_of_squares};
+pub use optimizer::{AdamW, Factors, adamw, sum_of_squares};
 pub use random::{mix, normal, uniform};
 pub use rope::rope;

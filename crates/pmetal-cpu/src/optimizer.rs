@@ -21,17 +21,23 @@ pub struct AdamW {
     pub step: u64,
 }
 
-/// The numbers a step needs, in the precision of the kernel.
-#[derive(Clone, Copy)]
-struct Factors {
-    decay: f32,
-    weight1: f32,
-    beta2: f32,
-    weight2: f32,
-    step_size: f32,
-    correction2: f32,
-    eps: f32,
-    grad_scale: f32,
+/// The numbers a step needs, in the precision of the kernels: `g` is the gradient, `m` and `v` its moments.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Factors {
+    /// `p *= decay`, first of all.
+    pub decay: f32,
+    /// `m += weight1 * (g - m)`.
+    pub weight1: f32,
+    /// `v = beta2 * v + weight2 * g * g`.
+    pub beta2: f32,
+    /// See `beta2`.
+    pub weight2: f32,
+    /// `p -= step_size * m / (sqrt(v) / correction2 + eps)`.
+    pub step_size: f32,
+    /// See `step_size`.
+    pub correction2: f32,
+    /// See `step_size`.
+    pub eps: f32,
 }
 
 /// One step of AdamW in torch's order: decay the parameter, update both moments with `g * grad_scale`, then move.
@@ -42,26 +48,31 @@ pub fn adamw(p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], grad_scale:
     for (name, len) in [("m", m.len()), ("v", v.len()), ("g", g.len())] {
         assert_eq!(p.len(), len, "adamw: {name}");
     }
-    let f = factors(cfg, grad_scale);
+    let f = cfg.factors();
     if p.len() <= CHUNK {
-        return update(p, m, v, g, f);
+        return update(p, m, v, g, grad_scale, f);
     }
     let states = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
-    p.par_chunks_mut(CHUNK).zip(states).zip(g.par_chunks(CHUNK)).for_each(|((p, (m, v)), g)| update(p, m, v, g, f));
+    p.par_chunks_mut(CHUNK)
+        .zip(states)
+        .zip(g.par_chunks(CHUNK))
+        .for_each(|((p, (m, v)), g)| update(p, m, v, g, grad_scale, f));
 }
 
-fn factors(cfg: &AdamW, grad_scale: f32) -> Factors {
-    let (lr, beta1, beta2) = (decimal(cfg.learning_rate), decimal(cfg.beta1), decimal(cfg.beta2));
-    let step = cfg.step as f64;
-    Factors {
-        decay: (1.0 - lr * decimal(cfg.weight_decay)) as f32,
-        weight1: (1.0 - beta1) as f32,
-        beta2: beta2 as f32,
-        weight2: (1.0 - beta2) as f32,
-        step_size: (lr / (1.0 - beta1.powf(step))) as f32,
-        correction2: (1.0 - beta2.powf(step)).sqrt() as f32,
-        eps: cfg.eps,
-        grad_scale,
+impl AdamW {
+    /// What the kernels of every device compute with.
+    pub fn factors(&self) -> Factors {
+        let (lr, beta1, beta2) = (decimal(self.learning_rate), decimal(self.beta1), decimal(self.beta2));
+        let step = self.step as f64;
+        Factors {
+            decay: (1.0 - lr * decimal(self.weight_decay)) as f32,
+            weight1: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            weight2: (1.0 - beta2) as f32,
+            step_size: (lr / (1.0 - beta1.powf(step))) as f32,
+            correction2: (1.0 - beta2.powf(step)).sqrt() as f32,
+            eps: self.eps,
+        }
     }
 }
 
@@ -72,9 +83,9 @@ fn decimal(x: f32) -> f64 {
 }
 
 simd_fn! {
-    fn update['a;](p: &'a mut [f32], m: &'a mut [f32], v: &'a mut [f32], g: &'a [f32], f: Factors) -> () {
+    fn update['a;](p: &'a mut [f32], m: &'a mut [f32], v: &'a mut [f32], g: &'a [f32], grad_scale: f32, f: Factors) -> () {
         for (((p, m), v), &g) in p.iter_mut().zip(m).zip(v).zip(g) {
-            let g = g * f.grad_scale;
+            let g = g * grad_scale;
             *m += f.weight1 * (g - *m);
             *v = *v * f.beta2 + f.weight2 * g * g;
             let root = v.sqrt() / f.correction2 + f.eps;

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{Device, Shape, Tensor};
 use pmetal_models::{CausalLMModel, DecoderSpec, linear_layers};
-use pmetal_ops::{Adapter, Arena, LinearMember, Weight, random};
+use pmetal_ops::{Adapter, Arena, LinearMember, Weight, device, random};
 
 use crate::{
     AdapterFile, Error, LoraConfig, ModulesToSave, Result, TargetModules,
@@ -110,11 +110,12 @@ pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: U
             Ok(Some(arena))
         }
         Use::Inference => {
-            let device = model.device();
+            let on = model.device();
+            let dtype = device::trained_dtype(&on, model.dtype());
             let mut frozen = std::collections::HashMap::new();
             for (name, tensor) in file.tensors.iter().filter(|(name, _)| !carried.tensors().any(|table| table == *name))
             {
-                frozen.insert(name.clone(), tensor.to_device(&device)?);
+                frozen.insert(name.clone(), tensor.to_dtype(dtype)?.to_device(&on)?);
             }
             put(model, &targets, &file.config, |name| frozen.get(name).cloned().map(Weight::Frozen));
             Ok(None)
@@ -165,7 +166,8 @@ fn chosen(layers: Vec<Target>, wanted: &TargetModules) -> Result<Vec<Target>> {
 
 fn arena_for(model: &dyn CausalLMModel, targets: &[Target], r: usize, saved: ModulesToSave) -> Result<Arena> {
     let names = targets.iter().flat_map(|t| t.names().into_iter().zip(t.shapes(r)));
-    let mut params: Vec<_> = names.map(|(name, shape)| (name, shape, DType::F32)).collect();
+    let dtype = device::trained_dtype(&model.device(), model.dtype());
+    let mut params: Vec<_> = names.map(|(name, shape)| (name, shape, dtype)).collect();
     params.extend(tables::slots(model, saved)?);
     Ok(Arena::mixed(&params, &model.device())?)
 }

@@ -14,5 +14,5 @@ mod tables;
 pub use attach::{Use, adapter_tensors, attach, attach_file, detach};
 pub use config::{LoraConfig, TargetModules};
 pub use error::{Error, Result};
-pub use peft::{AdapterFile, SINGLE_FILE, save};
+pub use peft::{AdapterFile, SINGLE_FILE, save, saved};
 pub use tables::ModulesToSave;

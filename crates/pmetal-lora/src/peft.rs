@@ -8,7 +8,7 @@ use std::{
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_models::{EMBEDDING, HEAD};
-use pmetal_ops::Arena;
+use pmetal_ops::{Arena, Param};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 
@@ -156,9 +156,10 @@ pub fn save(dir: &Path, config: &LoraConfig, base: &str, arena: &Arena, tied: bo
         if let Some(module) = param.name().strip_suffix(".lora_A.weight") {
             modules.push(module.to_owned());
         }
+        let tensor = saved(&param).to_device(&Device::Cpu)?;
         let mut add = |name: &str| {
             config.modules_to_save.add(name.trim_end_matches(".weight"));
-            tensors.push((format!("{PREFIX}{name}"), param.value().clone()));
+            tensors.push((format!("{PREFIX}{name}"), tensor.clone()));
         };
         add(param.name());
         if tied && param.name() == EMBEDDING {
@@ -184,6 +185,11 @@ pub fn save(dir: &Path, config: &LoraConfig, base: &str, arena: &Arena, tied: bo
         fs::set_permissions(&path, permissions.clone()).map_err(pmetal_core::Error::io("write", &path))?;
     }
     Ok(())
+}
+
+/// What is saved of a parameter: f32 of an adapter, the dtype of the model of a table.
+pub fn saved(param: &Param) -> &Tensor {
+    if [EMBEDDING, HEAD].contains(&param.name()) { param.value() } else { param.master() }
 }
 
 fn not_written(path: &Path, error: safetensors::SafeTensorError) -> Error {

@@ -4,6 +4,7 @@
 //! launcher for each, generated from its signature. A device implements [`Gpu`]: launching, products, memory, and attention on its matrix
 //! units. The dialect is described in `kernels/prelude/metal.h`.
 
+mod attention;
 mod error;
 mod gpu;
 mod kernel;
@@ -14,7 +15,8 @@ mod metal;
 #[path = "metal_absent.rs"]
 mod metal;
 
+pub use attention::{attention_backward, attention_forward};
 pub use error::{Error, Result};
 pub use gpu::{AttentionRows, AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
 pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel};
-pub use metal::{gpu, open};
+pub use metal::{exact, gpu, open};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, MetalDevice};
+use candle_core::{Device, MetalDevice, Tensor};
 
 use crate::{Error, Gpu, Result};
 
@@ -20,6 +20,14 @@ pub fn open() -> Result<Device> {
 /// Always: this build is not for macOS.
 pub fn gpu(_: &MetalDevice) -> Result<Arc<dyn Gpu>> {
     Err(absent())
+}
+
+/// A tensor of the host in a buffer of its exact size.
+///
+/// # Errors
+/// Where the device has no room for it.
+pub fn exact(tensor: &Tensor, device: &Device) -> Result<Tensor> {
+    Ok(tensor.to_device(device)?)
 }
 
 fn absent() -> Error {

@@ -1,7 +1,7 @@
 use candle_core::{DType, Device, Tensor};
-use pmetal_ops::{LinearGroup, LinearMember, Policy, Value, Weight, no_grad};
+use pmetal_ops::{LinearMember, Policy, Value, Weight, logits};
 
-use crate::{DecoderSpec, KvCache, Result, layer::take};
+use crate::{DecoderSpec, KvCache, Result};
 
 /// What a forward reads: token ids of several rows behind one another, without padding.
 #[derive(Clone, Copy, Debug)]
@@ -63,10 +63,6 @@ pub trait CausalLMModel: Send {
 
     /// The logits of `hidden [n, hidden_size]`, `[n, vocab_size]` f32.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        // the product's result has its input's dtype: logits are f32 whatever the activations are
-        let hidden = Value::constant(hidden.to_dtype(DType::F32)?);
-        let head = LinearMember { weight: self.head().clone(), bias: None, adapter: None };
-        let [logits] = take(no_grad(|| LinearGroup { members: vec![head] }.forward(&hidden, None))?)?;
-        Ok(logits.tensor().clone())
+        Ok(logits(hidden, self.head())?)
     }
 }

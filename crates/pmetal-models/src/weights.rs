@@ -37,13 +37,14 @@ pub(crate) struct FromCheckpoint<'a> {
 impl WeightSource for FromCheckpoint<'_> {
     fn frozen(&self, name: &str, shape: &Shape) -> Result<Weight> {
         let stored = self.checkpoint.weight(name, shape, self.dtype)?;
-        let keeps = matches!(stored.dtype(), DType::BF16 | DType::F16) || stored.dtype() == self.dtype;
+        // the CPU's products widen as they read, a GPU's take operands of one dtype
+        let keeps = self.device.is_cpu() && matches!(stored.dtype(), DType::BF16 | DType::F16);
         // short vectors are read in every forward: in memory they need no copy
-        if keeps && shape.rank() > 1 && matches!(self.device, Device::Cpu) {
+        if (keeps || stored.dtype() == self.dtype) && shape.rank() > 1 && self.device.is_cpu() {
             return Ok(stored);
         }
         let dtype = if keeps { stored.dtype() } else { self.dtype };
-        let tensor = stored.tensor()?.to_dtype(dtype)?.to_device(self.device)?;
+        let tensor = pmetal_ops::device::send(&stored.tensor()?.to_dtype(dtype)?, self.device)?;
         self.checkpoint.release(name);
         Ok(Weight::Frozen(tensor))
     }
@@ -66,7 +67,7 @@ pub(crate) struct FromSeed<'a> {
 
 impl WeightSource for FromSeed<'_> {
     fn frozen(&self, name: &str, shape: &Shape) -> Result<Weight> {
-        Ok(Weight::Frozen(self.fresh(name, shape, self.dtype)?.to_device(self.device)?))
+        Ok(Weight::Frozen(pmetal_ops::device::send(&self.fresh(name, shape, self.dtype)?, self.device)?))
     }
 
     fn copy_to(&self, param: &Param) -> Result<()> {

@@ -5,32 +5,138 @@
 
 pub use pmetal_cpu::AdamW;
 
+use candle_core::{DType, Device, Tensor};
+use pmetal_metal::{Gpu, Grid, empty, kernels};
+
 use crate::{
     Arena, Result,
     kernel::{View, with_slice_mut},
+    place::{Place, place},
 };
 
 const OP: &str = "adamw";
 
-/// Updates every parameter of the arena from its gradient times `grad_scale`, and forgets the gradients.
-pub fn adamw(arena: &Arena, config: &AdamW, grad_scale: f32) -> Result<()> {
-    let grads = arena.grads()?;
-    let view = View::of_tensor(grads, OP)?;
-    let g = view.slice::<f32>()?;
-    with_slice_mut::<f32, _>(arena.state(), OP, |state| {
-        let (p, moments) = state.split_at_mut(g.len());
-        let (m, v) = moments.split_at_mut(g.len());
-        pmetal_cpu::adamw(p, m, v, g, grad_scale, config);
-    })?;
-    arena.refresh_copies()?;
-    arena.clear_grads();
-    Ok(())
+/// Threadgroups of the norm's first launch: its bits depend on their number, and no more fit on a GPU at a time.
+const NORM_GROUPS: usize = 512;
+
+/// What a step did, where it was computed: `[4]` f32, the norm of all gradients together, the factor that clipped them, 1 where the step
+/// was taken and 0 where norm or loss is not finite, the loss.
+#[derive(Clone, Debug)]
+pub struct StepOutcome(Tensor);
+
+impl StepOutcome {
+    /// The norm of all gradients before clipping, and whether the step was taken. Waits for the device.
+    pub fn read(&self) -> Result<(f64, bool)> {
+        let outcome = self.0.to_vec1::<f32>()?;
+        Ok((f64::from(outcome[0]), outcome[2] != 0.0))
+    }
 }
 
-/// The Euclidean norm of all gradients together; not finite where one of them is not.
-pub fn grad_norm(arena: &Arena) -> Result<f64> {
-    let view = View::of_tensor(arena.grads()?, "grad_norm")?;
-    Ok(pmetal_cpu::sum_of_squares(view.slice::<f32>()?).sqrt())
+/// Clips the gradients to `max_grad_norm` (0: not), updates every parameter of the arena, and forgets the gradients.
+///
+/// Where `loss` (an f32 scalar) or the norm is not finite, nothing is updated. The host does not wait for anything.
+pub fn adamw(arena: &Arena, config: &AdamW, max_grad_norm: f64, loss: &Tensor) -> Result<StepOutcome> {
+    let grads = arena.grads()?;
+    let outcome = match place(grads, OP)? {
+        Place::Gpu(gpu) => on_gpu(&*gpu, arena, grads, config, max_grad_norm, loss)?,
+        Place::Cpu => on_cpu(arena, grads, config, max_grad_norm, loss)?,
+        Place::Reference => reference(arena, grads, config, max_grad_norm, loss)?,
+    };
+    arena.clear_grads();
+    Ok(StepOutcome(outcome))
+}
+
+/// `torch.nn.utils.clip_grad_norm_`'s factor.
+fn clip_factor(norm: f64, max_grad_norm: f64) -> f32 {
+    let clip = max_grad_norm / (norm + 1e-6);
+    if max_grad_norm > 0.0 && clip < 1.0 { clip as f32 } else { 1.0 }
+}
+
+fn on_cpu(arena: &Arena, grads: &Tensor, config: &AdamW, max_grad_norm: f64, loss: &Tensor) -> Result<Tensor> {
+    let view = View::of_tensor(grads, OP)?;
+    let g = view.slice::<f32>()?;
+    let (norm, loss) = (pmetal_cpu::sum_of_squares(g).sqrt(), loss.to_scalar::<f32>()?);
+    let (clip, finite) = (clip_factor(norm, max_grad_norm), norm.is_finite() && loss.is_finite());
+    if finite {
+        with_slice_mut::<f32, _>(arena.state(), OP, |state| {
+            let (p, moments) = state.split_at_mut(g.len());
+            let (m, v) = moments.split_at_mut(g.len());
+            pmetal_cpu::adamw(p, m, v, g, clip, config);
+        })?;
+        arena.refresh_copies()?;
+    }
+    Ok(Tensor::new(&[norm as f32, clip, f32::from(u8::from(finite)), loss], &Device::Cpu)?)
+}
+
+fn on_gpu(
+    gpu: &dyn Gpu,
+    arena: &Arena,
+    grads: &Tensor,
+    config: &AdamW,
+    max_grad_norm: f64,
+    loss: &Tensor,
+) -> Result<Tensor> {
+    let (n, device) = (arena.len(), grads.device());
+    let groups = n.div_ceil(256 * 16).clamp(1, NORM_GROUPS);
+    let partials = empty(groups, DType::F32, device)?;
+    let outcome = empty(4, DType::F32, device)?;
+    let params = kernels::grad_norm_partials::NormParams { n: n as u64 };
+    kernels::grad_norm_partials(gpu, DType::F32, Grid::line(groups, 256), grads, &partials, params)?;
+    let params =
+        kernels::grad_norm_finish::FinishParams { partials: groups as u32, max_grad_norm: max_grad_norm as f32 };
+    let loss = loss.reshape(1)?;
+    kernels::grad_norm_finish(gpu, DType::F32, Grid::line(1, 256), &partials, &loss, &outcome, params)?;
+    let f = config.factors();
+    let grid = Grid::cover(n, 4);
+    if let Some(copies) = arena.copies() {
+        let params = kernels::adamw_with_copy::AdamWParams {
+            n: n as u64,
+            decay: f.decay,
+            weight1: f.weight1,
+            beta2: f.beta2,
+            weight2: f.weight2,
+            step_size: f.step_size,
+            correction2: f.correction2,
+            eps: f.eps,
+            unused: 0,
+        };
+        kernels::adamw_with_copy(gpu, copies.dtype(), grid, grads, &outcome, arena.state(), copies, params)?;
+    } else {
+        let params = kernels::adamw::AdamWParams {
+            n: n as u64,
+            decay: f.decay,
+            weight1: f.weight1,
+            beta2: f.beta2,
+            weight2: f.weight2,
+            step_size: f.step_size,
+            correction2: f.correction2,
+            eps: f.eps,
+            unused: 0,
+        };
+        kernels::adamw(gpu, DType::F32, grid, grads, &outcome, arena.state(), params)?;
+        arena.refresh_copies()?;
+    }
+    Ok(outcome)
+}
+
+/// The formula in plain candle, for devices whose kernels are not used: it waits for the norm.
+fn reference(arena: &Arena, grads: &Tensor, config: &AdamW, max_grad_norm: f64, loss: &Tensor) -> Result<Tensor> {
+    let norm = f64::from(grads.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
+    let loss = loss.to_scalar::<f32>()?;
+    let (clip, finite) = (clip_factor(norm, max_grad_norm), norm.is_finite() && loss.is_finite());
+    if finite {
+        let f = config.factors();
+        let g = (grads * f64::from(clip))?;
+        let [p, m, v] = [0, 1, 2].map(|row| arena.state().get(row));
+        let (p, m, v) = (p?, m?, v?);
+        let m = (&m + ((&g - &m)? * f64::from(f.weight1))?)?;
+        let v = ((v * f64::from(f.beta2))? + (g.sqr()? * f64::from(f.weight2))?)?;
+        let root = ((v.sqrt()? / f64::from(f.correction2))? + f64::from(f.eps))?;
+        let p = ((p * f64::from(f.decay))? - ((&m / root)? * f64::from(f.step_size))?)?;
+        arena.state().slice_set(&Tensor::stack(&[p, m, v], 0)?, 0, 0)?;
+        arena.refresh_copies()?;
+    }
+    Ok(Tensor::new(&[norm as f32, clip, f32::from(u8::from(finite)), loss], grads.device())?)
 }
 
 #[cfg(test)]
@@ -62,7 +168,7 @@ mod tests {
                 weight_decay: 0.01,
                 step: i as u64 + 1,
             };
-            adamw(&arena, &config, 1.0).unwrap();
+            adamw(&arena, &config, 0.0, &Tensor::new(1f32, &Device::Cpu).unwrap()).unwrap();
             let got = param.value().to_vec1::<f32>().unwrap();
             for (got, want) in got.iter().zip(expected[i]) {
                 assert!((got - want).abs() < 1e-6, "step {i}: {got} {want}");
@@ -78,9 +184,9 @@ mod tests {
         b.set(&Tensor::new(&[1f32, -2.0, 0.5], &Device::Cpu).unwrap()).unwrap();
         a.add_grad(&Tensor::new(&[3f32, 0.0], &Device::Cpu).unwrap()).unwrap();
         b.add_grad(&Tensor::new(&[0f32, 4.0, 0.0], &Device::Cpu).unwrap()).unwrap();
-        assert_eq!(grad_norm(&arena).unwrap(), 5.0);
         let config = AdamW { learning_rate: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step: 1 };
-        adamw(&arena, &config, 1.0).unwrap();
+        let outcome = adamw(&arena, &config, 1.0, &Tensor::new(1f32, &Device::Cpu).unwrap()).unwrap();
+        assert_eq!(outcome.read().unwrap(), (5.0, true));
         // the first step of Adam is the learning rate against the gradient's sign
         let read = |t: &Tensor| t.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
         assert!((read(a.value())[0] + 0.1).abs() < 1e-6 && read(a.value())[1] == 0.0);

@@ -56,11 +56,6 @@ macro_rules! for_dtype {
 }
 pub(crate) use for_dtype;
 
-/// Whether the CPU kernels take this tensor; everything else goes the reference path.
-pub(crate) fn has_cpu_kernel(t: &Tensor) -> bool {
-    matches!(t.device(), Device::Cpu) && matches!(t.dtype(), DType::F32 | DType::BF16 | DType::F16)
-}
-
 /// A contiguous tensor or a mapped weight, held for the duration of a kernel.
 pub(crate) enum View<'a> {
     Tensor { storage: StorageRef<'a>, start: usize, len: usize },

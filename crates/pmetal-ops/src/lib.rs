@@ -22,6 +22,7 @@
 mod adamw;
 mod attention;
 pub mod autograd;
+pub mod device;
 mod elementwise;
 mod embedding;
 mod error;
@@ -30,15 +31,17 @@ mod kernel;
 mod kv_cache;
 mod linear;
 mod linear_cross_entropy;
+mod logits;
 mod param;
 mod place;
 mod rms_norm;
 mod rope;
+mod sampler;
 #[cfg(test)]
 mod testing;
 mod weight;
 
-pub use adamw::{AdamW, adamw, grad_norm};
+pub use adamw::{AdamW, StepOutcome, adamw};
 pub use attention::{AttentionSpec, Rows, attention};
 pub use autograd::{Policy, Value, backward, checkpoint, composite, gradients, no_grad};
 pub use embedding::embedding;
@@ -47,10 +50,12 @@ pub use gated_activation::swiglu;
 pub use kv_cache::write_rows;
 pub use linear::{Adapter, LinearGroup, LinearMember};
 pub use linear_cross_entropy::{CrossEntropy, linear_cross_entropy};
+pub use logits::logits;
 pub use param::{Arena, Param};
 pub use place::{emulate, switch_off};
 pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rope::{RopeTable, rope};
+pub use sampler::{Sampler, Sampling};
 pub use weight::{MappedFile, MappedWeight, Weight};
 
 /// Bytes that live and lived, where the program installs [`pmetal_cpu`]'s allocator.

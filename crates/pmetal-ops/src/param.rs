@@ -32,6 +32,8 @@ struct Inner {
     state: Tensor,
     /// `[n]` f32.
     grad: Tensor,
+    /// `[n]`: the copies of all values, where the model computes with all of them in one other dtype.
+    copies: Option<Tensor>,
     slots: Vec<Slot>,
     by_name: HashMap<String, usize>,
 }
@@ -65,6 +67,12 @@ impl Arena {
         let state = Tensor::zeros((STATES, n), DType::F32, device)?;
         let grad = Tensor::zeros(n, DType::F32, device)?;
         let values = state.get(0)?;
+        let copies = match params.first() {
+            Some((_, _, first)) if *first != DType::F32 && params.iter().all(|(_, _, dtype)| dtype == first) => {
+                Some(Tensor::zeros(n, *first, device)?)
+            }
+            _ => None,
+        };
         let mut slots = Vec::with_capacity(params.len());
         let mut by_name = HashMap::with_capacity(params.len());
         let mut offset = 0;
@@ -72,13 +80,17 @@ impl Arena {
             let len = shape.elem_count();
             let part = |flat: &Tensor| flat.narrow(0, offset, len)?.reshape(shape.clone());
             let master = part(&values)?;
-            let value = if *dtype == DType::F32 { master.clone() } else { Tensor::zeros(shape, *dtype, device)? };
+            let value = match &copies {
+                Some(copies) => part(copies)?,
+                None if *dtype == DType::F32 => master.clone(),
+                None => Tensor::zeros(shape, *dtype, device)?,
+            };
             let written = AtomicBool::new(false);
             slots.push(Slot { name: name.clone(), value, master, grad: part(&grad)?, written });
             by_name.insert(name.clone(), slots.len() - 1);
             offset += len;
         }
-        Ok(Self(Arc::new(Inner { state, grad, slots, by_name })))
+        Ok(Self(Arc::new(Inner { state, grad, copies, slots, by_name })))
     }
 
     /// The parameter called `name`.
@@ -105,7 +117,7 @@ impl Arena {
     pub fn grads(&self) -> Result<&Tensor> {
         for slot in &self.0.slots {
             if !slot.written.swap(true, Ordering::Relaxed) {
-                with_slice_mut::<f32, _>(&slot.grad, "zero_grad", |g| g.fill(0.0))?;
+                slot.grad.zero_set()?;
             }
         }
         Ok(&self.0.grad)
@@ -123,8 +135,16 @@ impl Arena {
         &self.0.state
     }
 
+    /// The copies of all values, `[n]`, where the model computes with all of them in one other dtype than f32.
+    pub(crate) fn copies(&self) -> Option<&Tensor> {
+        self.0.copies.as_ref()
+    }
+
     /// Rounds the masters into the copies the model reads, after an update.
     pub(crate) fn refresh_copies(&self) -> Result<()> {
+        if let Some(copies) = &self.0.copies {
+            return elementwise::convert_into(&self.0.state.get(0)?, copies);
+        }
         self.0
             .slots
             .iter()
@@ -204,6 +224,13 @@ impl Param {
             }
             f(g)
         })
+    }
+
+    /// The gradient (f32) for a kernel that writes it where it lies, and whether this is the first of the step: what the tensor holds then is
+    /// of the step before.
+    pub(crate) fn grad_target(&self) -> (&Tensor, bool) {
+        let slot = self.get();
+        (&slot.grad, !slot.written.swap(true, Ordering::Relaxed))
     }
 
     /// The value as a slice, on the CPU.

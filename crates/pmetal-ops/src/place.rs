@@ -65,7 +65,7 @@ pub fn switch_off(ops: impl IntoIterator<Item = String>) {
     OFF.write().unwrap_or_else(PoisonError::into_inner).extend(ops);
 }
 
-fn is_off(op: &str) -> bool {
+pub(crate) fn is_off(op: &str) -> bool {
     OFF.read().unwrap_or_else(PoisonError::into_inner).contains(op)
 }
 

@@ -5,7 +5,7 @@ use std::{fs::File, ops::Range, path::Path, sync::Arc};
 use candle_core::{DType, Device, Shape, Tensor};
 use memmap2::Mmap;
 
-use crate::{Error, Param, Result, Value, kernel::View};
+use crate::{Error, Param, Result, Value, elementwise, kernel::View};
 
 /// A file in memory, shared by the weights that lie in it.
 #[derive(Clone, Debug)]
@@ -110,6 +110,17 @@ impl Weight {
             Self::Mapped(m) => Ok(Tensor::from_raw_buffer(m.bytes(), m.dtype, m.shape.dims(), &Device::Cpu)?),
             Self::Trainable(p) => Ok(p.value().clone()),
         }
+    }
+
+    /// As a tensor of `dtype`, for kernels that take one dtype; where the weight has it, and is not mapped, nothing is copied.
+    pub(crate) fn tensor_in(&self, dtype: DType) -> Result<Tensor> {
+        let tensor = self.tensor()?;
+        if tensor.dtype() == dtype {
+            return Ok(tensor);
+        }
+        let converted = pmetal_metal::empty(tensor.shape(), dtype, tensor.device())?;
+        elementwise::convert_into(&tensor.contiguous()?, &converted)?;
+        Ok(converted)
     }
 
     /// As a value of the graph; a mapped weight is copied.

@@ -22,5 +22,5 @@ pub use options::{FineTuneType, SftOptions};
 pub use plan::{Memory, Plan, plan};
 pub use schedule::{Schedule, SchedulerType};
 pub use sft::{Outcome, Written, sft};
-pub use step::{MicroBatch, StepResult, StepSettings, train_step};
+pub use step::{MicroBatch, StartedStep, StepResult, StepSettings, start_step, train_step};
 pub use trainer::{Epochs, LoopSettings, Summary, TrainingData, train};

@@ -143,7 +143,7 @@ pub struct SftOptions {
     /// Dtype of activations: auto (the checkpoint's), bf16, f16, f32
     #[arg(long, default_value_t, value_name = "DTYPE", help_heading = "Machine")]
     pub dtype: DTypeChoice,
-    /// Device: auto, cpu
+    /// Device: auto, cpu, cuda, cuda:1 and so on, metal
     #[arg(long, default_value_t, value_name = "DEVICE", help_heading = "Machine")]
     pub device: DeviceChoice,
 }

@@ -103,7 +103,7 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
         observer.note(&warning);
     }
     make_output(&options.output)?;
-    let (model, trained) = prepare(options, &mut setup.base, setup.dtype, &options.device.resolve())?;
+    let (model, trained) = prepare(options, &mut setup.base, setup.dtype, &pmetal_ops::device::open(options.device)?)?;
     let arena = trained.arena();
     let total: usize = model.named_weights().iter().map(|(_, w)| w.shape().elem_count()).sum();
     let dtype = setup.dtype.as_str();
@@ -314,7 +314,7 @@ fn check_adapter(output: &Path, arena: &Arena) -> Result<()> {
     let file = AdapterFile::open(output)?;
     for param in arena.params() {
         let same = match file.tensors.get(param.name()) {
-            Some(read) => bits(read)? == bits(param.value())?,
+            Some(read) => bits(read)? == bits(pmetal_lora::saved(&param))?,
             None => false,
         };
         if !same {

@@ -1,8 +1,9 @@
 //! One optimizer step, and the loss of rows without one.
 
+use candle_core::{DType, Tensor};
 use pmetal_data::Example;
 use pmetal_models::{CausalLMModel, Input};
-use pmetal_ops::{AdamW, Arena, Policy, adamw, backward, grad_norm, linear_cross_entropy, no_grad, random};
+use pmetal_ops::{AdamW, Arena, Policy, StepOutcome, adamw, backward, linear_cross_entropy, no_grad, random};
 
 use crate::Result;
 
@@ -48,12 +49,45 @@ pub fn train_step(
     optimizer_step: u64,
     settings: &StepSettings,
 ) -> Result<StepResult> {
+    start_step(model, arena, micro_batches, step, learning_rate, optimizer_step, settings)?.finish()
+}
+
+/// A step that was asked of the device, which may still be at it.
+pub struct StartedStep {
+    outcome: StepOutcome,
+    /// Of each micro-batch, those of its supervised tokens.
+    token_losses: Vec<Tensor>,
+    tokens: u64,
+    supervised_tokens: u64,
+}
+
+impl StartedStep {
+    /// What the step saw. Waits for the device.
+    pub fn finish(self) -> Result<StepResult> {
+        let (grad_norm, applied) = self.outcome.read()?;
+        let sum = self.token_losses.iter().map(sum_of).sum::<Result<f64>>()?;
+        let (tokens, supervised_tokens) = (self.tokens, self.supervised_tokens);
+        let loss = sum / supervised_tokens.max(1) as f64;
+        Ok(StepResult { loss, grad_norm, tokens, supervised_tokens, applied })
+    }
+}
+
+/// [`train_step`] without waiting for its result: nothing on the way reads from the device.
+pub fn start_step(
+    model: &dyn CausalLMModel,
+    arena: &Arena,
+    micro_batches: &[MicroBatch],
+    step: usize,
+    learning_rate: f64,
+    optimizer_step: u64,
+    settings: &StepSettings,
+) -> Result<StartedStep> {
     let rows = || micro_batches.iter().flatten();
     let supervised: usize = rows().map(|row| row.supervised_tokens()).sum();
     let tokens: usize = rows().map(|row| row.input_ids.len()).sum();
-    let mut result =
-        StepResult { tokens: tokens as u64, supervised_tokens: supervised as u64, ..StepResult::default() };
     let scale = 1.0 / supervised.max(1) as f32;
+    let mut token_losses = Vec::with_capacity(micro_batches.len());
+    let mut loss = Tensor::zeros((), DType::F32, &model.device())?;
     arena.clear_grads();
     for (i, rows) in micro_batches.iter().enumerate() {
         let noise = random::mix(settings.seed, &[step as u64, i as u64]);
@@ -62,17 +96,10 @@ pub fn train_step(
         let hidden = model.forward(&input, None)?;
         let entropy = linear_cross_entropy(&hidden, model.head(), &packed.targets, scale)?;
         drop(hidden);
-        result.loss += entropy.token_losses.iter().map(|&l| f64::from(l)).sum::<f64>() / supervised.max(1) as f64;
+        loss = (loss + entropy.loss.tensor())?;
+        token_losses.push(entropy.token_losses);
         backward(entropy.loss)?;
     }
-    result.grad_norm = grad_norm(arena)?;
-    if !(result.loss.is_finite() && result.grad_norm.is_finite()) {
-        arena.clear_grads();
-        return Ok(result);
-    }
-    // torch.nn.utils.clip_grad_norm_
-    let clip = settings.max_grad_norm / (result.grad_norm + 1e-6);
-    let grad_scale = if settings.max_grad_norm > 0.0 && clip < 1.0 { clip as f32 } else { 1.0 };
     let config = AdamW {
         learning_rate: learning_rate as f32,
         beta1: 0.9,
@@ -81,9 +108,12 @@ pub fn train_step(
         weight_decay: settings.weight_decay as f32,
         step: optimizer_step,
     };
-    adamw(arena, &config, grad_scale)?;
-    result.applied = true;
-    Ok(result)
+    let outcome = adamw(arena, &config, settings.max_grad_norm, &loss)?;
+    Ok(StartedStep { outcome, token_losses, tokens: tokens as u64, supervised_tokens: supervised as u64 })
+}
+
+fn sum_of(losses: &Tensor) -> Result<f64> {
+    Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
 }
 
 /// Sum of the losses of the rows' supervised tokens, and their number.
@@ -93,8 +123,7 @@ pub(crate) fn evaluate_rows(model: &dyn CausalLMModel, rows: &[&Example]) -> Res
         let hidden = model.forward(&packed.input(), None)?;
         Ok::<_, crate::Error>(linear_cross_entropy(&hidden, model.head(), &packed.targets, 1.0)?)
     })?;
-    let sum = entropy.token_losses.iter().map(|&l| f64::from(l)).sum();
-    Ok((sum, rows.iter().map(|row| row.supervised_tokens() as u64).sum()))
+    Ok((sum_of(&entropy.token_losses)?, rows.iter().map(|row| row.supervised_tokens() as u64).sum()))
 }
 
 /// Rows behind one another, each token with the label of its successor.

@@ -8,7 +8,7 @@ use std::{
 
 use pmetal_data::{Example, Examples};
 use pmetal_models::CausalLMModel;
-use pmetal_ops::{Arena, memory};
+use pmetal_ops::{Arena, device};
 
 use crate::{
     Error, EvalMetrics, MetricsFile, Observer, Result, Schedule, StepMetrics,
@@ -188,7 +188,8 @@ impl Run<'_> {
         let learning_rate = self.schedule.at(step);
         let started = Instant::now();
         let result =
-            train_step(self.model, self.arena, &batches, step, learning_rate, self.updates + 1, &self.settings.step)?;
+            train_step(self.model, self.arena, &batches, step, learning_rate, self.updates + 1, &self.settings.step);
+        let result = result.map_err(Error::with_advice)?;
         let seconds = started.elapsed().as_secs_f64();
         self.summary.steps += 1;
         self.summary.tokens += result.tokens;
@@ -204,7 +205,7 @@ impl Run<'_> {
             tokens: self.summary.tokens,
             supervised_tokens: self.supervised,
             tokens_per_second: result.tokens as f64 / seconds,
-            peak_memory_bytes: memory::peak_bytes() as u64 + self.mapped_bytes,
+            peak_memory_bytes: device::peak_bytes(&self.model.device())? + self.mapped_bytes,
         };
         self.metrics.write(&metrics)?;
         self.observer.step(&metrics);

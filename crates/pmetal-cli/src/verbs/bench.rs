@@ -9,8 +9,8 @@ use pmetal::{
     core::{DTypeChoice, DeviceChoice},
     data::Example,
     lora::{LoraConfig, attach},
-    memory, models,
-    ops::{Policy, random},
+    models,
+    ops::{Policy, device, random},
     trainer::{StepSettings, train_step},
 };
 
@@ -55,7 +55,7 @@ struct TrainArgs {
     /// Dtype of weights and activations: auto (the config's), bf16, f16, f32
     #[arg(long, default_value_t, value_name = "DTYPE")]
     dtype: DTypeChoice,
-    /// Device: auto, cpu
+    /// Device: auto, cpu, cuda, cuda:1 and so on, metal
     #[arg(long, default_value_t, value_name = "DEVICE")]
     device: DeviceChoice,
 }
@@ -74,7 +74,7 @@ fn train(args: &TrainArgs) -> Result<()> {
     }
     let config = models::read_config(&args.model_config)?;
     let dtype = args.dtype.resolve(models::dtype_of(&config).unwrap_or(DType::BF16));
-    let device = args.device.resolve();
+    let device = device::open(args.device)?;
     let mut model = models::random(&config, dtype, &device, 0, None)?;
     let arena = attach(model.as_mut(), &LoraConfig::default(), 0)?;
     let rows = random_rows(args, model.spec().vocab_size);
@@ -100,9 +100,9 @@ fn train(args: &TrainArgs) -> Result<()> {
     let report = serde_json::json!({
         "tok_s": round((args.batch * args.seq) as f64 / median * 1e3, 1),
         "step_ms": round(median, 2),
-        "peak_bytes": memory::peak_bytes(),
+        "peak_bytes": device::peak_bytes(&device)?,
         "loss": loss,
-        "device": "cpu",
+        "device": device::name(&device),
         "dtype": dtype.as_str(),
         "batch": args.batch,
         "seq": args.seq,

@@ -6,6 +6,7 @@ use pmetal::{
     hub::{Kind, locate},
     lora::AdapterFile,
     models::{CausalLMModel, Checkpoint, load},
+    ops::device,
 };
 
 use super::Result;
@@ -26,7 +27,7 @@ pub struct ModelArgs {
     /// Dtype of activations: auto (the checkpoint's), bf16, f16, f32
     #[arg(long, default_value_t, value_name = "DTYPE")]
     dtype: DTypeChoice,
-    /// Device: auto, cpu
+    /// Device: auto, cpu, cuda, cuda:1 and so on, metal
     #[arg(long, default_value_t, value_name = "DEVICE")]
     device: DeviceChoice,
 }
@@ -70,6 +71,6 @@ impl ModelArgs {
     /// The model without an adapter, ready to run.
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<Box<dyn CausalLMModel>> {
         let dtype = self.dtype.resolve(checkpoint.stored_dtype());
-        Ok(load(checkpoint, dtype, &self.device.resolve(), None)?)
+        Ok(load(checkpoint, dtype, &device::open(self.device)?, None)?)
     }
 }

@@ -4,14 +4,21 @@
 //! Source of the low-rank term: Hu et al., "LoRA", 2021. A frozen weight never gets a gradient; trained weights and adapters
 //! accumulate theirs straight into the arena.
 
+mod gpu;
 mod kernel;
 mod reference;
+
+use std::sync::Arc;
+
+use pmetal_metal::Gpu;
 
 use crate::{
     Error, Result, Value, Weight,
     autograd::{composite, recording},
-    kernel::has_cpu_kernel,
+    place::{Place, place},
 };
+
+pub(crate) use gpu::weight_gradient;
 
 const OP: &str = "linear";
 
@@ -71,11 +78,14 @@ impl LinearGroup {
     /// `noise` seeds the adapters' dropout; without it (evaluation, generation) there is none.
     pub fn forward(&self, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
         self.check(x)?;
-        if has_cpu_kernel(x.tensor()) {
-            return self.fused(x, noise);
+        match place(x.tensor(), OP)? {
+            Place::Cpu => self.on_cpu(x, noise),
+            Place::Gpu(gpu) => self.on_gpu(gpu, x, noise),
+            Place::Reference => {
+                let (inputs, plan) = reference::plan(self, x, noise)?;
+                composite(&inputs.iter().collect::<Vec<_>>(), move |t| reference::run(t, &plan))
+            }
         }
-        let (inputs, plan) = reference::plan(self, x, noise)?;
-        composite(&inputs.iter().collect::<Vec<_>>(), move |t| reference::run(t, &plan))
     }
 
     fn check(&self, x: &Value) -> Result<()> {
@@ -102,23 +112,33 @@ impl LinearGroup {
         Ok(())
     }
 
-    fn fused(&self, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
+    fn trainable(&self) -> bool {
+        self.members.iter().any(LinearMember::trainable)
+    }
+
+    fn on_cpu(&self, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
         let x_t = x.tensor().contiguous()?;
-        let needs_dx = x.requires_grad();
-        let trainable = self.members.iter().any(LinearMember::trainable);
-        let mut outputs = Vec::with_capacity(self.members.len());
-        let mut low_ranks = Vec::with_capacity(self.members.len());
-        for member in &self.members {
-            let (y, low_rank) = kernel::forward(member, &x_t, noise)?;
-            outputs.push(y);
-            low_ranks.push(low_rank);
-        }
+        let results = self.members.iter().map(|member| kernel::forward(member, &x_t, noise));
+        let (outputs, low_ranks): (Vec<_>, Vec<_>) = results.collect::<Result<Vec<_>>>()?.into_iter().unzip();
         if !recording() {
             return Ok(outputs.into_iter().map(Value::constant).collect());
         }
-        let group = self.clone();
-        Ok(Value::record_if(trainable, outputs, &[x], move |grads| {
+        let (group, needs_dx) = (self.clone(), x.requires_grad());
+        Ok(Value::record_if(self.trainable(), outputs, &[x], move |grads| {
             kernel::backward(&group, &x_t, grads, &low_ranks, noise, needs_dx).map(|dx| vec![dx])
+        }))
+    }
+
+    fn on_gpu(&self, gpu: Arc<dyn Gpu>, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
+        let x_t = x.tensor().contiguous()?;
+        let results = self.members.iter().map(|member| gpu::forward(&*gpu, member, &x_t, noise));
+        let (outputs, low_ranks): (Vec<_>, Vec<_>) = results.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        if !recording() {
+            return Ok(outputs.into_iter().map(Value::constant).collect());
+        }
+        let (group, needs_dx) = (self.clone(), x.requires_grad());
+        Ok(Value::record_if(self.trainable(), outputs, &[x], move |grads| {
+            gpu::backward(&*gpu, &group, &x_t, grads, &low_ranks, noise, needs_dx).map(|dx| vec![dx])
         }))
     }
 }

@@ -4,24 +4,34 @@
 //! `heads / kv_heads` query heads share a key head. The score matrix is never stored: the forward keeps the log-sum-exp of each query.
 //! Source: Vaswani et al., 2017; Dao et al., "FlashAttention", 2022; Ainslie et al., "GQA", 2023.
 
-use std::sync::Arc;
+mod cpu;
+mod gpu;
 
-use candle_core::{D, DType, Tensor};
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{D, DType, Device, Tensor};
 pub use pmetal_cpu::Segment;
-use pmetal_cpu::attention_backward;
-use pmetal_cpu::{AttentionShape, attention_forward};
+use pmetal_metal::AttentionRows;
+pub use pmetal_metal::AttentionSpec;
 
 use crate::{
     Error, Result,
     autograd::{Value, composite, keep, one, only},
-    kernel::{View, for_dtype, has_cpu_kernel, room, tensor},
+    place::{Place, place, upload},
 };
 
 const OP: &str = "attention";
 
 /// Where each row of a batch lies among the queries and among the keys.
 #[derive(Clone, Debug)]
-pub struct Rows(Arc<[Segment]>);
+pub struct Rows(Arc<Places>);
+
+#[derive(Debug)]
+struct Places {
+    segments: Vec<Segment>,
+    /// On the device that asked first: a pass asks once for each layer.
+    sent: OnceLock<AttentionRows>,
+}
 
 impl Rows {
     /// Rows that lie behind one another without a cache: queries and keys are the same tokens.
@@ -32,7 +42,7 @@ impl Rows {
             start += len;
             segment
         });
-        Self(segments.collect())
+        Self::new(segments.collect())
     }
 
     /// Rows whose keys lie in a cache with `capacity` places per row.
@@ -43,12 +53,38 @@ impl Rows {
             q_start += q_len;
             segment
         });
-        Self(segments.collect())
+        Self::new(segments.collect())
+    }
+
+    fn new(segments: Vec<Segment>) -> Self {
+        Self(Arc::new(Places { segments, sent: OnceLock::new() }))
+    }
+
+    fn segments(&self) -> &[Segment] {
+        &self.0.segments
+    }
+
+    /// The rows as kernels of a GPU read them.
+    fn on(&self, device: &Device) -> Result<AttentionRows> {
+        if let Some(sent) = self.0.sent.get().filter(|sent| sent.table.device().same_device(device)) {
+            return Ok(sent.clone());
+        }
+        let segments = self.segments();
+        let table: Vec<u32> =
+            segments.iter().flat_map(|s| [s.q_start, s.q_len, s.kv_start, s.kv_len]).map(|n| n as u32).collect();
+        let rows = AttentionRows {
+            table: upload(&table, device)?.reshape((segments.len(), 4))?,
+            rows: segments.len(),
+            max_q_len: segments.iter().map(|s| s.q_len).max().unwrap_or(0),
+            max_kv_len: segments.iter().map(|s| s.kv_len).max().unwrap_or(0),
+            packed: segments.iter().all(|s| s.q_start == s.kv_start && s.q_len == s.kv_len),
+        };
+        Ok(self.0.sent.get_or_init(|| rows.clone()).clone())
     }
 
     fn fit(&self, queries: usize, keys: usize) -> Result<()> {
         let mut next = 0;
-        for s in self.0.iter() {
+        for s in self.segments() {
             if s.q_start != next || s.q_len > s.kv_len || s.kv_start + s.kv_len > keys {
                 return Err(Error::Lengths {
                     op: OP,
@@ -64,41 +100,31 @@ impl Rows {
     }
 }
 
-/// What is constant over the rows.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AttentionSpec {
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads.
-    pub kv_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// Factor on the scores, as a rule `1 / sqrt(head_dim)`.
-    pub scale: f32,
-}
-
-impl AttentionSpec {
-    fn shape(&self) -> AttentionShape {
-        AttentionShape { heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim, scale: self.scale }
-    }
-}
-
 /// Attention of `q [tokens, heads, head_dim]` over `k` and `v [kv_tokens, kv_heads, head_dim]`; returns `[tokens, heads, head_dim]`.
 pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSpec) -> Result<Value> {
     check(q.tensor(), k.tensor(), v.tensor(), rows, &spec)?;
     let rows = rows.clone();
-    if !has_cpu_kernel(q.tensor()) {
+    let place = place(q.tensor(), OP)?;
+    if let Place::Reference = place {
         return Ok(one(composite(&[q, k, v], move |t| Ok(vec![reference(&t[0], &t[1], &t[2], &rows, &spec)?]))?));
     }
     let (q_t, k_t, v_t) = (q.tensor().contiguous()?, k.tensor().contiguous()?, v.tensor().contiguous()?);
-    let mut results = keep(OP, || forward(&q_t, &k_t, &v_t, &rows, &spec))?.into_iter();
-    let (Some(out), Some(lse)) = (results.next(), results.next()) else {
+    let compute = || match &place {
+        Place::Gpu(gpu) => gpu::forward(&**gpu, &q_t, &k_t, &v_t, &rows, &spec),
+        _ => cpu::forward(&q_t, &k_t, &v_t, &rows, &spec),
+    };
+    let mut results = keep(OP, compute)?.into_iter();
+    let (Some(out), Some(stats)) = (results.next(), results.next()) else {
         return Err(Error::Lengths { op: OP, reason: "a kept result is missing".into() });
     };
     let saved = out.clone();
     Ok(one(Value::record(vec![out], &[q, k, v], move |grads| {
-        let dout = only(grads, OP)?;
-        let (dq, dk, dv) = backward(&dout, &q_t, &k_t, &v_t, &saved, &lse, &rows, &spec)?;
+        let dout = only(grads, OP)?.contiguous()?;
+        let qkv = [&q_t, &k_t, &v_t];
+        let [dq, dk, dv] = match &place {
+            Place::Gpu(gpu) => gpu::backward(&**gpu, &dout, qkv, &saved, &stats, &rows, &spec)?,
+            _ => cpu::backward(&dout, qkv, &saved, &stats, &rows, &spec)?,
+        };
         Ok(vec![Some(dq), Some(dk), Some(dv)])
     })))
 }
@@ -121,50 +147,12 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) 
     rows.fit(tokens, keys)
 }
 
-/// The result and the log-sum-exp of each query and head.
-fn forward(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) -> Result<Vec<Tensor>> {
-    let (qv, kv, vv) = (View::of_tensor(q, OP)?, View::of_tensor(k, OP)?, View::of_tensor(v, OP)?);
-    let mut lse = vec![0f32; q.dim(0)? * spec.heads];
-    for_dtype!(OP, q.dtype(), T => {
-        let mut out = room::<T>(q.elem_count());
-        let (q_s, k_s, v_s) = (qv.slice::<T>()?, kv.slice::<T>()?, vv.slice::<T>()?);
-        attention_forward(q_s, k_s, v_s, &rows.0, &spec.shape(), &mut out, &mut lse);
-        Ok(vec![tensor(out, q.shape().clone())?, tensor(lse, (q.dim(0)?, spec.heads))?])
-    })
-}
-
-#[allow(clippy::too_many_arguments, reason = "what the formula needs")]
-fn backward(
-    dout: &Tensor,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    out: &Tensor,
-    lse: &Tensor,
-    rows: &Rows,
-    spec: &AttentionSpec,
-) -> Result<(Tensor, Tensor, Tensor)> {
-    let dout = dout.contiguous()?;
-    let (dv_, qv, kv, vv) =
-        (View::of_tensor(&dout, OP)?, View::of_tensor(q, OP)?, View::of_tensor(k, OP)?, View::of_tensor(v, OP)?);
-    let (ov, lv) = (View::of_tensor(out, OP)?, View::of_tensor(lse, OP)?);
-    for_dtype!(OP, q.dtype(), T => {
-        let (mut dq, mut dk, mut dv) =
-            (room::<T>(q.elem_count()), room::<T>(k.elem_count()), room::<T>(v.elem_count()));
-        attention_backward(
-            dv_.slice::<T>()?, qv.slice::<T>()?, kv.slice::<T>()?, vv.slice::<T>()?, ov.slice::<T>()?, lv.slice::<f32>()?,
-            &rows.0, &spec.shape(), &mut dq, &mut dk, &mut dv,
-        );
-        Ok((tensor(dq, q.shape().clone())?, tensor(dk, k.shape().clone())?, tensor(dv, v.shape().clone())?))
-    })
-}
-
 /// The formula in plain candle, row by row.
 fn reference(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) -> candle_core::Result<Tensor> {
     let wide = if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let group = spec.heads / spec.kv_heads;
     let mut outs = Vec::new();
-    for s in rows.0.iter() {
+    for s in rows.segments() {
         // [heads, len, head_dim]; each key head repeated for its group of query heads
         let q = q.narrow(0, s.q_start, s.q_len)?.to_dtype(wide)?.transpose(0, 1)?.contiguous()?;
         let spread = |t: &Tensor| {

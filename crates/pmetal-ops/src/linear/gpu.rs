@@ -1,0 +1,142 @@
+//! The group on a GPU: operands and sums in the dtype of the input, f32 inside a product and in the gradients of parameters.
+
+use candle_core::Tensor;
+use pmetal_metal::{Gemm, Gpu, empty};
+
+use super::{Adapter, LinearGroup, LinearMember, kernel::mask_seed};
+use crate::{Param, Result, Weight, elementwise};
+
+/// One member's result, and its low-rank half-product `scale * dropout(x) Aᵀ [tokens, r]`.
+pub(super) fn forward(
+    gpu: &dyn Gpu,
+    member: &LinearMember,
+    x: &Tensor,
+    noise: Option<u64>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (tokens, dtype) = (x.dim(0)?, x.dtype());
+    let y = empty((tokens, member.out_features()), dtype, x.device())?;
+    product(gpu, x, &member.weight.tensor_in(dtype)?, true, &y, 1.0, 0.0)?;
+    let mut low_rank = None;
+    if let Some(adapter) = &member.adapter {
+        let (a, b) = (adapter.a.tensor_in(dtype)?, adapter.b.tensor_in(dtype)?);
+        let u = empty((tokens, a.dim(0)?), dtype, x.device())?;
+        product(gpu, &dropped(adapter, x, noise)?, &a, true, &u, adapter.scale, 0.0)?;
+        product(gpu, &u, &b, true, &y, 1.0, 1.0)?;
+        low_rank = Some(u);
+    }
+    if let Some(bias) = &member.bias {
+        elementwise::bias_add(&y, &bias.tensor_in(dtype)?)?;
+    }
+    Ok((y, low_rank))
+}
+
+/// `c = alpha * a · w (or its transpose) + beta * c`.
+fn product(gpu: &dyn Gpu, a: &Tensor, w: &Tensor, transposed: bool, c: &Tensor, alpha: f32, beta: f32) -> Result<()> {
+    Ok(gpu.gemm(&Gemm { a, a_transposed: false, b: w, b_transposed: transposed, c, alpha, beta })?)
+}
+
+/// The input as the adapter saw it.
+fn dropped(adapter: &Adapter, x: &Tensor, noise: Option<u64>) -> Result<Tensor> {
+    match mask_seed(adapter, noise) {
+        Some(seed) => elementwise::dropout(x, seed, adapter.dropout),
+        None => Ok(x.clone()),
+    }
+}
+
+/// Adds `rowsᵀ · columns` to a parameter's gradient.
+pub(crate) fn weight_gradient(gpu: &dyn Gpu, param: &Param, rows: &Tensor, columns: &Tensor) -> Result<()> {
+    let (c, fresh) = param.grad_target();
+    let beta = if fresh { 0.0 } else { 1.0 };
+    Ok(gpu.gemm(&Gemm { a: rows, a_transposed: true, b: columns, b_transposed: false, c, alpha: 1.0, beta })?)
+}
+
+/// Adds the gradients of every trained weight to the arena; returns that of the input where it is needed.
+pub(super) fn backward(
+    gpu: &dyn Gpu,
+    group: &LinearGroup,
+    x: &Tensor,
+    grads: Vec<Option<Tensor>>,
+    low_ranks: &[Option<Tensor>],
+    noise: Option<u64>,
+    needs_dx: bool,
+) -> Result<Option<Tensor>> {
+    let mut dx = Dx { sum: needs_dx.then(|| empty(x.shape(), x.dtype(), x.device())).transpose()?, fresh: true };
+    for ((member, dy), low_rank) in group.members.iter().zip(grads).zip(low_ranks) {
+        let Some(dy) = dy else { continue };
+        member_backward(gpu, member, x, &dy.contiguous()?, low_rank.as_ref(), noise, &mut dx)?;
+    }
+    dx.finish()
+}
+
+/// The input's gradient, summed over the members.
+struct Dx {
+    sum: Option<Tensor>,
+    fresh: bool,
+}
+
+impl Dx {
+    /// `sum += dy · weight`.
+    fn add(&mut self, gpu: &dyn Gpu, dy: &Tensor, weight: &Tensor) -> Result<()> {
+        let Some(sum) = &self.sum else { return Ok(()) };
+        let beta = if self.fresh { 0.0 } else { 1.0 };
+        self.fresh = false;
+        product(gpu, dy, weight, false, sum, 1.0, beta)
+    }
+
+    /// `sum += mask * (du · A)` for an input that went through dropout.
+    fn add_dropped(&mut self, gpu: &dyn Gpu, du: &Tensor, a: &Tensor, seed: u64, dropout: f32) -> Result<()> {
+        let Some(sum) = &self.sum else { return Ok(()) };
+        let through = empty(sum.shape(), sum.dtype(), sum.device())?;
+        product(gpu, du, a, false, &through, 1.0, 0.0)?;
+        elementwise::add_assign(sum, &elementwise::dropout(&through, seed, dropout)?)
+    }
+
+    fn finish(self) -> Result<Option<Tensor>> {
+        match self.sum {
+            Some(sum) if self.fresh => Ok(Some(sum.zeros_like()?)),
+            sum => Ok(sum),
+        }
+    }
+}
+
+fn member_backward(
+    gpu: &dyn Gpu,
+    member: &LinearMember,
+    x: &Tensor,
+    dy: &Tensor,
+    low_rank: Option<&Tensor>,
+    noise: Option<u64>,
+    dx: &mut Dx,
+) -> Result<()> {
+    let dtype = x.dtype();
+    if dx.sum.is_some() {
+        dx.add(gpu, dy, &member.weight.tensor_in(dtype)?)?;
+    }
+    if let Some(param) = member.weight.param() {
+        weight_gradient(gpu, param, dy, x)?;
+    }
+    if let Some(param) = member.bias.as_ref().and_then(Weight::param) {
+        let (grad, fresh) = param.grad_target();
+        if fresh {
+            grad.zero_set()?;
+        }
+        elementwise::bias_grad(dy, grad)?;
+    }
+    let (Some(adapter), Some(u)) = (&member.adapter, low_rank) else { return Ok(()) };
+    if let Some(param) = adapter.b.param() {
+        weight_gradient(gpu, param, dy, u)?;
+    }
+    let du = empty(u.shape(), dtype, u.device())?;
+    product(gpu, dy, &adapter.b.tensor_in(dtype)?, false, &du, adapter.scale, 0.0)?;
+    if let Some(param) = adapter.a.param() {
+        weight_gradient(gpu, param, &du, &dropped(adapter, x, noise)?)?;
+    }
+    if dx.sum.is_none() {
+        return Ok(());
+    }
+    let a = adapter.a.tensor_in(dtype)?;
+    match mask_seed(adapter, noise) {
+        None => dx.add(gpu, &du, &a),
+        Some(seed) => dx.add_dropped(gpu, &du, &a, seed, adapter.dropout),
+    }
+}

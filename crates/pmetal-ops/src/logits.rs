@@ -1,0 +1,41 @@
+//! The head alone: `logits = hidden Wᵀ`, in f32 whatever the activations are.
+
+use candle_core::{DType, Tensor};
+use pmetal_metal::{Gemm, empty};
+
+use crate::{
+    LinearGroup, LinearMember, Result, Value, Weight, no_grad,
+    place::{Place, place},
+};
+
+/// The logits of `hidden [n, hidden_size]` under `weight [vocab, hidden_size]`: `[n, vocab]` f32. No gradient is recorded.
+pub fn logits(hidden: &Tensor, weight: &Weight) -> Result<Tensor> {
+    if let Place::Gpu(gpu) = place(hidden, "logits")? {
+        let (a, b) = (&hidden.contiguous()?, &weight.tensor_in(hidden.dtype())?);
+        let c = &empty((a.dim(0)?, b.dim(0)?), DType::F32, a.device())?;
+        gpu.gemm(&Gemm { a, a_transposed: false, b, b_transposed: true, c, alpha: 1.0, beta: 0.0 })?;
+        return Ok(c.clone());
+    }
+    // a product's result has its input's dtype
+    let hidden = Value::constant(hidden.to_dtype(DType::F32)?);
+    let head = LinearMember { weight: weight.clone(), bias: None, adapter: None };
+    let logits = no_grad(|| LinearGroup { members: vec![head] }.forward(&hidden, None))?;
+    Ok(crate::autograd::one(logits).tensor().clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, random};
+
+    #[test]
+    fn logits_of_bf16_states_are_f32() {
+        let (hidden, head) = (random(&[3, 10], 1), random(&[17, 10], 2));
+        let [hidden, head] = [hidden, head].map(|t| t.to_dtype(DType::BF16).unwrap());
+        let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+        let want = wide(&hidden).matmul(&wide(&head).t().unwrap()).unwrap();
+        let got = logits(&hidden, &Weight::Frozen(head)).unwrap();
+        assert_eq!(got.dtype(), DType::F32);
+        assert_close(&want, &got, 1e-6, "logits");
+    }
+}
