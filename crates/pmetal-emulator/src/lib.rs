@@ -62,7 +62,8 @@ impl Emulator {
     }
 
     fn program(&self, file: &str, dtype: DType) -> Result<program::Program> {
-        let (_, text) = self.texts.iter().find(|(name, _)| name == file).ok_or_else(|| refused(format!("no {file}")))?;
+        let (_, text) =
+            self.texts.iter().find(|(name, _)| name == file).ok_or_else(|| refused(format!("no {file}")))?;
         let kernels: Vec<&str> = self.kernels.iter().filter(|k| k.file == file).map(|k| k.name).collect();
         program::program(file, text, &kernels, dtype).map_err(refused)
     }

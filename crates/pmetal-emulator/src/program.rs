@@ -19,12 +19,14 @@ use pmetal_metal::{Access, Call};
 
 use crate::memory::Copies;
 
-/// The preludes in the order in which they build on each other, with the text between the last two.
-const PRELUDES: [(&str, &str); 3] = [
+/// The preludes before the text, in the order in which they build on each other.
+const PRELUDES: [(&str, &str); 4] = [
     ("fibers.h", include_str!("../prelude/fibers.h")),
     ("memory.h", include_str!("../prelude/memory.h")),
     ("host.h", include_str!("../prelude/host.h")),
+    ("matrix.h", include_str!("../prelude/matrix.h")),
 ];
+/// The prelude behind the text.
 const LAUNCH: &str = include_str!("../prelude/launch.h");
 
 /// No contraction, so that every machine rounds alike; hidden names, so that shared objects do not share their state.
