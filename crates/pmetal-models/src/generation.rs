@@ -118,7 +118,7 @@ impl Session {
         stop_ids: &[u32],
         on_event: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Generation> {
-        let sampler = Sampler::new(params)?;
+        let mut sampler = Sampler::new(params)?.answer(prompt);
         let context = model.spec().max_position_embeddings;
         if prompt.len() >= context {
             return Err(Error::Context { prompt: prompt.len(), context });
@@ -141,13 +141,13 @@ impl Session {
         let started = Instant::now();
         let mut seen = prompt.to_vec();
         for step in 0..limit {
-            let token = sampler.sample(&logits, &seen, step as u64)?;
+            let token = sampler.sample(&logits)?.ok_or(Error::NotFinite { tokens: seen.len() })?;
             if stop_ids.contains(&token) {
                 generation.stop = StopReason::Eos;
                 break;
             }
             seen.push(token);
-            let logprobs = params.logprobs.map(|top| Logprobs::of(&logits, token, top));
+            let logprobs = params.logprobs.map(|top| Logprobs::of(&logits, token, top)).transpose()?;
             if on_event(Event::Token { id: token, logprobs }).is_break() {
                 generation.stop = StopReason::Caller;
                 break;
@@ -179,7 +179,7 @@ impl Session {
         model: &dyn CausalLMModel,
         prompt: &[u32],
         on_event: &mut dyn FnMut(Event) -> ControlFlow<()>,
-    ) -> Result<Option<Vec<f32>>> {
+    ) -> Result<Option<Tensor>> {
         let rest = prompt.get(self.ids.len()..).unwrap_or_default();
         let last = rest.len().saturating_sub(1) / PIECE;
         for (i, piece) in rest.chunks(PIECE).enumerate() {
@@ -195,10 +195,10 @@ impl Session {
     }
 
     /// Reads `ids` and returns the logits behind the last of them: the head sees no other.
-    fn next_logits(&mut self, model: &dyn CausalLMModel, ids: &[u32]) -> Result<Vec<f32>> {
+    fn next_logits(&mut self, model: &dyn CausalLMModel, ids: &[u32]) -> Result<Tensor> {
         let hidden = self.read(model, ids)?;
         let last = hidden.narrow(0, ids.len() - 1, 1)?;
-        Ok(model.logits(&last)?.flatten_all()?.to_vec1()?)
+        model.logits(&last)
     }
 
     fn read(&mut self, model: &dyn CausalLMModel, ids: &[u32]) -> Result<Tensor> {

@@ -1,0 +1,362 @@
+// The next token out of logits: repetition penalty, temperature, top-k, top-p, min-p and the draw, in one launch of one threadgroup.
+//
+// A token is as far as its scaled logit is below the greatest; the bits of a float that is not negative have its order. So "the k nearest" and
+// "those who reach p" are bisections over bits of the distance, and nothing is sorted. Lists hold distances and ids in the order of ids, behind
+// them distances that are FAR up to a multiple of 4; each SIMD group has a stretch of a list.
+
+#define FAR 3.0e38f
+#define NONE 0xffffffffu
+
+struct SamplerParams {
+    uint vocab;
+    uint news;
+    uint top_k;
+    float temperature;
+    float top_p;
+    float min_p_distance;
+    float repetition_penalty;
+    float likelihood;
+};
+
+FUNCTION float group_sum(float x, THREADGROUP_PTR(float) partial, uint lane, uint simd, uint simds)
+{
+    x = simd_sum(x);
+    if (lane == 0) partial[simd] = x;
+    BARRIER();
+    x = simd_sum(lane < simds ? partial[lane] : 0.0f);
+    BARRIER();
+    return x;
+}
+
+FUNCTION uint group_sum(uint x, THREADGROUP_PTR(uint) partial, uint lane, uint simd, uint simds)
+{
+    x = simd_sum(x);
+    if (lane == 0) partial[simd] = x;
+    BARRIER();
+    x = simd_sum(lane < simds ? partial[lane] : 0u);
+    BARRIER();
+    return x;
+}
+
+FUNCTION uint group_min(uint x, THREADGROUP_PTR(uint) partial, uint lane, uint simd, uint simds)
+{
+    x = simd_min(x);
+    if (lane == 0) partial[simd] = x;
+    BARRIER();
+    x = simd_min(lane < simds ? partial[lane] : NONE);
+    BARRIER();
+    return x;
+}
+
+// The sum of the lanes up to this one.
+FUNCTION float prefix(float x, uint lane)
+{
+    for (uint by = 1; by < 32; by *= 2) {
+        const float y = simd_shuffle(x, lane < by ? lane : lane - by);
+        if (lane >= by) x += y;
+    }
+    return x;
+}
+
+FUNCTION uint prefix(uint x, uint lane)
+{
+    for (uint by = 1; by < 32; by *= 2) {
+        const uint y = simd_shuffle(x, lane < by ? lane : lane - by);
+        if (lane >= by) x += y;
+    }
+    return x;
+}
+
+FUNCTION bool is_nan(float x) { return (as_uint(x) & 0x7fffffffu) > 0x7f800000u; }
+
+FUNCTION bool is_finite(float x) { return (as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+// Logit `i` after the penalty; below all others where it is not finite or not there.
+FUNCTION float logit(float x, DEVICE_PTR(const uint) marks, uint i, float penalty)
+{
+    if (penalty != 1.0f && marks[i] != 0) x = x < 0.0f ? x * penalty : x / penalty;
+    return is_finite(x) || is_nan(x) ? x : -FAR;
+}
+
+FUNCTION float4 four_logits(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint i, uint vocab, float penalty)
+{
+    if (i + 4 <= vocab) {
+        const float4 x = load4(logits, i);
+        return make_float4(logit(x.x, marks, i, penalty), logit(x.y, marks, i + 1, penalty), logit(x.z, marks, i + 2, penalty),
+                           logit(x.w, marks, i + 3, penalty));
+    }
+    return make_float4(logit(logits[i], marks, i, penalty), i + 1 < vocab ? logit(logits[i + 1], marks, i + 1, penalty) : -FAR,
+                       i + 2 < vocab ? logit(logits[i + 2], marks, i + 2, penalty) : -FAR, -FAR);
+}
+
+FUNCTION void prefer(float x, uint id, THREAD_REF(float) best, THREAD_REF(uint) best_id)
+{
+    if (x > best) {
+        best = x;
+        best_id = id;
+    }
+}
+
+FUNCTION float distance_of(float x, float top, float temperature) { return x > -FAR ? fmin((top - x) / temperature, FAR) : FAR; }
+
+FUNCTION float mass(float4 d) { return (exp(-d.x) + exp(-d.y)) + (exp(-d.z) + exp(-d.w)); }
+
+// Elements of a SIMD group's stretch of a list of `n`, a multiple of 128.
+FUNCTION uint stretch(uint n, uint simds) { return (n + 128 * simds - 1) / (128 * simds) * 128; }
+
+FUNCTION uint below4(float4 d, uint t)
+{
+    return uint(as_uint(d.x) < t) + uint(as_uint(d.y) < t) + uint(as_uint(d.z) < t) + uint(as_uint(d.w) < t);
+}
+
+FUNCTION uint equal4(float4 d, uint t)
+{
+    return uint(as_uint(d.x) == t) + uint(as_uint(d.y) == t) + uint(as_uint(d.z) == t) + uint(as_uint(d.w) == t);
+}
+
+// How many of this thread's part of a list are nearer than `t`.
+FUNCTION uint count_below(DEVICE_PTR(const float) distances, uint from, uint n, uint t, uint lane, uint simd, uint simds)
+{
+    const uint size = stretch(n, simds), end = min((simd + 1) * size, n);
+    uint count = 0;
+    for (uint i = simd * size + 4 * lane; i < end; i += 128) count += below4(load4(distances, from + i), t);
+    return count;
+}
+
+// Their probabilities times a common factor.
+FUNCTION float mass_below(DEVICE_PTR(const float) distances, uint from, uint n, uint t, uint lane, uint simd, uint simds)
+{
+    const uint size = stretch(n, simds), end = min((simd + 1) * size, n);
+    float sum = 0.0f;
+    for (uint i = simd * size + 4 * lane; i < end; i += 128) {
+        const float4 d = load4(distances, from + i);
+        sum += (as_uint(d.x) < t ? exp(-d.x) : 0.0f) + (as_uint(d.y) < t ? exp(-d.y) : 0.0f);
+        sum += (as_uint(d.z) < t ? exp(-d.z) : 0.0f) + (as_uint(d.w) < t ? exp(-d.w) : 0.0f);
+    }
+    return sum;
+}
+
+// Appends an element where it stays: nearer than `t`, or one of the first `ties` at `t`.
+FUNCTION void append(float d, uint id, uint t, uint ties, DEVICE_PTR(float) distances, DEVICE_PTR(uint) ids, THREAD_REF(uint) place,
+                     THREAD_REF(uint) tie)
+{
+    const uint key = as_uint(d);
+    const bool stays = key < t || (key == t && tie < ties);
+    if (key == t) ++tie;
+    if (!stays) return;
+    distances[place] = d;
+    ids[place] = id;
+    ++place;
+}
+
+// Copies the part of a list that stays (see append) from `from` to `to` and returns its length. `dense`: ids are places.
+FUNCTION uint compact(DEVICE_PTR(float) distances, DEVICE_PTR(uint) ids, uint from, uint to, uint n, bool dense, uint t, uint ties,
+                      THREADGROUP_PTR(uint) counts, uint lane, uint simd, uint simds)
+{
+    const uint size = stretch(n, simds), begin = simd * size, end = min(begin + size, n);
+    uint below = 0, equal = 0;
+    for (uint i = begin + 4 * lane; i < end; i += 128) {
+        const float4 d = load4(distances, from + i);
+        below += below4(d, t);
+        equal += equal4(d, t);
+    }
+    below = simd_sum(below);
+    equal = simd_sum(equal);
+    if (lane == 0) {
+        counts[simd] = below;
+        counts[32 + simd] = equal;
+    }
+    BARRIER();
+    uint all_below = 0, all_equal = 0;
+    for (uint s = 0; s < simds; ++s) {
+        if (s == simd) {
+            below = all_below;
+            equal = all_equal;
+        }
+        all_below += counts[s];
+        all_equal += counts[32 + s];
+    }
+    for (uint base = begin; base < end; base += 128) {
+        const uint i = base + 4 * lane;
+        const float4 d = i < end ? load4(distances, from + i) : make_float4(FAR, FAR, FAR, FAR);
+        // both counts in one word: neither passes 128
+        const uint own = below4(d, t) + 65536 * equal4(d, t);
+        const uint up_to = prefix(own, lane);
+        const uint before = up_to - own, all = simd_broadcast(up_to, 31);
+        uint tie = equal + before / 65536;
+        uint place = to + below + before % 65536 + min(tie, ties);
+        if (own > 0) {
+            append(d.x, dense ? i : ids[from + i], t, ties, distances, ids, place, tie);
+            if (i + 1 < n) append(d.y, dense ? i + 1 : ids[from + i + 1], t, ties, distances, ids, place, tie);
+            if (i + 2 < n) append(d.z, dense ? i + 2 : ids[from + i + 2], t, ties, distances, ids, place, tie);
+            if (i + 3 < n) append(d.w, dense ? i + 3 : ids[from + i + 3], t, ties, distances, ids, place, tie);
+        }
+        below += all % 65536;
+        equal += all / 65536;
+    }
+    const uint length = all_below + min(all_equal, ties);
+    if (simd == 0 && lane < 4) distances[to + length + lane] = FAR;
+    BARRIER_DEVICE();
+    return length;
+}
+
+// Goes on to an element of the cumulated probabilities: `at` becomes its place where the target falls on it.
+FUNCTION void visit(float d, uint i, float target, THREAD_REF(float) reached, THREAD_REF(uint) at)
+{
+    const float weight = exp(-d);
+    reached += weight;
+    if (at == NONE && weight > 0.0f && reached > target) at = i;
+}
+
+/// The id of the next token, to `token [1]`; 0xffffffff where a logit is NaN or none is finite. Marks `seen [news]`, all different, as seen
+/// before (0 in `marks [vocab]`: not seen; read and written where there is a penalty only). A temperature of 0 takes the likeliest, of equals the
+/// lowest id. `min_p_distance` is `ln(1 / min_p)`, `likelihood` in [0, 1) the place in the cumulated probabilities, in the order of ids.
+/// `distances` and `ids` are room: twice vocab rounded up to a multiple of 4, plus 4. One threadgroup.
+KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, marks, 2), UPDATE(float, distances, 3), UPDATE(uint, ids, 4),
+                     WRITE(uint, token, 5), PARAMS(SamplerParams, 6))
+{
+    THREADGROUP(float, sums, 32);
+    THREADGROUP(uint, words, 64);
+    const uint vocab = params.vocab;
+    const float penalty = params.repetition_penalty;
+    if (penalty != 1.0f) {
+        for (uint i = THREAD; i < params.news; i += THREADS) {
+            if (seen[i] < vocab) marks[seen[i]] = 1;
+        }
+    }
+    BARRIER_DEVICE();
+
+    const uint size = stretch(vocab, SIMDS), begin = SIMD * size, end = min(begin + size, vocab);
+    float best = -FAR;
+    uint best_id = NONE, nans = 0;
+    for (uint i = begin + 4 * LANE; i < end; i += 128) {
+        const float4 x = four_logits(logits, marks, i, vocab, penalty);
+        prefer(x.x, i, best, best_id);
+        prefer(x.y, i + 1, best, best_id);
+        prefer(x.z, i + 2, best, best_id);
+        prefer(x.w, i + 3, best, best_id);
+        nans += uint(is_nan(x.x)) + uint(is_nan(x.y)) + uint(is_nan(x.z)) + uint(is_nan(x.w));
+    }
+    nans = group_sum(nans, words, LANE, SIMD, SIMDS);
+    const float simds_best = simd_max(best);
+    if (LANE == 0) sums[SIMD] = simds_best;
+    BARRIER();
+    const float top = simd_max(LANE < SIMDS ? sums[LANE] : -FAR);
+    BARRIER();
+    const uint likeliest = nans > 0 ? NONE : group_min(best == top ? best_id : NONE, words, LANE, SIMD, SIMDS);
+    if (likeliest == NONE || params.temperature == 0.0f) {
+        if (THREAD == 0) token[0] = likeliest;
+        return;
+    }
+
+    float sum = 0.0f;
+    for (uint i = begin + 4 * LANE; i < end; i += 128) {
+        const float4 x = four_logits(logits, marks, i, vocab, penalty);
+        const float4 d = make_float4(distance_of(x.x, top, params.temperature), distance_of(x.y, top, params.temperature),
+                                     distance_of(x.z, top, params.temperature), distance_of(x.w, top, params.temperature));
+        store4(distances, i, d);
+        sum += mass(d);
+    }
+    const float whole = group_sum(sum, sums, LANE, SIMD, SIMDS);
+    BARRIER_DEVICE();
+
+    // what is surely too far goes first, so that the bisections below walk a short list
+    const uint far = as_uint(FAR), k = params.top_k;
+    uint bound = far;
+    if (k > 0 && k <= THREADS) {
+        // the k nearest of the threads' nearest are k tokens
+        const uint nearest = as_uint(distance_of(best, top, params.temperature));
+        uint low = 0;
+        while (low < bound) {
+            const uint middle = (low + bound) / 2;
+            if (group_sum(uint(nearest <= middle), words, LANE, SIMD, SIMDS) >= k) {
+                bound = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+    } else if (k == 0) {
+        // all tokens this far weigh less than half of what top-p leaves out
+        if (params.top_p < 1.0f) bound = as_uint(-log(0.5f * (1.0f - params.top_p) * whole / float(vocab)));
+        bound = min(bound, as_uint(params.min_p_distance));
+    }
+    const uint room = (vocab + 3) / 4 * 4 + 4;
+    uint from = 0, n = vocab;
+    if (bound < far) {
+        n = compact(distances, ids, 0, room, vocab, true, bound, NONE, words, LANE, SIMD, SIMDS);
+        from = room;
+    }
+
+    // tokens nearer than `t` stay, and the first `ties` at it
+    uint t = far, ties = 0;
+    if (k > 0 && k < vocab) {
+        uint low = 0;
+        while (low < t) {
+            const uint middle = (low + t) / 2;
+            if (group_sum(count_below(distances, from, n, middle + 1, LANE, SIMD, SIMDS), words, LANE, SIMD, SIMDS) >= k) {
+                t = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        ties = t < far ? NONE : 0;
+    }
+    if (params.top_p < 1.0f) {
+        const uint kept = t < far ? t + 1 : far;
+        const float all = k > 0 ? group_sum(mass_below(distances, from, n, kept, LANE, SIMD, SIMDS), sums, LANE, SIMD, SIMDS) : whole;
+        const float enough = params.top_p * all;
+        uint low = 0, high = t;
+        while (low < high) {
+            const uint middle = (low + high) / 2;
+            if (group_sum(mass_below(distances, from, n, middle + 1, LANE, SIMD, SIMDS), sums, LANE, SIMD, SIMDS) >= enough) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        if (high < far) {
+            const float before = group_sum(mass_below(distances, from, n, high, LANE, SIMD, SIMDS), sums, LANE, SIMD, SIMDS);
+            const float needed = fmin((enough - before) / exp(-as_float(high)), 1.0e9f);
+            t = high;
+            ties = max(uint(floor(needed)) + uint(floor(needed) < needed), 1u);
+        }
+    }
+    if (as_uint(params.min_p_distance) < t) {
+        t = as_uint(params.min_p_distance);
+        ties = NONE;
+    }
+    if (t < far) {
+        const uint to = from == 0 ? room : 0;
+        n = compact(distances, ids, from, to, n, from == 0, t, ties, words, LANE, SIMD, SIMDS);
+        from = to;
+    }
+    const bool dense = bound == far && t == far;
+
+    // the SIMD group in whose stretch the likelihood falls finds the token
+    const float own = simd_sum(mass_below(distances, from, n, far, LANE, SIMD, SIMDS));
+    if (LANE == 0) sums[SIMD] = own;
+    BARRIER();
+    float total = 0.0f, before = 0.0f;
+    for (uint s = 0; s < SIMDS; ++s) {
+        if (s == SIMD) before = total;
+        total += sums[s];
+    }
+    const float target = params.likelihood * total;
+    if (target < before || target >= before + own) return;
+    const uint part = stretch(n, SIMDS), last = min((SIMD + 1) * part, n);
+    uint chosen = NONE;
+    for (uint base = SIMD * part; base < last && chosen == NONE; base += 128) {
+        const uint i = base + 4 * LANE;
+        const float4 d = i < last ? load4(distances, from + i) : make_float4(FAR, FAR, FAR, FAR);
+        const float own_mass = mass(d), up_to = prefix(own_mass, LANE);
+        float reached = before + (up_to - own_mass);
+        uint at = NONE;
+        visit(d.x, i, target, reached, at);
+        visit(d.y, i + 1, target, reached, at);
+        visit(d.z, i + 2, target, reached, at);
+        visit(d.w, i + 3, target, reached, at);
+        chosen = simd_min(at);
+        before += simd_broadcast(up_to, 31);
+    }
+    if (LANE == 0) token[0] = chosen == NONE ? likeliest : dense ? chosen : ids[from + chosen];
+}
