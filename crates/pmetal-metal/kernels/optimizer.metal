@@ -11,7 +11,7 @@ struct AdamWParams {
     float step_size;
     float correction2;
     float eps;
-    uint unused;  // no padding: the parameters are passed as bytes
+    float grad_scale;
 };
 
 FUNCTION float group_sum(float x, THREADGROUP_PTR(float) partial, uint lane, uint simd, uint simds)
