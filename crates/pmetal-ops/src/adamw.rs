@@ -98,7 +98,7 @@ fn on_gpu(
             step_size: f.step_size,
             correction2: f.correction2,
             eps: f.eps,
-            unused: 0,
+            grad_scale: 1.0,
         };
         kernels::adamw_with_copy(gpu, copies.dtype(), grid, grads, &outcome, arena.state(), copies, params)?;
     } else {
@@ -111,7 +111,7 @@ fn on_gpu(
             step_size: f.step_size,
             correction2: f.correction2,
             eps: f.eps,
-            unused: 0,
+            grad_scale: 1.0,
         };
         kernels::adamw(gpu, DType::F32, grid, grads, &outcome, arena.state(), params)?;
         arena.refresh_copies()?;
