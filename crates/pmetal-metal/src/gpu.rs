@@ -121,6 +121,10 @@ pub struct Facts {
 
 /// A tensor that nothing has been written to: for kernels that write all of it.
 pub fn empty(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    let shape = shape.into();
+    if let Device::Metal(metal) = device {
+        crate::metal::reserve(metal, shape.elem_count() * dtype.size_in_bytes())?;
+    }
     // SAFETY: every caller hands it to a kernel that writes every element before anything reads one; floats and integers have no
     // bit pattern that is not a number.
     Ok(unsafe { Tensor::empty(shape, dtype, device) }?)

@@ -19,4 +19,4 @@ pub use attention::{attention_backward, attention_forward};
 pub use error::{Error, Result};
 pub use gpu::{AttentionRows, AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
 pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel};
-pub use metal::{exact, gpu, open};
+pub use metal::{exact, exact_zeros, gpu, open};

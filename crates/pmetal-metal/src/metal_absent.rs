@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, MetalDevice, Tensor};
+use candle_core::{DType, Device, MetalDevice, Shape, Tensor};
 
 use crate::{Error, Gpu, Result};
 
@@ -28,6 +28,19 @@ pub fn gpu(_: &MetalDevice) -> Result<Arc<dyn Gpu>> {
 /// Where the device has no room for it.
 pub fn exact(tensor: &Tensor, device: &Device) -> Result<Tensor> {
     Ok(tensor.to_device(device)?)
+}
+
+/// Zeros on `device`, in a buffer of their own size: for arenas.
+///
+/// # Errors
+/// When the device has no room for them.
+pub fn exact_zeros(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::zeros(shape, dtype, device)?)
+}
+
+/// Asks for room for a buffer: there is no such device.
+pub(crate) fn reserve(_: &MetalDevice, _: usize) -> Result<()> {
+    Err(absent())
 }
 
 fn absent() -> Error {

@@ -1,0 +1,441 @@
+// Matrix units of Metal.
+//
+// Causal attention over rows of different lengths on matrices of 8 x 8, forward and backward; heads of a width that is a multiple of 8, up
+// to 64 or 128. A SIMD group multiplies matrices that it loads from threadgroup memory; where its lanes need elements, as in the softmax,
+// they go through threadgroup memory again: which lane holds what inside a matrix is Metal's own affair. Factors of rows are multiplied
+// in as diagonal matrices. Operands are of the dtype, sums and scores in float.
+//
+// q, out and their gradients are [tokens, heads, width], k and v [tokens, kv_heads, width], lse and delta [tokens, heads]; a row of `rows`
+// is its first query, queries, first key, keys. Query i of a row sees its keys 0 ..= keys - queries + i.
+// Source: Dao, "FlashAttention-2", 2023.
+
+struct MatrixAttentionParams { uint heads; uint kv_heads; uint width; float scale; };
+struct DeltaParams { uint n; uint width; };
+
+typedef simdgroup_matrix<T, 8, 8> Operand;
+typedef simdgroup_matrix<float, 8, 8> Matrix;
+
+// From one row of a tile of BLOCKS blocks to the next; the 8 beyond them keep rows off the same banks.
+#define PITCH(blocks) (8 * (blocks) + 8)
+// The same for scores of 32 and of 16 keys.
+#define WIDE 36
+#define NARROW 20
+
+struct Row { uint first_query; uint queries; uint first_key; uint keys; };
+FUNCTION Row row_of(DEVICE_PTR(const uint) rows, uint row) {
+    Row r;
+    r.first_query = rows[4 * row];
+    r.queries = rows[4 * row + 1];
+    r.first_key = rows[4 * row + 2];
+    r.keys = rows[4 * row + 3];
+    return r;
+}
+
+// The threadgroup's tile and head, and the thread in it: a function does not see what a kernel sees.
+struct Place { uint tile; uint head; uint thread; uint threads; uint lane; uint simd; };
+
+// Copies ROWS rows of a head, `pitch` apart from `start` on; rows from `count` on are zero.
+template <uint ROWS, uint BLOCKS>
+FUNCTION void stage(DEVICE_PTR(const T) from, ulong start, uint pitch, uint count, uint width, THREADGROUP_PTR(T) to, Place place) {
+    for (uint i = place.thread; i < ROWS * 2 * BLOCKS; i += place.threads) {
+        const uint row = i / (2 * BLOCKS), column = 4 * (i % (2 * BLOCKS)), at = row * PITCH(BLOCKS) + column;
+        if (column >= width) continue;
+        const float4 x = row < count ? load4(from, start + ulong(row) * pitch + column) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        to[at] = T(x.x);
+        to[at + 1] = T(x.y);
+        to[at + 2] = T(x.z);
+        to[at + 3] = T(x.w);
+    }
+}
+
+// Writes the first `count` rows of a matrix; `room` holds 64 floats of this SIMD group.
+FUNCTION void unload(Matrix sum, THREADGROUP_PTR(float) room, DEVICE_PTR(T) to, ulong start, uint pitch, uint count, uint lane) {
+    SIMD_BARRIER();
+    simdgroup_store(sum, room, 8);
+    SIMD_BARRIER();
+    const uint row = lane / 4, column = 2 * (lane % 4);
+    if (row >= count) return;
+    const ulong at = start + ulong(row) * pitch + column;
+    to[at] = T(room[8 * row + column]);
+    to[at + 1] = T(room[8 * row + column + 1]);
+}
+
+// Puts each row's factor, which its four lanes hold, on the diagonal of the matrix in `room`, which is zero elsewhere.
+FUNCTION void set_diagonal(float factor, THREADGROUP_PTR(float) room, uint lane) {
+    SIMD_BARRIER();
+    if (lane % 4 == 0) room[9 * (lane / 4)] = factor;
+    SIMD_BARRIER();
+}
+
+// Turns 8 x 32 scores into probabilities by the maximum so far, and moves the maximum and the sum on. Four lanes share a row, of which
+// the first `seen` keys count. Returns the factor on what was summed before.
+FUNCTION float soften(THREADGROUP_PTR(float) scores, uint seen, float scale, THREAD_REF(float) top, THREAD_REF(float) total, uint lane) {
+    float x[8];
+    float highest = top;
+    for (uint j = 0; j < 8; ++j) {
+        const uint key = lane % 4 + 4 * j;
+        x[j] = key < seen ? scores[lane / 4 * WIDE + key] * scale : as_float(0xff800000u);
+        highest = fmax(highest, x[j]);
+    }
+    highest = fmax(highest, simd_shuffle_xor(highest, 1));
+    highest = fmax(highest, simd_shuffle_xor(highest, 2));
+    float sum = 0.0f;
+    for (uint j = 0; j < 8; ++j) {
+        const float p = exp(x[j] - highest);
+        scores[lane / 4 * WIDE + lane % 4 + 4 * j] = p;
+        sum += p;
+    }
+    sum += simd_shuffle_xor(sum, 1);
+    sum += simd_shuffle_xor(sum, 2);
+    const float factor = exp(top - highest);
+    total = total * factor + sum;
+    top = highest;
+    return factor;
+}
+
+// 32 queries of a head in four SIMD groups of 8, over its keys 32 at a time. `tile` holds 32 rows; a SIMD group has 8 * WIDE floats of
+// `scores` and 64 of `factors`.
+template <uint BLOCKS>
+FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, Row row, DEVICE_PTR(T) out,
+                     DEVICE_PTR(float) lse, MatrixAttentionParams params, Place place, THREADGROUP_PTR(T) tile,
+                     THREADGROUP_PTR(float) all_scores, THREADGROUP_PTR(float) all_factors) {
+    const uint first = 32 * place.tile, width = params.width, lane = place.lane;
+    if (first >= row.queries) return;
+    const uint mine = first + 8 * place.simd, query = mine + lane / 4, before = row.keys - row.queries;
+    const bool works = mine < row.queries;
+    const uint q_pitch = params.heads * width, kv_pitch = params.kv_heads * width;
+    const uint kv_head = place.head / (params.heads / params.kv_heads);
+    const ulong q_start = ulong(row.first_query) * q_pitch + place.head * width;
+    const ulong kv_start = ulong(row.first_key) * kv_pitch + kv_head * width;
+    THREADGROUP_PTR(float) scores = all_scores + 8 * WIDE * place.simd;
+    THREADGROUP_PTR(float) factors = all_factors + 64 * place.simd;
+    factors[lane] = 0.0f;
+    factors[lane + 32] = 0.0f;
+
+    const Matrix zero = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    Operand queries[BLOCKS];
+    Matrix sums[BLOCKS];
+    stage<32, BLOCKS>(q, q_start + ulong(first) * q_pitch, q_pitch, row.queries - first, width, tile, place);
+    BARRIER();
+    for (uint i = 0; i < BLOCKS; ++i) {
+        sums[i] = zero;
+        if (8 * i < width) simdgroup_load(queries[i], tile + 8 * place.simd * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
+    }
+
+    float top = as_float(0xff800000u), total = 0.0f;
+    const uint end = min(row.keys, before + first + 32);
+    for (uint key = 0; key < end; key += 32) {
+        BARRIER();
+        stage<32, BLOCKS>(k, kv_start + ulong(key) * kv_pitch, kv_pitch, row.keys - key, width, tile, place);
+        BARRIER();
+        if (works) {
+            Matrix products[4];
+            for (uint b = 0; b < 4; ++b) products[b] = zero;
+            for (uint i = 0; i < BLOCKS; ++i) {
+                if (8 * i >= width) continue;
+                for (uint b = 0; b < 4; ++b) {
+                    Operand keys;
+                    simdgroup_load(keys, tile + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS), ulong2(0, 0), true);
+                    simdgroup_multiply_accumulate(products[b], queries[i], keys, products[b]);
+                }
+            }
+            for (uint b = 0; b < 4; ++b) simdgroup_store(products[b], scores + 8 * b, WIDE);
+        }
+        BARRIER();
+        stage<32, BLOCKS>(v, kv_start + ulong(key) * kv_pitch, kv_pitch, row.keys - key, width, tile, place);
+        if (works) {
+            const uint last = before + query;
+            const float factor = soften(scores, last < key ? 0 : last - key + 1, params.scale, top, total, lane);
+            if (simd_max(factor < 1.0f ? 1u : 0u) > 0) {
+                set_diagonal(factor, factors, lane);
+                Matrix diagonal;
+                simdgroup_load(diagonal, factors, 8);
+                for (uint i = 0; i < BLOCKS; ++i) simdgroup_multiply_accumulate(sums[i], diagonal, sums[i], zero);
+            }
+        }
+        BARRIER();
+        if (works) {
+            for (uint b = 0; b < 4; ++b) {
+                Matrix weights;
+                simdgroup_load(weights, scores + 8 * b, WIDE);
+                for (uint i = 0; i < BLOCKS; ++i) {
+                    if (8 * i >= width) continue;
+                    Operand values;
+                    simdgroup_load(values, tile + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
+                    simdgroup_multiply_accumulate(sums[i], weights, values, sums[i]);
+                }
+            }
+        }
+    }
+    if (!works) return;
+    set_diagonal(1.0f / total, factors, lane);
+    Matrix diagonal;
+    simdgroup_load(diagonal, factors, 8);
+    for (uint i = 0; i < BLOCKS; ++i) {
+        if (8 * i >= width) continue;
+        Matrix result;
+        simdgroup_multiply_accumulate(result, diagonal, sums[i], zero);
+        unload(result, factors, out, q_start + ulong(mine) * q_pitch + 8 * i, q_pitch, row.queries - mine, lane);
+    }
+    if (lane % 4 == 0 && query < row.queries) lse[ulong(row.first_query + query) * params.heads + place.head] = top + log(total);
+}
+
+/// Fills `out` and `lse`, the log-sum-exp of each query; heads of at most 64. Threadgroups of 128: 32 queries, heads, rows.
+KERNEL(attention_forward_64)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(uint, rows, 3), WRITE(T, out, 4), WRITE(float, lse, 5),
+                             PARAMS(MatrixAttentionParams, 6))
+{
+    THREADGROUP(T, tile, 32 * PITCH(8));
+    THREADGROUP(float, scores, 4 * 8 * WIDE);
+    THREADGROUP(float, factors, 4 * 64);
+    // the tiles with the most keys first
+    const Place place = {GROUPS_X - 1 - GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
+    attend<8>(q, k, v, row_of(rows, GROUP_Z), out, lse, params, place, tile, scores, factors);
+}
+
+/// The same for heads of at most 128.
+KERNEL(attention_forward_128)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(uint, rows, 3), WRITE(T, out, 4), WRITE(float, lse, 5),
+                              PARAMS(MatrixAttentionParams, 6))
+{
+    THREADGROUP(T, tile, 32 * PITCH(16));
+    THREADGROUP(float, scores, 4 * 8 * WIDE);
+    THREADGROUP(float, factors, 4 * 64);
+    const Place place = {GROUPS_X - 1 - GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
+    attend<16>(q, k, v, row_of(rows, GROUP_Z), out, lse, params, place, tile, scores, factors);
+}
+
+/// The sum of `out * dout` over the width of each of `n` queries and heads; a SIMD group each.
+KERNEL(attention_delta)(READ(T, out, 0), READ(T, dout, 1), WRITE(float, delta, 2), PARAMS(DeltaParams, 3))
+{
+    const uint i = GROUP_X * SIMDS + SIMD;
+    if (i >= params.n) return;
+    const ulong start = ulong(i) * params.width;
+    float sum = 0.0f;
+    for (uint c = LANE; c < params.width; c += 32) sum += float(out[start + c]) * float(dout[start + c]);
+    sum = simd_sum(sum);
+    if (LANE == 0) delta[i] = sum;
+}
+
+// dq of 32 queries in four SIMD groups of 8, over the keys 16 at a time: with p = exp(scale * q kᵀ - lse), ds = scale * p * (dout vᵀ -
+// delta), dq = ds k. `tiles` holds 32 rows; a SIMD group has twice 8 * NARROW floats of `all_scores`.
+template <uint BLOCKS>
+FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v,
+                         DEVICE_PTR(const float) lse, DEVICE_PTR(const float) delta, Row row, DEVICE_PTR(T) dq,
+                         MatrixAttentionParams params, Place place, THREADGROUP_PTR(T) tiles, THREADGROUP_PTR(float) all_scores) {
+    const uint first = 32 * place.tile, width = params.width, lane = place.lane;
+    if (first >= row.queries) return;
+    const uint mine = first + 8 * place.simd, query = mine + lane / 4, before = row.keys - row.queries;
+    const bool works = mine < row.queries;
+    const uint q_pitch = params.heads * width, kv_pitch = params.kv_heads * width;
+    const uint kv_head = place.head / (params.heads / params.kv_heads);
+    const ulong q_start = ulong(row.first_query) * q_pitch + place.head * width;
+    const ulong kv_start = ulong(row.first_key) * kv_pitch + kv_head * width;
+    THREADGROUP_PTR(float) scores = all_scores + 2 * 8 * NARROW * place.simd;
+    THREADGROUP_PTR(float) slopes = scores + 8 * NARROW;
+    THREADGROUP_PTR(T) value_tile = tiles + 16 * PITCH(BLOCKS);
+    const ulong statistic = ulong(row.first_query + query) * params.heads + place.head;
+    const float my_lse = query < row.queries ? lse[statistic] : 0.0f;
+    const float my_delta = query < row.queries ? delta[statistic] : 0.0f;
+
+    const Matrix zero = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    Operand queries[BLOCKS], douts[BLOCKS];
+    Matrix sums[BLOCKS];
+    stage<32, BLOCKS>(q, q_start + ulong(first) * q_pitch, q_pitch, row.queries - first, width, tiles, place);
+    BARRIER();
+    for (uint i = 0; i < BLOCKS; ++i) {
+        sums[i] = zero;
+        if (8 * i < width) simdgroup_load(queries[i], tiles + 8 * place.simd * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
+    }
+    BARRIER();
+    stage<32, BLOCKS>(dout, q_start + ulong(first) * q_pitch, q_pitch, row.queries - first, width, tiles, place);
+    BARRIER();
+    for (uint i = 0; i < BLOCKS; ++i) {
+        if (8 * i < width) simdgroup_load(douts[i], tiles + 8 * place.simd * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
+    }
+
+    const uint end = min(row.keys, before + first + 32);
+    for (uint key = 0; key < end; key += 16) {
+        BARRIER();
+        stage<16, BLOCKS>(k, kv_start + ulong(key) * kv_pitch, kv_pitch, row.keys - key, width, tiles, place);
+        stage<16, BLOCKS>(v, kv_start + ulong(key) * kv_pitch, kv_pitch, row.keys - key, width, value_tile, place);
+        BARRIER();
+        if (!works) continue;
+        Matrix products[2], slope_products[2];
+        for (uint b = 0; b < 2; ++b) products[b] = slope_products[b] = zero;
+        for (uint i = 0; i < BLOCKS; ++i) {
+            if (8 * i >= width) continue;
+            for (uint b = 0; b < 2; ++b) {
+                Operand keys, values;
+                simdgroup_load(keys, tiles + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS), ulong2(0, 0), true);
+                simdgroup_load(values, value_tile + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS), ulong2(0, 0), true);
+                simdgroup_multiply_accumulate(products[b], queries[i], keys, products[b]);
+                simdgroup_multiply_accumulate(slope_products[b], douts[i], values, slope_products[b]);
+            }
+        }
+        for (uint b = 0; b < 2; ++b) {
+            simdgroup_store(products[b], scores + 8 * b, NARROW);
+            simdgroup_store(slope_products[b], slopes + 8 * b, NARROW);
+        }
+        SIMD_BARRIER();
+        for (uint j = 0; j < 4; ++j) {
+            const uint at = lane / 4 * NARROW + lane % 4 + 4 * j;
+            const bool seen = key + lane % 4 + 4 * j <= before + query;
+            const float p = seen ? exp(scores[at] * params.scale - my_lse) : 0.0f;
+            scores[at] = p * (slopes[at] - my_delta) * params.scale;
+        }
+        SIMD_BARRIER();
+        for (uint b = 0; b < 2; ++b) {
+            Matrix weights;
+            simdgroup_load(weights, scores + 8 * b, NARROW);
+            for (uint i = 0; i < BLOCKS; ++i) {
+                if (8 * i >= width) continue;
+                Operand keys;
+                simdgroup_load(keys, tiles + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
+                simdgroup_multiply_accumulate(sums[i], weights, keys, sums[i]);
+            }
+        }
+    }
+    if (!works) return;
+    for (uint i = 0; i < BLOCKS; ++i) {
+        if (8 * i >= width) continue;
+        unload(sums[i], scores, dq, q_start + ulong(mine) * q_pitch + 8 * i, q_pitch, row.queries - mine, lane);
+    }
+}
+
+// dk and dv of 32 keys, over the queries of all heads that share them 16 at a time, in eight SIMD groups: four multiply 8 keys each with
+// the queries, four 8 values each with dout; then each sums its columns, one of eight in turn, of dv = pᵀ dout and dk = dsᵀ q.
+// `tiles` holds 32 rows, `scores` and `slopes` 32 * NARROW floats each.
+template <uint BLOCKS>
+FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v,
+                      DEVICE_PTR(const float) lse, DEVICE_PTR(const float) delta, Row row, DEVICE_PTR(T) dk, DEVICE_PTR(T) dv,
+                      MatrixAttentionParams params, Place place, THREADGROUP_PTR(T) tiles, THREADGROUP_PTR(float) scores,
+                      THREADGROUP_PTR(float) slopes) {
+    const uint first = 32 * place.tile, width = params.width, simd = place.simd;
+    if (first >= row.keys) return;
+    const uint before = row.keys - row.queries, block = simd % 4, group = params.heads / params.kv_heads;
+    const uint q_pitch = params.heads * width, kv_pitch = params.kv_heads * width;
+    const ulong kv_start = ulong(row.first_key + first) * kv_pitch + place.head * width;
+    THREADGROUP_PTR(T) dout_tile = tiles + 16 * PITCH(BLOCKS);
+    const bool is_key = simd < 4;
+
+    const Matrix zero = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    Operand own[BLOCKS];
+    Matrix dk_sums[4][BLOCKS / 8], dv_sums[4][BLOCKS / 8];
+    for (uint b = 0; b < 4; ++b) {
+        for (uint c = 0; c < BLOCKS / 8; ++c) dk_sums[b][c] = dv_sums[b][c] = zero;
+    }
+    for (uint side = 0; side < 2; ++side) {
+        BARRIER();
+        stage<32, BLOCKS>(side == 0 ? k : v, kv_start, kv_pitch, row.keys - first, width, tiles, place);
+        BARRIER();
+        if (is_key != (side == 0)) continue;
+        for (uint i = 0; i < BLOCKS; ++i) {
+            if (8 * i < width) simdgroup_load(own[i], tiles + 8 * block * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
+        }
+    }
+
+    for (uint head = group * place.head; head < group * (place.head + 1); ++head) {
+        for (uint query = first > before ? first - before : 0; query < row.queries; query += 16) {
+            const ulong q_start = ulong(row.first_query + query) * q_pitch + head * width;
+            BARRIER();
+            stage<16, BLOCKS>(q, q_start, q_pitch, row.queries - query, width, tiles, place);
+            stage<16, BLOCKS>(dout, q_start, q_pitch, row.queries - query, width, dout_tile, place);
+            BARRIER();
+            THREADGROUP_PTR(T) partners = is_key ? tiles : dout_tile;
+            Matrix products[2];
+            for (uint b = 0; b < 2; ++b) products[b] = zero;
+            for (uint i = 0; i < BLOCKS; ++i) {
+                if (8 * i >= width) continue;
+                for (uint b = 0; b < 2; ++b) {
+                    Operand partner;
+                    simdgroup_load(partner, partners + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS), ulong2(0, 0), true);
+                    simdgroup_multiply_accumulate(products[b], own[i], partner, products[b]);
+                }
+            }
+            THREADGROUP_PTR(float) results = (is_key ? scores : slopes) + 8 * block * NARROW;
+            for (uint b = 0; b < 2; ++b) simdgroup_store(products[b], results + 8 * b, NARROW);
+            BARRIER();
+            for (uint i = place.thread; i < 32 * 16; i += place.threads) {
+                const uint key = first + i / 16, at_query = query + i % 16, at = i / 16 * NARROW + i % 16;
+                float p = 0.0f, ds = 0.0f;
+                if (at_query < row.queries && key <= before + at_query) {
+                    const ulong statistic = ulong(row.first_query + at_query) * params.heads + head;
+                    p = exp(scores[at] * params.scale - lse[statistic]);
+                    ds = p * (slopes[at] - delta[statistic]) * params.scale;
+                }
+                scores[at] = p;
+                slopes[at] = ds;
+            }
+            BARRIER();
+            for (uint c = 0; c < BLOCKS / 8; ++c) {
+                const uint column = 8 * (simd + 8 * c);
+                if (column >= width) continue;
+                for (uint b = 0; b < 2; ++b) {
+                    Operand douts, queries;
+                    simdgroup_load(douts, dout_tile + 8 * b * PITCH(BLOCKS) + column, PITCH(BLOCKS));
+                    simdgroup_load(queries, tiles + 8 * b * PITCH(BLOCKS) + column, PITCH(BLOCKS));
+                    for (uint keys = 0; keys < 4; ++keys) {
+                        Matrix p, ds;
+                        simdgroup_load(p, scores + 8 * keys * NARROW + 8 * b, NARROW);
+                        simdgroup_load(ds, slopes + 8 * keys * NARROW + 8 * b, NARROW);
+                        simdgroup_multiply_accumulate(dv_sums[keys][c], p, douts, dv_sums[keys][c]);
+                        simdgroup_multiply_accumulate(dk_sums[keys][c], ds, queries, dk_sums[keys][c]);
+                    }
+                }
+            }
+        }
+    }
+
+    BARRIER();
+    for (uint c = 0; c < BLOCKS / 8; ++c) {
+        const uint column = 8 * (simd + 8 * c);
+        if (column >= width) continue;
+        for (uint b = 0; b < 4; ++b) {
+            const uint count = row.keys > first + 8 * b ? row.keys - first - 8 * b : 0;
+            const ulong start = kv_start + ulong(8 * b) * kv_pitch + column;
+            unload(dk_sums[b][c], scores + 64 * simd, dk, start, kv_pitch, count, place.lane);
+            unload(dv_sums[b][c], scores + 64 * simd, dv, start, kv_pitch, count, place.lane);
+        }
+    }
+}
+
+/// Fills `dq`; heads of at most 64. Threadgroups of 128: 32 queries, heads, rows.
+KERNEL(attention_dq_64)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(float, lse, 4), READ(float, delta, 5),
+                        READ(uint, rows, 6), WRITE(T, dq, 7), PARAMS(MatrixAttentionParams, 8))
+{
+    THREADGROUP(T, tiles, 32 * PITCH(8));
+    THREADGROUP(float, scores, 4 * 2 * 8 * NARROW);
+    const Place place = {GROUPS_X - 1 - GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
+    to_queries<8>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dq, params, place, tiles, scores);
+}
+
+/// The same for heads of at most 128.
+KERNEL(attention_dq_128)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(float, lse, 4), READ(float, delta, 5),
+                         READ(uint, rows, 6), WRITE(T, dq, 7), PARAMS(MatrixAttentionParams, 8))
+{
+    THREADGROUP(T, tiles, 32 * PITCH(16));
+    THREADGROUP(float, scores, 4 * 2 * 8 * NARROW);
+    const Place place = {GROUPS_X - 1 - GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
+    to_queries<16>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dq, params, place, tiles, scores);
+}
+
+/// Fills `dk` and `dv` of the keys that rows hold; heads of at most 64. Threadgroups of 256: 32 keys, key heads, rows.
+KERNEL(attention_dkv_64)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(float, lse, 4), READ(float, delta, 5),
+                         READ(uint, rows, 6), UPDATE(T, dk, 7), UPDATE(T, dv, 8), PARAMS(MatrixAttentionParams, 9))
+{
+    THREADGROUP(T, tiles, 32 * PITCH(8));
+    THREADGROUP(float, scores, 32 * NARROW);
+    THREADGROUP(float, slopes, 32 * NARROW);
+    const Place place = {GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
+    to_keys<8>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dk, dv, params, place, tiles, scores, slopes);
+}
+
+/// The same for heads of at most 128.
+KERNEL(attention_dkv_128)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(float, lse, 4), READ(float, delta, 5),
+                          READ(uint, rows, 6), UPDATE(T, dk, 7), UPDATE(T, dv, 8), PARAMS(MatrixAttentionParams, 9))
+{
+    THREADGROUP(T, tiles, 32 * PITCH(16));
+    THREADGROUP(float, scores, 32 * NARROW);
+    THREADGROUP(float, slopes, 32 * NARROW);
+    const Place place = {GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
+    to_keys<16>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dk, dv, params, place, tiles, scores, slopes);
+}
