@@ -74,6 +74,14 @@ fn text(file: &'static str, dtype: DType) -> Result<String> {
     Ok(format!("{CUDA_PRELUDE}\ntypedef {element} T;\n#line 1 \"{file}\"\n{text}"))
 }
 
+/// Every file in every dtype.
+#[cfg(test)]
+pub(super) fn all_texts() -> Result<Vec<(String, String)>> {
+    let dtypes = [DType::F32, DType::F16, DType::BF16];
+    let each = dtypes.iter().flat_map(|&dtype| TEXTS.iter().map(move |(file, _)| (file, dtype)));
+    each.map(|(file, dtype)| Ok((format!("{file} in {dtype:?}"), text(file, dtype)?))).collect()
+}
+
 fn missing(name: &str) -> Error {
     Error::Device { device: "CUDA".into(), reason: format!("there is no kernel text {name}") }
 }

@@ -26,17 +26,10 @@ const FORMAT: &str = "kernels 1";
 ///
 /// # Errors
 /// The compiler's words where it refuses the text.
-pub(super) fn compile(
-    context: &Arc<CudaContext>,
-    name: &str,
-    text: &str,
-    options: &[&str],
-) -> Result<Arc<CudaModule>> {
+pub(super) fn compile(context: &Arc<CudaContext>, name: &str, text: &str, options: &[&str]) -> Result<Arc<CudaModule>> {
     let (major, minor) = context.compute_capability().w()?;
     let target = Target::of(major * 10 + minor)?;
-    let mut options: Vec<String> = options.iter().map(|&o| o.to_owned()).collect();
-    options.push(target.option());
-    options.push("--std=c++17".into());
+    let options = target.options(options);
     let kept = place(text, &options);
     // a kept file that the driver does not take is as good as none
     let found = kept.as_ref().and_then(|path| read(path)).map(|image| context.load_module(Ptx::from_binary(image)));
@@ -75,13 +68,16 @@ impl Target {
         })
     }
 
-    fn option(&self) -> String {
-        match self {
+    fn options(&self, more: &[&str]) -> Vec<String> {
+        let architecture = match self {
             // the letter: wgmma and its like are of one generation alone
             Self::Own(own @ 90..) => format!("--gpu-architecture=sm_{own}a"),
             Self::Own(own) => format!("--gpu-architecture=sm_{own}"),
             Self::Older(older) => format!("--gpu-architecture=compute_{older}"),
-        }
+        };
+        let mut options = vec![architecture, "--std=c++17".to_owned()];
+        options.extend(more.iter().map(|&option| option.to_owned()));
+        options
     }
 }
 
@@ -183,4 +179,44 @@ fn keep(path: &PathBuf, image: &[u8]) -> pmetal_core::Result<()> {
     let file = [blake3::hash(image).as_bytes().as_slice(), image].concat();
     fs::write(staged.path(), file).map_err(pmetal_core::Error::io("write", staged.path()))?;
     staged.commit()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::kernels;
+
+    /// Needs the compiler, but no GPU.
+    #[test]
+    fn every_shared_text_compiles_without_headers() -> Result<()> {
+        for (name, text) in kernels::all_texts()? {
+            for capability in [80, 90, 120] {
+                let target = Target::of(capability)?;
+                let options = target.options(&[]);
+                assert!(!translate(&name, &text, &options, &target)?.is_empty(), "{name} for {capability}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_the_compiler_says_is_told() {
+        let target = Target::Own(90);
+        let error = translate("wrong.metal", "void f() { x; }", &target.options(&[]), &target).unwrap_err().to_string();
+        assert!(error.contains("wrong.metal") && error.contains("\"x\" is undefined"), "{error}");
+    }
+
+    #[test]
+    fn a_broken_kept_file_is_not_read() -> std::io::Result<()> {
+        let folder = env::temp_dir().join(format!("pmetal-cuda-{}", std::process::id()));
+        let path = folder.join("image");
+        keep(&path, b"an image").map_err(std::io::Error::other)?;
+        assert_eq!(read(&path).as_deref(), Some(b"an image".as_slice()));
+        let whole = fs::read(&path)?;
+        for broken in [&whole[..whole.len() - 1], &whole[..7], &[], &[whole.as_slice(), b"more"].concat()] {
+            fs::write(&path, broken)?;
+            assert_eq!(read(&path), None);
+        }
+        fs::remove_dir_all(folder)
+    }
 }

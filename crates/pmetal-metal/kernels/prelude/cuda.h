@@ -1,10 +1,9 @@
-// The dialect, for CUDA C++ through NVRTC. What each word means stands in metal.h. The includes of cuda_fp16.h and cuda_bf16.h, and T, come before.
+// The dialect, for CUDA C++ through NVRTC. What each word means stands in metal.h; the typedef of T follows. No header is included: where
+// kernels are compiled there may be none. GPUs from compute capability 8.0 on.
 
 typedef unsigned int uint;
 typedef unsigned char uchar;
 typedef unsigned long long ulong;
-typedef __half half;
-typedef __nv_bfloat16 bfloat;
 
 #define KERNEL(name) extern "C" __global__ void name
 #define READ(type, name, place) const type* __restrict__ name
@@ -29,6 +28,23 @@ typedef __nv_bfloat16 bfloat;
 #define DEVICE_PTR(type) type*
 #define THREAD_REF(type) type&
 #define FUNCTION __device__ __forceinline__
+
+struct half {
+    unsigned short bits;
+    half() = default;
+    explicit FUNCTION half(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    explicit FUNCTION operator float() const {
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+        return x;
+    }
+};
+struct bfloat {
+    unsigned short bits;
+    bfloat() = default;
+    explicit FUNCTION bfloat(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    explicit FUNCTION operator float() const { return __uint_as_float(uint(bits) << 16); }
+};
 
 #define BARRIER() __syncthreads()
 #define BARRIER_DEVICE() __syncthreads()
@@ -64,16 +80,15 @@ FUNCTION uint simd_min(uint x) { return __reduce_min_sync(0xffffffffu, x); }
 FUNCTION float4 load4(const float* p, ulong i) { return *reinterpret_cast<const float4*>(p + i); }
 FUNCTION void store4(float* p, ulong i, float4 v) { *reinterpret_cast<float4*>(p + i) = v; }
 FUNCTION float4 load4(const half* p, ulong i) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(p + i);
-    const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
-    const float2 b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
-    return make_float4(a.x, a.y, b.x, b.y);
+    const ushort4 raw = *reinterpret_cast<const ushort4*>(p + i);
+    half x, y, z, w;
+    x.bits = raw.x, y.bits = raw.y, z.bits = raw.z, w.bits = raw.w;
+    return make_float4(float(x), float(y), float(z), float(w));
 }
 FUNCTION void store4(half* p, ulong i, float4 v) {
-    const __half2 a = __floats2half2_rn(v.x, v.y), b = __floats2half2_rn(v.z, v.w);
     uint2 raw;
-    raw.x = *reinterpret_cast<const uint*>(&a);
-    raw.y = *reinterpret_cast<const uint*>(&b);
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(raw.x) : "f"(v.y), "f"(v.x));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(raw.y) : "f"(v.w), "f"(v.z));
     *reinterpret_cast<uint2*>(p + i) = raw;
 }
 FUNCTION float4 load4(const bfloat* p, ulong i) {
@@ -82,9 +97,8 @@ FUNCTION float4 load4(const bfloat* p, ulong i) {
                        __uint_as_float(raw.y & 0xffff0000u));
 }
 FUNCTION void store4(bfloat* p, ulong i, float4 v) {
-    const __nv_bfloat162 a = __floats2bfloat162_rn(v.x, v.y), b = __floats2bfloat162_rn(v.z, v.w);
     uint2 raw;
-    raw.x = *reinterpret_cast<const uint*>(&a);
-    raw.y = *reinterpret_cast<const uint*>(&b);
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(raw.x) : "f"(v.y), "f"(v.x));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(raw.y) : "f"(v.w), "f"(v.z));
     *reinterpret_cast<uint2*>(p + i) = raw;
 }
