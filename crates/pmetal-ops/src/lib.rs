@@ -52,7 +52,7 @@ pub use linear::{Adapter, LinearGroup, LinearMember};
 pub use linear_cross_entropy::{CrossEntropy, linear_cross_entropy};
 pub use logits::logits;
 pub use param::{Arena, Param};
-pub use place::{emulate, switch_off};
+pub use place::{emulate, switch_off, uploads_kept};
 pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rope::{RopeTable, rope};
 pub use sampler::{Sampler, Sampling};

@@ -2,7 +2,7 @@
 
 use std::{
     cell::RefCell,
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap, hash_map::Entry},
     sync::{Arc, PoisonError, RwLock},
 };
 
@@ -24,7 +24,11 @@ pub(crate) enum Place {
 /// Operations whose kernels are not used; see [`switch_off`].
 static OFF: RwLock<BTreeSet<String>> = RwLock::new(BTreeSet::new());
 
+/// What was sent: by dtype and bytes.
+type Kept = HashMap<(DType, Vec<u8>), Tensor>;
+
 thread_local! {
+    static KEPT: RefCell<Option<Kept>> = const { RefCell::new(None) };
     static EMULATOR: RefCell<Option<Arc<dyn Gpu>>> = const { RefCell::new(None) };
 }
 
@@ -70,6 +74,27 @@ pub(crate) fn is_off(op: &str) -> bool {
 }
 
 /// Numbers of the host on a device.
-pub(crate) fn upload<T: WithDType>(data: &[T], device: &Device) -> Result<Tensor> {
-    Ok(Tensor::from_slice(data, data.len(), device)?)
+pub(crate) fn upload<T: WithDType + bytemuck::Pod>(data: &[T], device: &Device) -> Result<Tensor> {
+    let fresh = || Tensor::from_slice(data, data.len(), device);
+    let key = || (T::DTYPE, bytemuck::cast_slice(data).to_vec());
+    KEPT.with_borrow_mut(|kept| match kept {
+        None => Ok(fresh()?),
+        Some(kept) => Ok(match kept.entry(key()) {
+            Entry::Occupied(sent) => sent.get().clone(),
+            Entry::Vacant(place) => place.insert(fresh()?).clone(),
+        }),
+    })
+}
+
+/// Runs `f` with whatever it sends to one device kept there, so that sending the same again is sending nothing: what runs twice, the
+/// second time to be captured into a CUDA graph, uploads in the first run alone.
+pub fn uploads_kept<T>(f: impl FnOnce() -> T) -> T {
+    struct Restore(Option<Kept>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            KEPT.set(self.0.take());
+        }
+    }
+    let _restore = Restore(KEPT.replace(Some(Kept::new())));
+    f()
 }

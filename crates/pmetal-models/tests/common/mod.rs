@@ -6,11 +6,12 @@ use std::{
     collections::HashMap,
     fs,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_models::{CausalLMModel, Checkpoint, Input, load};
-use pmetal_ops::{Adapter, Arena, Policy, Weight};
+use pmetal_ops::{Adapter, Arena, Policy, Weight, device};
 
 /// One folder of fixtures and what transformers computed with it.
 pub struct Fixture {
@@ -36,7 +37,11 @@ impl Fixture {
     }
 
     pub fn model(&self, dtype: DType, trainable: Option<&Arena>) -> Box<dyn CausalLMModel> {
-        load(&Checkpoint::open(&self.path).unwrap(), dtype, &Device::Cpu, trainable).unwrap()
+        self.model_on(&Device::Cpu, dtype, trainable)
+    }
+
+    pub fn model_on(&self, device: &Device, dtype: DType, trainable: Option<&Arena>) -> Box<dyn CausalLMModel> {
+        load(&Checkpoint::open(&self.path).unwrap(), dtype, device, trainable).unwrap()
     }
 
     pub fn rows(&self) -> Vec<Vec<u32>> {
@@ -48,8 +53,11 @@ impl Fixture {
     }
 }
 
+/// Where a test binary that carries its fixtures has unpacked them.
+pub static UNPACKED: OnceLock<PathBuf> = OnceLock::new();
+
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    UNPACKED.get().cloned().unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"))
 }
 
 pub fn tensors(path: &Path) -> HashMap<String, Tensor> {
@@ -87,7 +95,8 @@ pub fn adapt(model: &mut dyn CausalLMModel, folder: &Path) -> Arena {
     let scale = if config["use_rslora"] == true { alpha / r.sqrt() } else { alpha / r };
     let tensors = tensors(&folder.join("adapter_model.safetensors"));
     let shapes: Vec<_> = tensors.iter().map(|(name, t)| (name.clone(), t.shape().clone())).collect();
-    let arena = Arena::new(&shapes, DType::F32, &Device::Cpu).unwrap();
+    let dtype = device::trained_dtype(&model.device(), model.dtype());
+    let arena = Arena::new(&shapes, dtype, &model.device()).unwrap();
     for (name, tensor) in &tensors {
         arena.param(name).unwrap().set(tensor).unwrap();
     }
@@ -109,7 +118,16 @@ pub fn adapt(model: &mut dyn CausalLMModel, folder: &Path) -> Arena {
 /// The largest difference over the largest value wanted.
 pub fn relative_error(want: &Tensor, got: &Tensor) -> f64 {
     assert_eq!(want.dims(), got.dims());
-    let read = |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let read = |t: &Tensor| {
+        t.to_device(&Device::Cpu)
+            .unwrap()
+            .to_dtype(DType::F64)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f64>()
+            .unwrap()
+    };
     let (want, got) = (read(want), read(got));
     assert!(got.iter().all(|x| x.is_finite()));
     let largest = want.iter().fold(0f64, |m, x| m.max(x.abs()));

@@ -1,0 +1,116 @@
+use candle_core::{DType, Device};
+use pmetal::{
+    data::Example,
+    lora::{LoraConfig, attach},
+    trainer::{StepResult, StepSettings, train_step},
+};
+use pmetal_models::{CausalLMModel, Checkpoint, Input, tensors_of};
+use pmetal_ops::{Arena, Policy, backward, linear_cross_entropy};
+use serde_json::Value;
+
+use crate::{
+    common::{Fixture, adapt, assert_close, labels, pack},
+    device::{ROWS, is_real, on_cpu, on_device},
+};
+
+/// Backpropagates the mean loss of the fixture's rows and returns it.
+fn loss(model: &dyn CausalLMModel, fixture: &Fixture, checkpointing: Option<Policy>) -> f64 {
+    let rows = fixture.rows();
+    let ((ids, q_lens), labels) = (pack(&rows), labels(&rows));
+    let counted = labels.iter().filter(|&&label| label >= 0).count();
+    let input = Input { checkpointing, ..Input::rows(&ids, &q_lens) };
+    let hidden = model.forward(&input, None).unwrap();
+    let entropy = linear_cross_entropy(&hidden, model.head(), &labels, 1.0 / counted as f32).unwrap();
+    let loss = entropy.loss.tensor().to_scalar::<f32>().unwrap();
+    backward(entropy.loss).unwrap();
+    f64::from(loss)
+}
+
+fn check_gradients(model: &dyn CausalLMModel, arena: &Arena, fixture: &Fixture, loss_name: &str, prefix: &str) {
+    for checkpointing in [None, Some(Policy::KeepNothing)] {
+        arena.clear_grads();
+        let want = f64::from(fixture.expected[loss_name].to_scalar::<f32>().unwrap());
+        let got = loss(model, fixture, checkpointing);
+        assert!((want - got).abs() <= 1e-5 * want, "{}: loss {got}, wanted {want}", fixture.name);
+        for param in arena.params() {
+            let want = &fixture.expected[&format!("{prefix}.{}", param.name())];
+            let what = format!("{} {} {checkpointing:?}", fixture.name, param.name());
+            assert_close(want, &param.grad().unwrap(), 1e-4, &what);
+        }
+    }
+}
+
+#[test]
+fn gradients_of_adapters_are_those_of_peft() {
+    on_device(|device| {
+        for fixture in Fixture::all() {
+            let mut model = fixture.model_on(device, DType::F32, None);
+            let arena = adapt(&mut *model, &fixture.path.join("adapter"));
+            check_gradients(&*model, &arena, &fixture, "loss", "grad");
+        }
+    });
+}
+
+#[test]
+fn gradients_of_all_weights_are_those_of_torch() {
+    on_device(|device| {
+        for fixture in Fixture::all().into_iter().filter(|f| f.expected.contains_key("full_loss")) {
+            let spec = Checkpoint::open(&fixture.path).unwrap().spec().clone();
+            let arena = Arena::new(&tensors_of(&spec), DType::F32, device).unwrap();
+            let model = fixture.model_on(device, DType::F32, Some(&arena));
+            check_gradients(&*model, &arena, &fixture, "full_loss", "full_grad");
+        }
+    });
+}
+
+pub fn rows() -> Vec<Example> {
+    let numbers = |json: &Value| json.as_array().unwrap().iter().map(|v| v.as_i64().unwrap()).collect::<Vec<_>>();
+    let row = |line: &str| {
+        let json: Value = serde_json::from_str(line).unwrap();
+        let input_ids = numbers(&json["input_ids"]).iter().map(|&x| x as u32).collect();
+        Example { input_ids, labels: numbers(&json["labels"]) }
+    };
+    ROWS.lines().map(row).collect()
+}
+
+pub const SETTINGS: StepSettings =
+    StepSettings { max_grad_norm: 1.0, weight_decay: 0.01, checkpointing: None, seed: 3 };
+
+/// LoRA on every layer, four rows a step.
+fn steps(device: &Device, name: &str, dtype: DType, count: usize) -> Vec<StepResult> {
+    let mut model = Fixture::open(name).model_on(device, dtype, None);
+    let arena = attach(&mut *model, &LoraConfig::default(), 1).unwrap();
+    let rows = rows();
+    let step = |i: usize| {
+        let batch = (0..4).map(|k| &rows[(4 * i + k) % rows.len()]).collect();
+        train_step(&*model, &arena, &[batch], i, 3e-3, i as u64 + 1, &SETTINGS).unwrap()
+    };
+    (0..count).map(step).collect()
+}
+
+/// Losses of LoRA steps, the CPU's and the device's. In f32 they differ by the order of sums; in bf16 each is off by roundings that
+/// are not the same in both, so that their distance is held against that of the CPU's bf16 losses from its f32 losses.
+#[test]
+fn lora_losses_are_those_of_the_cpu() {
+    on_device(|device| {
+        let count = if is_real() { 50 } else { 6 };
+        for name in ["llama", "qwen3"] {
+            let exact = on_cpu(|| steps(&Device::Cpu, name, DType::F32, count));
+            let rounded = on_cpu(|| steps(&Device::Cpu, name, DType::BF16, count));
+            let [wide, narrow] = [DType::F32, DType::BF16].map(|dtype| steps(device, name, dtype, count));
+            let off = |a: &StepResult, b: &StepResult| (a.loss - b.loss).abs() / b.loss;
+            let worst =
+                |a: &[StepResult], b: &[StepResult]| a.iter().zip(b).map(|(a, b)| off(a, b)).fold(0.0, f64::max);
+            let (f32_error, bf16_error) = (worst(&wide, &exact), worst(&narrow, &rounded));
+            let rounding = worst(&rounded, &exact);
+            eprintln!(
+                "{name}, {count} steps, loss {:.4} to {:.4}: f32 differs by {f32_error:.1e}, bf16 by {bf16_error:.1e} where bf16 on the CPU differs from f32 by {rounding:.1e}",
+                exact[0].loss,
+                exact[count - 1].loss
+            );
+            assert!(wide.iter().chain(&narrow).all(|step| step.applied));
+            assert!(f32_error <= 1e-4, "{name}: f32 losses differ by {f32_error}");
+            assert!(bf16_error <= 2.0 * rounding.max(2e-3), "{name}: bf16 losses differ by {bf16_error}");
+        }
+    });
+}
