@@ -1,0 +1,137 @@
+//! `attention.metal`, attention on Metal's matrix units, against attention in f64.
+
+use candle_core::{DType, Device, Tensor};
+use pmetal_emulator::Emulator;
+use pmetal_metal::{AttentionRows, AttentionSpec, attention_backward, attention_forward, empty};
+
+const HEADS: usize = 4;
+const KV_HEADS: usize = 2;
+
+/// Numbers that look random, of about one.
+fn random(tokens: usize, heads: usize, d: usize, seed: u64, dtype: DType) -> Tensor {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let values: Vec<f32> = std::iter::repeat_with(next).take(tokens * heads * d).collect();
+    Tensor::from_vec(values, (tokens, heads, d), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+}
+
+/// One head of a tensor as rows in f64.
+fn head(t: &Tensor, head: usize) -> Vec<Vec<f64>> {
+    t.narrow(1, head, 1).unwrap().squeeze(1).unwrap().to_dtype(DType::F64).unwrap().to_vec2().unwrap()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn add(to: &mut [f64], factor: f64, x: &[f64]) {
+    to.iter_mut().zip(x).for_each(|(to, x)| *to += factor * x);
+}
+
+/// `[out, dq, dk, dv]`, each a list of heads.
+fn expected(inputs: &[Tensor; 4], rows: &[[usize; 4]], scale: f64) -> [Vec<Vec<Vec<f64>>>; 4] {
+    let [q, k, v, dout] = inputs;
+    let zeros = |t: &Tensor, heads: usize| vec![vec![vec![0.0; t.dims()[2]]; t.dims()[0]]; heads];
+    let mut all = [zeros(q, HEADS), zeros(q, HEADS), zeros(k, KV_HEADS), zeros(k, KV_HEADS)];
+    for h in 0..HEADS {
+        let kv = h * KV_HEADS / HEADS;
+        let (q, k, v, dout) = (head(q, h), head(k, kv), head(v, kv), head(dout, h));
+        let [outs, dqs, dks, dvs] = &mut all;
+        for &[q_start, queries, kv_start, keys] in rows {
+            for i in 0..queries {
+                let (at, seen) = (q_start + i, kv_start..kv_start + keys - queries + i + 1);
+                let powers: Vec<f64> = seen.clone().map(|j| (scale * dot(&q[at], &k[j])).exp()).collect();
+                let total: f64 = powers.iter().sum();
+                seen.clone().zip(&powers).for_each(|(j, p)| add(&mut outs[h][at], p / total, &v[j]));
+                let delta = dot(&outs[h][at], &dout[at]);
+                for (j, p) in seen.zip(&powers) {
+                    let slope = scale * p / total * (dot(&dout[at], &v[j]) - delta);
+                    add(&mut dqs[h][at], slope, &k[j]);
+                    add(&mut dks[kv][j], slope, &q[at]);
+                    add(&mut dvs[kv][j], p / total, &dout[at]);
+                }
+            }
+        }
+    }
+    all
+}
+
+/// Runs forward and backward and compares; a row is its first query, queries, first key, keys.
+fn check(rows: &[[usize; 4]], d: usize, dtype: DType) {
+    let gpu = Emulator::new();
+    let tokens = rows.iter().map(|row| row[1]).sum();
+    let kv_tokens = rows.iter().map(|row| row[2] + row[3]).max().unwrap();
+    let [q, dout] = [1, 2].map(|seed| random(tokens, HEADS, d, seed, dtype));
+    let [k, v] = [3, 4].map(|seed| random(kv_tokens, KV_HEADS, d, seed, dtype));
+    let table: Vec<u32> = rows.iter().flatten().map(|&x| x as u32).collect();
+    let spec = AttentionSpec { heads: HEADS, kv_heads: KV_HEADS, head_dim: d, scale: 0.2 };
+    let rows_of = AttentionRows {
+        table: Tensor::from_vec(table, (rows.len(), 4), &Device::Cpu).unwrap(),
+        rows: rows.len(),
+        max_q_len: rows.iter().map(|row| row[1]).max().unwrap(),
+        max_kv_len: rows.iter().map(|row| row[3]).max().unwrap(),
+        packed: rows.iter().all(|row| row[1] == row[3]),
+    };
+    let out = empty(q.shape(), dtype, &Device::Cpu).unwrap();
+    let (dq, dk, dv) = (q.zeros_like().unwrap(), k.zeros_like().unwrap(), v.zeros_like().unwrap());
+    let lse = attention_forward(&gpu, [&q, &k, &v], &out, &rows_of, &spec).unwrap().unwrap();
+    attention_backward(&gpu, &dout, [&q, &k, &v], &out, &lse, [&dq, &dk, &dv], &rows_of, &spec).unwrap();
+
+    // relative to the largest; a short dtype rounds the result, and out before delta is taken of it
+    let tolerance = match dtype {
+        DType::F32 => 2e-5,
+        DType::F16 => 1e-3,
+        _ => 5e-3,
+    };
+    let want = expected(&[q, k, v, dout], rows, f64::from(spec.scale));
+    for (what, want, got) in [("out", &want[0], out), ("dq", &want[1], dq), ("dk", &want[2], dk), ("dv", &want[3], dv)]
+    {
+        let largest = want.iter().flatten().flatten().fold(0f64, |max, x| max.max(x.abs()));
+        for (h, want) in want.iter().enumerate() {
+            for (token, (want, got)) in want.iter().zip(head(&got, h)).enumerate() {
+                for (column, (want, got)) in want.iter().zip(got).enumerate() {
+                    let error = (want - got).abs() / largest;
+                    assert!(
+                        error <= tolerance,
+                        "{what}[{token}, {h}, {column}] of {rows:?}, {d} wide, {dtype:?}: {got}, expected {want}, error {error:e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Rows behind one another, whose queries and keys are the same tokens.
+fn packed(lengths: &[usize]) -> Vec<[usize; 4]> {
+    let starts = lengths.iter().scan(0, |next, &len| Some(std::mem::replace(next, *next + len)));
+    starts.zip(lengths).map(|(start, &len)| [start, len, start, len]).collect()
+}
+
+#[test]
+fn short_rows() {
+    for d in [64, 80] {
+        check(&packed(&[3, 1, 5]), d, DType::F32);
+    }
+    check(&packed(&[3, 1, 5]), 96, DType::F16);
+}
+
+#[test]
+fn rows_longer_than_a_tile() {
+    check(&packed(&[9, 33, 40]), 64, DType::F32);
+}
+
+#[test]
+fn wide_heads_in_bf16() {
+    check(&packed(&[33, 8]), 80, DType::BF16);
+    check(&packed(&[17]), 128, DType::F32);
+}
+
+#[test]
+fn queries_behind_keys_of_a_cache() {
+    check(&[[0, 5, 0, 37], [5, 1, 40, 33], [6, 34, 80, 70]], 64, DType::BF16);
+}
