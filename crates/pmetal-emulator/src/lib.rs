@@ -104,27 +104,27 @@ impl Gpu for Emulator {
 
     fn attention_forward(
         &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &AttentionRows,
-        _: &AttentionSpec,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        out: &Tensor,
+        rows: &AttentionRows,
+        spec: &AttentionSpec,
     ) -> Result<Option<Tensor>> {
-        Ok(None)
+        pmetal_metal::attention_forward(self, [q, k, v], out, rows, spec)
     }
 
     fn attention_backward(
         &self,
-        _: &Tensor,
-        _: [&Tensor; 3],
-        _: &Tensor,
-        _: &Tensor,
-        _: [&Tensor; 3],
-        _: &AttentionRows,
-        _: &AttentionSpec,
+        dout: &Tensor,
+        qkv: [&Tensor; 3],
+        out: &Tensor,
+        stats: &Tensor,
+        grads: [&Tensor; 3],
+        rows: &AttentionRows,
+        spec: &AttentionSpec,
     ) -> Result<()> {
-        Err(refused("there is no attention on matrix units whose backward this could be"))
+        pmetal_metal::attention_backward(self, dout, qkv, out, stats, grads, rows, spec)
     }
 
     fn synchronize(&self) -> Result<()> {
