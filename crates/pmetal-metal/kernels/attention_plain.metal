@@ -3,8 +3,9 @@
 // q, out [tokens, heads, d]; k, v [kv_tokens, kv_heads, d]; rows [rows, 4]: first query, queries, first key, keys. Query i of a row sees its
 // keys 0 ..= keys - queries + i. The running softmax is that of Dao et al., "FlashAttention", 2022.
 //
-// A threadgroup of at most 256 threads has one query (or one key, in attention_plain_dkv) of one head. Its SIMD groups share the keys (or
-// the queries); lane l holds the elements 4 l .. 4 l + 4 and 128 + 4 l .. 128 + 4 l + 4 of a head. The grid is `[longest row, heads, rows]`.
+// A threadgroup of at most 256 threads has one query (or one key, in attention_plain_dkv) of one head. Teams of 8, 16 or 32 lanes share the keys
+// (or the queries): the smallest team whose lanes hold a head with eight elements each, 4 l .. 4 l + 4 and as many behind those of all lanes.
+// Fewer lanes to a key are fewer shuffles for its score. The grid is `[longest row, heads, rows]`.
 
 #define LOWEST -3.0e38f
 
@@ -12,146 +13,178 @@ struct AttentionParams { uint heads; uint kv_heads; uint d; float scale; };
 struct SplitParams { uint tokens; uint splits; uint heads; uint kv_heads; uint d; float scale; };
 struct MergeParams { uint places; uint d; uint splits; };
 
+// A lane's place in its team, and its team's among those of the threadgroup.
+struct Team { uint lanes; uint lane; uint team; uint teams; };
+
+FUNCTION Team team_of(uint d, uint lane, uint simd, uint simds)
+{
+    Team t;
+    t.lanes = d <= 64 ? 8 : d <= 128 ? 16 : 32;
+    t.lane = lane % t.lanes;
+    t.team = (32 * simd + lane) / t.lanes;
+    t.teams = 32 * simds / t.lanes;
+    return t;
+}
+
+FUNCTION float team_sum(float x, Team t)
+{
+    x += simd_shuffle_xor(x, 1);
+    x += simd_shuffle_xor(x, 2);
+    x += simd_shuffle_xor(x, 4);
+    if (t.lanes > 8) x += simd_shuffle_xor(x, 8);
+    if (t.lanes > 16) x += simd_shuffle_xor(x, 16);
+    return x;
+}
+
 // A lane's share of a head.
 struct Share { float4 low; float4 high; };
 
 FUNCTION float4 zeros() { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
 
-// Four elements of a head at `start`, from `i` on; zero beyond its width.
-FUNCTION float4 load_four(DEVICE_PTR(const T) x, ulong start, uint i, uint d)
-{
-    if (i >= d) return zeros();
-    if (d % 4 == 0) return load4(x, start + i);
-    return make_float4(float(x[start + i]), i + 1 < d ? float(x[start + i + 1]) : 0.0f, i + 2 < d ? float(x[start + i + 2]) : 0.0f,
-                       i + 3 < d ? float(x[start + i + 3]) : 0.0f);
-}
-
-FUNCTION Share load_share(DEVICE_PTR(const T) x, ulong head, uint d, uint lane)
+FUNCTION Share no_share()
 {
     Share share;
-    share.low = load_four(x, head * d, 4 * lane, d);
-    share.high = d > 128 ? load_four(x, head * d, 128 + 4 * lane, d) : zeros();
+    share.low = zeros();
+    share.high = zeros();
+    return share;
+}
+
+// Four elements of a head from `i` on; zero beyond its width.
+FUNCTION float4 load_within(DEVICE_PTR(const T) x, ulong start, uint i, uint d)
+{
+    return make_float4(i < d ? float(x[start + i]) : 0.0f, i + 1 < d ? float(x[start + i + 1]) : 0.0f,
+                       i + 2 < d ? float(x[start + i + 2]) : 0.0f, i + 3 < d ? float(x[start + i + 3]) : 0.0f);
+}
+
+// The threadgroup's own query or key: zero beyond the head's width.
+FUNCTION Share load_own(DEVICE_PTR(const T) x, ulong head, uint d, Team t)
+{
+    Share share;
+    share.low = load_within(x, head * d, 4 * t.lane, d);
+    share.high = load_within(x, head * d, 4 * (t.lanes + t.lane), d);
+    return share;
+}
+
+// One of those that it meets: without a branch where the width is a multiple of 4 (`quads`), so that several loads are on their way at once.
+// What a lane beyond the width then holds meets zeros only, or is never stored.
+FUNCTION Share load_other(DEVICE_PTR(const T) x, ulong head, uint d, Team t, bool quads)
+{
+    if (!quads) return load_own(x, head, d, t);
+    Share share;
+    share.low = load4(x, head * d + min(4 * t.lane, d - 4));
+    share.high = load4(x, head * d + min(4 * (t.lanes + t.lane), d - 4));
     return share;
 }
 
 FUNCTION float dot4(float4 a, float4 b) { return fma(a.x, b.x, fma(a.y, b.y, fma(a.z, b.z, a.w * b.w))); }
 
-FUNCTION float dot_share(Share a, Share b, uint d) { return dot4(a.low, b.low) + (d > 128 ? dot4(a.high, b.high) : 0.0f); }
+FUNCTION float team_dot(Share a, Share b, Team t) { return team_sum(dot4(a.low, b.low) + dot4(a.high, b.high), t); }
 
-// `sum * keep + x * factor`.
-FUNCTION float4 blend4(float4 sum, float keep, float4 x, float factor)
+FUNCTION float4 add4(float4 sum, float factor, float4 x)
 {
-    return make_float4(fma(x.x, factor, sum.x * keep), fma(x.y, factor, sum.y * keep), fma(x.z, factor, sum.z * keep),
-                       fma(x.w, factor, sum.w * keep));
+    return make_float4(fma(x.x, factor, sum.x), fma(x.y, factor, sum.y), fma(x.z, factor, sum.z), fma(x.w, factor, sum.w));
 }
 
-FUNCTION void blend(THREAD_REF(Share) sum, float keep, Share x, float factor, uint d)
+FUNCTION void add(THREAD_REF(Share) sum, float factor, Share x)
 {
-    sum.low = blend4(sum.low, keep, x.low, factor);
-    if (d > 128) sum.high = blend4(sum.high, keep, x.high, factor);
+    sum.low = add4(sum.low, factor, x.low);
+    sum.high = add4(sum.high, factor, x.high);
+}
+
+FUNCTION void put4(float4 x, THREADGROUP_PTR(float) shares, uint at)
+{
+    shares[at] = x.x;
+    shares[at + 1] = x.y;
+    shares[at + 2] = x.z;
+    shares[at + 3] = x.w;
 }
 
 // Puts a lane's share into its SIMD group's 256 places.
-FUNCTION void put(Share x, THREADGROUP_PTR(float) shares, uint lane, uint simd, uint d)
+FUNCTION void put(Share x, THREADGROUP_PTR(float) shares, uint lane, uint simd)
 {
-    const uint low = 256 * simd + 4 * lane, high = low + 128;
-    shares[low] = x.low.x;
-    shares[low + 1] = x.low.y;
-    shares[low + 2] = x.low.z;
-    shares[low + 3] = x.low.w;
-    if (d > 128) {
-        shares[high] = x.high.x;
-        shares[high + 1] = x.high.y;
-        shares[high + 2] = x.high.z;
-        shares[high + 3] = x.high.w;
-    }
+    put4(x.low, shares, 256 * simd + 4 * lane);
+    put4(x.high, shares, 256 * simd + 128 + 4 * lane);
 }
 
-FUNCTION float sum_shares(THREADGROUP_PTR(const float) shares, uint i, uint simds)
+// Element `i` of what a team has put.
+FUNCTION float taken(THREADGROUP_PTR(const float) shares, uint i, uint team, uint lanes)
+{
+    const uint simd = team * lanes / 32, first = 4 * (team * lanes % 32);
+    return shares[256 * simd + first + (i < 4 * lanes ? i : 128 + i - 4 * lanes)];
+}
+
+FUNCTION float sum_taken(THREADGROUP_PTR(const float) shares, uint i, Team t)
 {
     float sum = 0.0f;
-    for (uint s = 0; s < simds; ++s) sum += shares[256 * s + i];
+    for (uint team = 0; team < t.teams; ++team) sum += taken(shares, i, team, t.lanes);
     return sum;
 }
 
-// What a SIMD group knows of a softmax: its greatest score, the sum of exponentials relative to it, the values so weighted.
+// What a team knows of a softmax: its greatest score, the sum of exponentials relative to it, the values so weighted.
 struct Softmax { float top; float sum; Share value; };
 
-FUNCTION void add_key(THREAD_REF(Softmax) state, float top, float score, Share value, uint d)
-{
-    const float weight = exp(score - top);
-    state.sum += weight;
-    blend(state.value, 1.0f, value, weight, d);
-}
-
-// The softmax of a SIMD group's keys: `first + simd`, `first + simd + simds` and so on, below `end`.
+// The softmax of a team's keys: `first + team`, `first + team + teams` and so on, below `end`; four at a time.
 FUNCTION Softmax attend(Share q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, ulong start, uint stride, uint first, uint end, float scale,
-                        uint d, uint lane, uint simd, uint simds)
+                        uint d, Team t, bool quads)
 {
     Softmax state;
     state.top = LOWEST;
     state.sum = 0.0f;
-    state.value.low = zeros();
-    state.value.high = zeros();
-    uint key = first + simd;
-    for (; key + 3 * simds < end; key += 4 * simds) {
-        const ulong a = start + ulong(key) * stride, hop = ulong(simds) * stride;
-        const Share k0 = load_share(k, a, d, lane), k1 = load_share(k, a + hop, d, lane);
-        const Share k2 = load_share(k, a + 2 * hop, d, lane), k3 = load_share(k, a + 3 * hop, d, lane);
-        const Share v0 = load_share(v, a, d, lane), v1 = load_share(v, a + hop, d, lane);
-        const Share v2 = load_share(v, a + 2 * hop, d, lane), v3 = load_share(v, a + 3 * hop, d, lane);
-        const float s0 = scale * simd_sum(dot_share(q, k0, d)), s1 = scale * simd_sum(dot_share(q, k1, d));
-        const float s2 = scale * simd_sum(dot_share(q, k2, d)), s3 = scale * simd_sum(dot_share(q, k3, d));
+    state.value = no_share();
+    for (uint base = first; base < end; base += 4 * t.teams) {
+        const uint key = base + t.team, last = end - 1;
+        const ulong a = start + ulong(min(key, last)) * stride, b = start + ulong(min(key + t.teams, last)) * stride;
+        const ulong c = start + ulong(min(key + 2 * t.teams, last)) * stride, e = start + ulong(min(key + 3 * t.teams, last)) * stride;
+        const Share k0 = load_other(k, a, d, t, quads), k1 = load_other(k, b, d, t, quads);
+        const Share k2 = load_other(k, c, d, t, quads), k3 = load_other(k, e, d, t, quads);
+        const Share v0 = load_other(v, a, d, t, quads), v1 = load_other(v, b, d, t, quads);
+        const Share v2 = load_other(v, c, d, t, quads), v3 = load_other(v, e, d, t, quads);
+        // a key that is not there repeats the last one, with no weight
+        const float s0 = scale * team_dot(q, k0, t), s1 = scale * team_dot(q, k1, t);
+        const float s2 = scale * team_dot(q, k2, t), s3 = scale * team_dot(q, k3, t);
         const float top = fmax(state.top, fmax(fmax(s0, s1), fmax(s2, s3)));
         const float keep = exp(state.top - top);
+        const float w0 = key < end ? exp(s0 - top) : 0.0f, w1 = key + t.teams < end ? exp(s1 - top) : 0.0f;
+        const float w2 = key + 2 * t.teams < end ? exp(s2 - top) : 0.0f, w3 = key + 3 * t.teams < end ? exp(s3 - top) : 0.0f;
         state.top = top;
-        state.sum *= keep;
-        blend(state.value, keep, v0, 0.0f, d);
-        add_key(state, top, s0, v0, d);
-        add_key(state, top, s1, v1, d);
-        add_key(state, top, s2, v2, d);
-        add_key(state, top, s3, v3, d);
-    }
-    for (; key < end; key += simds) {
-        const ulong a = start + ulong(key) * stride;
-        const Share value = load_share(v, a, d, lane);
-        const float score = scale * simd_sum(dot_share(q, load_share(k, a, d, lane), d));
-        const float top = fmax(state.top, score);
-        const float keep = exp(state.top - top);
-        state.top = top;
-        state.sum *= keep;
-        blend(state.value, keep, value, 0.0f, d);
-        add_key(state, top, score, value, d);
+        state.sum = fma(state.sum, keep, (w0 + w1) + (w2 + w3));
+        Share value = no_share();
+        add(value, keep, state.value);
+        add(value, w0, v0);
+        add(value, w1, v1);
+        add(value, w2, v2);
+        add(value, w3, v3);
+        state.value = value;
     }
     return state;
 }
 
-// Shares the softmax of each SIMD group with the threadgroup: values, then greatest score and sum.
-FUNCTION void share_softmax(Softmax state, THREADGROUP_PTR(float) shares, THREADGROUP_PTR(float) tops, THREADGROUP_PTR(float) sums, uint lane,
-                            uint simd, uint d)
+// Shares the softmax of each team with the threadgroup: values, then greatest score and sum.
+FUNCTION void share_softmax(Softmax state, THREADGROUP_PTR(float) shares, THREADGROUP_PTR(float) tops, THREADGROUP_PTR(float) sums, Team t,
+                            uint lane, uint simd)
 {
-    put(state.value, shares, lane, simd, d);
-    if (lane == 0) {
-        tops[simd] = state.top;
-        sums[simd] = state.sum;
+    put(state.value, shares, lane, simd);
+    if (t.lane == 0) {
+        tops[t.team] = state.top;
+        sums[t.team] = state.sum;
     }
     BARRIER();
 }
 
 // The threadgroup's greatest score, and its sum of exponentials relative to that.
-FUNCTION void merged(THREADGROUP_PTR(const float) tops, THREADGROUP_PTR(const float) sums, uint simds, THREAD_REF(float) top,
+FUNCTION void merged(THREADGROUP_PTR(const float) tops, THREADGROUP_PTR(const float) sums, uint teams, THREAD_REF(float) top,
                      THREAD_REF(float) sum)
 {
     top = LOWEST;
     sum = 0.0f;
-    for (uint s = 0; s < simds; ++s) top = fmax(top, tops[s]);
-    for (uint s = 0; s < simds; ++s) sum += sums[s] * exp(tops[s] - top);
+    for (uint team = 0; team < teams; ++team) top = fmax(top, tops[team]);
+    for (uint team = 0; team < teams; ++team) sum += sums[team] * exp(tops[team] - top);
 }
 
-FUNCTION float merged_value(THREADGROUP_PTR(const float) shares, THREADGROUP_PTR(const float) tops, uint simds, float top, uint i)
+FUNCTION float merged_value(THREADGROUP_PTR(const float) shares, THREADGROUP_PTR(const float) tops, Team t, float top, uint i)
 {
     float value = 0.0f;
-    for (uint s = 0; s < simds; ++s) value += shares[256 * s + i] * exp(tops[s] - top);
+    for (uint team = 0; team < t.teams; ++team) value += taken(shares, i, team, t.lanes) * exp(tops[team] - top);
     return value;
 }
 
@@ -160,20 +193,22 @@ KERNEL(attention_plain)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(uint, 
                         PARAMS(AttentionParams, 6))
 {
     THREADGROUP(float, shares, 2048);
-    THREADGROUP(float, tops, 8);
-    THREADGROUP(float, sums, 8);
+    THREADGROUP(float, tops, 32);
+    THREADGROUP(float, sums, 32);
     const uint queries = rows[4 * GROUP_Z + 1], keys = rows[4 * GROUP_Z + 3], d = params.d;
     if (GROUP_X >= queries) return;
     const ulong place = ulong(rows[4 * GROUP_Z] + GROUP_X) * params.heads + GROUP_Y;
     const uint kv_head = GROUP_Y / (params.heads / params.kv_heads);
     const ulong start = ulong(rows[4 * GROUP_Z + 2]) * params.kv_heads + kv_head;
     const uint visible = keys - queries + GROUP_X + 1;
-    const Share query = load_share(q, place, d, LANE);
-    const Softmax state = attend(query, k, v, start, params.kv_heads, 0, visible, params.scale, d, LANE, SIMD, SIMDS);
-    share_softmax(state, shares, tops, sums, LANE, SIMD, d);
+    const Team t = team_of(d, LANE, SIMD, SIMDS);
+    const Share query = load_own(q, place, d, t);
+    const Softmax state = d % 4 == 0 ? attend(query, k, v, start, params.kv_heads, 0, visible, params.scale, d, t, true)
+                                     : attend(query, k, v, start, params.kv_heads, 0, visible, params.scale, d, t, false);
+    share_softmax(state, shares, tops, sums, t, LANE, SIMD);
     float top, sum;
-    merged(tops, sums, SIMDS, top, sum);
-    for (uint i = THREAD; i < d; i += THREADS) out[place * d + i] = T(merged_value(shares, tops, SIMDS, top, i) / sum);
+    merged(tops, sums, t.teams, top, sum);
+    for (uint i = THREAD; i < d; i += THREADS) out[place * d + i] = T(merged_value(shares, tops, t, top, i) / sum);
     if (THREAD == 0) lse[place] = top + log(sum);
 }
 
@@ -183,8 +218,8 @@ KERNEL(attention_plain_split)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(
                               WRITE(float, partial_lse, 5), PARAMS(SplitParams, 6))
 {
     THREADGROUP(float, shares, 2048);
-    THREADGROUP(float, tops, 8);
-    THREADGROUP(float, sums, 8);
+    THREADGROUP(float, tops, 32);
+    THREADGROUP(float, sums, 32);
     const uint queries = rows[4 * GROUP_Z + 1], keys = rows[4 * GROUP_Z + 3], d = params.d;
     const uint query = GROUP_X / params.splits, split = GROUP_X % params.splits;
     if (query >= queries) return;
@@ -194,15 +229,17 @@ KERNEL(attention_plain_split)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(
     const uint visible = keys - queries + query + 1;
     const uint part = (visible + params.splits - 1) / params.splits;
     const uint first = min(part * split, visible), end = min(first + part, visible);
-    const Share own = load_share(q, place, d, LANE);
-    const Softmax state = attend(own, k, v, start, params.kv_heads, first, end, params.scale, d, LANE, SIMD, SIMDS);
-    share_softmax(state, shares, tops, sums, LANE, SIMD, d);
+    const Team t = team_of(d, LANE, SIMD, SIMDS);
+    const Share own = load_own(q, place, d, t);
+    const Softmax state = d % 4 == 0 ? attend(own, k, v, start, params.kv_heads, first, end, params.scale, d, t, true)
+                                     : attend(own, k, v, start, params.kv_heads, first, end, params.scale, d, t, false);
+    share_softmax(state, shares, tops, sums, t, LANE, SIMD);
     float top, sum;
-    merged(tops, sums, SIMDS, top, sum);
+    merged(tops, sums, t.teams, top, sum);
     // a part without keys weighs nothing
     const float factor = first < end ? 1.0f / sum : 0.0f;
     const ulong to = split * ulong(params.tokens) * params.heads + place;
-    for (uint i = THREAD; i < d; i += THREADS) partial[to * d + i] = factor * merged_value(shares, tops, SIMDS, top, i);
+    for (uint i = THREAD; i < d; i += THREADS) partial[to * d + i] = factor * merged_value(shares, tops, t, top, i);
     if (THREAD == 0) partial_lse[to] = first < end ? top + log(sum) : LOWEST;
 }
 
@@ -236,22 +273,22 @@ KERNEL(attention_plain_dq)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(
     const uint kv_head = GROUP_Y / (params.heads / params.kv_heads);
     const ulong start = ulong(rows[4 * GROUP_Z + 2]) * params.kv_heads + kv_head;
     const uint visible = keys - queries + GROUP_X + 1;
-    const Share query = load_share(q, place, d, LANE), upstream = load_share(dout, place, d, LANE);
-    const float own_delta = simd_sum(dot_share(upstream, load_share(out, place, d, LANE), d));
+    const Team t = team_of(d, LANE, SIMD, SIMDS);
+    const Share query = load_own(q, place, d, t), upstream = load_own(dout, place, d, t);
+    const float own_delta = team_dot(upstream, load_own(out, place, d, t), t);
     const float own_lse = lse[place];
-    Share sum;
-    sum.low = zeros();
-    sum.high = zeros();
-    for (uint key = SIMD; key < visible; key += SIMDS) {
-        const ulong at = start + ulong(key) * params.kv_heads;
-        const Share own_key = load_share(k, at, d, LANE);
-        const float weight = exp(params.scale * simd_sum(dot_share(query, own_key, d)) - own_lse);
-        const float dweight = simd_sum(dot_share(upstream, load_share(v, at, d, LANE), d));
-        blend(sum, 1.0f, own_key, params.scale * weight * (dweight - own_delta), d);
+    Share sum = no_share();
+    for (uint base = 0; base < visible; base += t.teams) {
+        const uint key = base + t.team;
+        const ulong at = start + ulong(min(key, visible - 1)) * params.kv_heads;
+        const Share other = load_other(k, at, d, t, d % 4 == 0);
+        const float weight = exp(params.scale * team_dot(query, other, t) - own_lse);
+        const float dweight = team_dot(upstream, load_other(v, at, d, t, d % 4 == 0), t);
+        if (key < visible) add(sum, params.scale * weight * (dweight - own_delta), other);
     }
-    put(sum, shares, LANE, SIMD, d);
+    put(sum, shares, LANE, SIMD);
     BARRIER();
-    for (uint i = THREAD; i < d; i += THREADS) dq[place * d + i] = T(sum_shares(shares, i, SIMDS));
+    for (uint i = THREAD; i < d; i += THREADS) dq[place * d + i] = T(sum_taken(shares, i, t));
     if (THREAD == 0) delta[place] = own_delta;
 }
 
@@ -267,24 +304,25 @@ KERNEL(attention_plain_dkv)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ
     const uint group = params.heads / params.kv_heads;
     const uint before = keys - queries;
     const uint first = GROUP_X > before ? GROUP_X - before : 0;
-    const Share key = load_share(k, own, d, LANE), value = load_share(v, own, d, LANE);
-    Share dkey, dvalue;
-    dkey.low = zeros();
-    dkey.high = zeros();
-    dvalue = dkey;
-    for (uint i = first * group + SIMD; i < queries * group; i += SIMDS) {
-        const ulong place = ulong(rows[4 * GROUP_Z] + i / group) * params.heads + GROUP_Y * group + i % group;
-        const Share query = load_share(q, place, d, LANE), upstream = load_share(dout, place, d, LANE);
-        const float weight = exp(params.scale * simd_sum(dot_share(query, key, d)) - lse[place]);
-        const float dweight = simd_sum(dot_share(upstream, value, d));
-        blend(dvalue, 1.0f, upstream, weight, d);
-        blend(dkey, 1.0f, query, params.scale * weight * (dweight - delta[place]), d);
+    const Team t = team_of(d, LANE, SIMD, SIMDS);
+    const Share key = load_own(k, own, d, t), value = load_own(v, own, d, t);
+    Share dkey = no_share(), dvalue = no_share();
+    for (uint base = first * group; base < queries * group; base += t.teams) {
+        const uint i = base + t.team, there = min(i, queries * group - 1);
+        const ulong place = ulong(rows[4 * GROUP_Z] + there / group) * params.heads + GROUP_Y * group + there % group;
+        const Share query = load_other(q, place, d, t, d % 4 == 0), upstream = load_other(dout, place, d, t, d % 4 == 0);
+        const float weight = exp(params.scale * team_dot(query, key, t) - lse[place]);
+        const float dweight = team_dot(upstream, value, t);
+        if (i < queries * group) {
+            add(dvalue, weight, upstream);
+            add(dkey, params.scale * weight * (dweight - delta[place]), query);
+        }
     }
-    put(dkey, shares, LANE, SIMD, d);
+    put(dkey, shares, LANE, SIMD);
     BARRIER();
-    for (uint i = THREAD; i < d; i += THREADS) dk[own * d + i] = T(sum_shares(shares, i, SIMDS));
+    for (uint i = THREAD; i < d; i += THREADS) dk[own * d + i] = T(sum_taken(shares, i, t));
     BARRIER();
-    put(dvalue, shares, LANE, SIMD, d);
+    put(dvalue, shares, LANE, SIMD);
     BARRIER();
-    for (uint i = THREAD; i < d; i += THREADS) dv[own * d + i] = T(sum_shares(shares, i, SIMDS));
+    for (uint i = THREAD; i < d; i += THREADS) dv[own * d + i] = T(sum_taken(shares, i, t));
 }
