@@ -1,0 +1,278 @@
+//! Attention on tensor cores: `kernels/attention.cu` compiled for a dtype, a head's width and this device.
+
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    ptr,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use candle_core::{
+    DType, Tensor,
+    cuda_backend::{
+        WrapErr,
+        cudarc::driver::{CudaFunction, result, sys},
+    },
+};
+use pmetal_metal::{AttentionRows, AttentionSpec, Error, Result, empty};
+
+use super::CudaGpu;
+
+/// The kernels that were asked for, compiled.
+#[derive(Default)]
+pub(super) struct Attention {
+    built: RwLock<HashMap<(DType, usize), Arc<Built>>>,
+}
+
+struct Built {
+    plan: Plan,
+    forward: CudaFunction,
+    delta: CudaFunction,
+    dq: CudaFunction,
+    dkv: CudaFunction,
+}
+
+impl Attention {
+    /// Fills `out` and returns the scores' log2-sum-exp2, `[heads, tokens]` f32; none where there is no kernel for the dtype, the width
+    /// of the heads or the device.
+    pub(super) fn forward(
+        &self,
+        gpu: &CudaGpu,
+        [q, k, v]: [&Tensor; 3],
+        out: &Tensor,
+        rows: &AttentionRows,
+        spec: &AttentionSpec,
+    ) -> Result<Option<Tensor>> {
+        let Some(built) = self.built(gpu, q.dtype(), spec.head_dim)? else { return Ok(None) };
+        let tokens = q.dim(0)?;
+        let stats = empty((spec.heads, tokens), DType::F32, q.device())?;
+        let grid = [spec.heads, rows.rows, rows.max_q_len.div_ceil(built.plan.rows())];
+        let mut call = Launch::new(gpu, grid, built.plan.threads(), built.plan.forward_bytes());
+        call.tensors(&[q, k, v, out], &[spec.heads, spec.kv_heads, spec.kv_heads, spec.heads], spec.head_dim)?;
+        call.tables(&[&stats, &rows.table])?;
+        call.numbers(&[tokens, spec.heads, spec.kv_heads])?;
+        call.run(&built.forward, Some(spec.scale))?;
+        Ok(Some(stats))
+    }
+
+    /// Fills `[dq, dk, dv]` from what the forward left.
+    #[allow(clippy::too_many_arguments, reason = "what the formula needs")]
+    pub(super) fn backward(
+        &self,
+        gpu: &CudaGpu,
+        dout: &Tensor,
+        [q, k, v]: [&Tensor; 3],
+        out: &Tensor,
+        stats: &Tensor,
+        [dq, dk, dv]: [&Tensor; 3],
+        rows: &AttentionRows,
+        spec: &AttentionSpec,
+    ) -> Result<()> {
+        let built = self.built(gpu, q.dtype(), spec.head_dim)?.ok_or_else(|| Error::Device {
+            device: gpu.name(),
+            reason: format!("no attention on tensor cores for heads of {} in {:?}", spec.head_dim, q.dtype()),
+        })?;
+        let (plan, tokens) = (built.plan, q.dim(0)?);
+        let [queries, keys] = [spec.heads, spec.kv_heads];
+        let delta = empty((spec.heads, tokens), DType::F32, q.device())?;
+        let mut call = Launch::new(gpu, [(tokens * spec.heads).div_ceil(DELTA_PAIRS), 1, 1], DELTA_PAIRS * 32, 0);
+        call.tensors(&[dout, out], &[queries; 2], spec.head_dim)?;
+        call.tables(&[&delta])?;
+        call.numbers(&[tokens, spec.heads])?;
+        call.run(&built.delta, None)?;
+
+        let grid = [spec.heads, rows.rows, rows.max_q_len.div_ceil(plan.rows())];
+        let mut call = Launch::new(gpu, grid, plan.threads(), plan.dq_bytes());
+        call.tensors(&[q, k, v, dout], &[queries, keys, keys, queries], spec.head_dim)?;
+        call.tables(&[stats, &delta])?;
+        call.tensors(&[dq], &[queries], spec.head_dim)?;
+        call.tables(&[&rows.table])?;
+        call.numbers(&[tokens, spec.heads, spec.kv_heads])?;
+        call.run(&built.dq, Some(spec.scale))?;
+
+        let grid = [spec.kv_heads, rows.rows, rows.max_kv_len.div_ceil(plan.rows())];
+        let mut call = Launch::new(gpu, grid, plan.threads(), plan.dkv_bytes());
+        call.tensors(&[q, k, v, dout], &[queries, keys, keys, queries], spec.head_dim)?;
+        call.tables(&[stats, &delta])?;
+        call.tensors(&[dk, dv], &[keys; 2], spec.head_dim)?;
+        call.tables(&[&rows.table])?;
+        call.numbers(&[tokens, spec.heads, spec.kv_heads])?;
+        call.run(&built.dkv, Some(spec.scale))
+    }
+
+    fn built(&self, gpu: &CudaGpu, dtype: DType, head_dim: usize) -> Result<Option<Arc<Built>>> {
+        let key = (dtype, head_dim);
+        if let Some(built) = self.built.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(Some(built.clone()));
+        }
+        let name = match dtype {
+            DType::BF16 => "BF16",
+            DType::F16 => "F16",
+            _ => return Ok(None),
+        };
+        let Some(plan) = Plan::of(gpu, head_dim)? else { return Ok(None) };
+        let options = plan.options(name);
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        let module = gpu.compile("attention.cu", include_str!("../../kernels/attention.cu"), &options)?;
+        let load = |name, bytes: usize| {
+            let function = module.load_function(name).w()?;
+            let shared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(shared, number(gpu, bytes)?).w()?;
+            Ok::<_, Error>(function)
+        };
+        let built = Arc::new(Built {
+            plan,
+            forward: load("attention_forward", plan.forward_bytes())?,
+            delta: load("attention_delta", 0)?,
+            dq: load("attention_dq", plan.dq_bytes())?,
+            dkv: load("attention_dkv", plan.dkv_bytes())?,
+        });
+        self.built.write().unwrap_or_else(PoisonError::into_inner).insert(key, built.clone());
+        Ok(Some(built))
+    }
+}
+
+/// Pairs of a token and a head in a block of `attention_delta`, a warp each.
+const DELTA_PAIRS: usize = 8;
+
+/// How the work is cut: what the kernel text has the host define.
+#[derive(Clone, Copy)]
+struct Plan {
+    head_dim: usize,
+    groups: usize,
+    stages: usize,
+    forward_keys: usize,
+    dq_keys: usize,
+    dkv_queries: usize,
+}
+
+impl Plan {
+    /// The cut measured best where wgmma is, elsewhere one that fits the chip's shared memory.
+    fn of(gpu: &CudaGpu, head_dim: usize) -> Result<Option<Self>> {
+        let capability = gpu.context.compute_capability().w()?;
+        if capability < (8, 0) || head_dim == 0 || head_dim > 128 || !head_dim.is_multiple_of(8) {
+            return Ok(None);
+        }
+        let shared = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared = usize::try_from(gpu.context.attribute(shared).w()?).unwrap_or_default();
+        let small = Self { head_dim, groups: 1, stages: 2, forward_keys: 64, dq_keys: 64, dkv_queries: 64 };
+        let plans = match capability {
+            (9, 0) => vec![Self { groups: 2, stages: 3, forward_keys: 128, ..small }],
+            _ => vec![Self { groups: 2, ..small }, small],
+        };
+        let fits = |plan: &Self| plan.forward_bytes().max(plan.dq_bytes()).max(plan.dkv_bytes()) <= shared;
+        Ok(plans.into_iter().find(fits))
+    }
+
+    fn options(&self, dtype: &str) -> Vec<String> {
+        vec![
+            format!("-D{dtype}"),
+            format!("-DD={}", self.head_dim),
+            format!("-DGROUPS={}", self.groups),
+            format!("-DSTAGES={}", self.stages),
+            format!("-DFORWARD_KEYS={}", self.forward_keys),
+            format!("-DDQ_KEYS={}", self.dq_keys),
+            format!("-DDKV_QUERIES={}", self.dkv_queries),
+        ]
+    }
+
+    fn threads(&self) -> usize {
+        self.groups * 128
+    }
+
+    /// Rows that a block owns.
+    fn rows(&self) -> usize {
+        self.groups * 64
+    }
+
+    /// Shared memory of `rows` rows in tiles, and what begins them on a multiple of 1024 bytes.
+    fn bytes(&self, rows: usize) -> usize {
+        rows * self.head_dim.next_multiple_of(64) * 2 + 1024
+    }
+
+    fn forward_bytes(&self) -> usize {
+        self.bytes(self.rows() + 4 * self.forward_keys)
+    }
+
+    fn dq_bytes(&self) -> usize {
+        self.bytes(2 * self.rows() + self.stages * 2 * self.dq_keys)
+    }
+
+    fn dkv_bytes(&self) -> usize {
+        self.bytes(2 * self.rows() + self.stages * 2 * self.dkv_queries) + self.stages * 1024
+    }
+}
+
+/// A launch whose arguments are gathered in the order of the kernel's signature.
+struct Launch<'a> {
+    gpu: &'a CudaGpu,
+    grid: [usize; 3],
+    threads: usize,
+    shared: usize,
+    addresses: Vec<sys::CUdeviceptr>,
+    numbers: Vec<i32>,
+}
+
+impl<'a> Launch<'a> {
+    fn new(gpu: &'a CudaGpu, grid: [usize; 3], threads: usize, shared: usize) -> Self {
+        Self { gpu, grid, threads, shared, addresses: Vec::new(), numbers: Vec::new() }
+    }
+
+    /// Tensors `[tokens, heads, head_dim]`, which the kernels read 16 bytes at a time.
+    fn tensors(&mut self, tensors: &[&Tensor], heads: &[usize], head_dim: usize) -> Result<()> {
+        for (tensor, &heads) in tensors.iter().zip(heads) {
+            let address = self.gpu.address(tensor)?;
+            let shaped = matches!(tensor.dims(), &[_, h, d] if h == heads && d == head_dim);
+            if !shaped || !tensor.is_contiguous() || address % 16 != 0 {
+                return Err(Error::Buffer {
+                    kernel: "attention.cu",
+                    buffer: "a tensor",
+                    expected: format!("contiguous [tokens, {heads}, {head_dim}] from a multiple of 16 bytes on"),
+                    got: format!("{:?} with strides {:?} at {address}", tensor.dims(), tensor.stride()),
+                });
+            }
+            self.addresses.push(address);
+        }
+        Ok(())
+    }
+
+    fn tables(&mut self, tensors: &[&Tensor]) -> Result<()> {
+        for tensor in tensors {
+            self.addresses.push(self.gpu.address(tensor)?);
+        }
+        Ok(())
+    }
+
+    fn numbers(&mut self, numbers: &[usize]) -> Result<()> {
+        for &n in numbers {
+            self.numbers.push(number(self.gpu, n)?);
+        }
+        Ok(())
+    }
+
+    fn run(mut self, function: &CudaFunction, mut scale: Option<f32>) -> Result<()> {
+        if self.grid.contains(&0) {
+            return Ok(());
+        }
+        let mut arguments: Vec<*mut c_void> = Vec::new();
+        arguments.extend(self.addresses.iter_mut().map(|at| ptr::from_mut(at).cast::<c_void>()));
+        arguments.extend(self.numbers.iter_mut().map(|n| ptr::from_mut(n).cast::<c_void>()));
+        arguments.extend(scale.iter_mut().map(|scale| ptr::from_mut(scale).cast::<c_void>()));
+        let [x, y, z] = self.grid.map(|n| number(self.gpu, n).map(i32::unsigned_abs));
+        let (groups, threads) = ((x?, y?, z?), (number(self.gpu, self.threads)?.unsigned_abs(), 1, 1));
+        let shared = number(self.gpu, self.shared)?.unsigned_abs();
+        self.gpu.context.bind_to_thread().w()?;
+        let stream = self.gpu.stream.cu_stream();
+        // SAFETY: the callers gather the arguments in the order of the kernel's signature, tensors checked for shape and alignment; the
+        // driver has copied the arguments when it returns. See `CudaGpu::address` for the memory they point to.
+        let launched =
+            unsafe { result::launch_kernel(function.cu_function(), groups, threads, shared, stream, &mut arguments) };
+        Ok(launched.w()?)
+    }
+}
+
+/// A number as the kernels take it.
+fn number(gpu: &CudaGpu, n: usize) -> Result<i32> {
+    i32::try_from(n)
+        .map_err(|_| Error::Device { device: gpu.name(), reason: format!("attention over {n} is too large") })
+}
