@@ -32,12 +32,12 @@ FUNCTION Row row_of(DEVICE_PTR(const uint) rows, uint row) {
 }
 
 // The threadgroup's tile and head, and the thread in it: a function does not see what a kernel sees.
-struct Place { uint tile; uint head; uint thread; uint threads; uint lane; uint simd; };
+struct Place { uint tile; uint head; uint index; uint threads; uint lane; uint simd; };
 
 // Copies ROWS rows of a head, `pitch` apart from `start` on; rows from `count` on are zero.
 template <uint ROWS, uint BLOCKS>
 FUNCTION void stage(DEVICE_PTR(const T) from, ulong start, uint pitch, uint count, uint width, THREADGROUP_PTR(T) to, Place place) {
-    for (uint i = place.thread; i < ROWS * 2 * BLOCKS; i += place.threads) {
+    for (uint i = place.index; i < ROWS * 2 * BLOCKS; i += place.threads) {
         const uint row = i / (2 * BLOCKS), column = 4 * (i % (2 * BLOCKS)), at = row * PITCH(BLOCKS) + column;
         if (column >= width) continue;
         const float4 x = row < count ? load4(from, start + ulong(row) * pitch + column) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -354,7 +354,7 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
             THREADGROUP_PTR(float) results = (is_key ? scores : slopes) + 8 * block * NARROW;
             for (uint b = 0; b < 2; ++b) simdgroup_store(products[b], results + 8 * b, NARROW);
             BARRIER();
-            for (uint i = place.thread; i < 32 * 16; i += place.threads) {
+            for (uint i = place.index; i < 32 * 16; i += place.threads) {
                 const uint key = first + i / 16, at_query = query + i % 16, at = i / 16 * NARROW + i % 16;
                 float p = 0.0f, ds = 0.0f;
                 if (at_query < row.queries && key <= before + at_query) {

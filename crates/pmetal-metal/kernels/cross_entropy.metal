@@ -46,12 +46,12 @@ FUNCTION void rise(float to, THREAD_REF(float) top, THREAD_REF(float) sum)
 FUNCTION uint ahead(ulong start, uint n) { return min(uint((64 - start % 64) % 64), n); }
 
 // This thread's maximum and sum of exponentials of a row.
-FUNCTION void statistics(DEVICE_PTR(const T) logits, ulong start, uint n, uint thread, uint threads, THREAD_REF(float) top,
+FUNCTION void statistics(DEVICE_PTR(const T) logits, ulong start, uint n, uint id, uint threads, THREAD_REF(float) top,
                          THREAD_REF(float) sum)
 {
     const uint lead = ahead(start, n);
     const uint quads = (n - lead) / 4;
-    uint i = thread;
+    uint i = id;
     for (; i + 3 * threads < quads; i += 4 * threads) {
         const float4 a = load4(logits, start + lead + 4 * ulong(i));
         const float4 b = load4(logits, start + lead + 4 * ulong(i + threads));
@@ -65,7 +65,7 @@ FUNCTION void statistics(DEVICE_PTR(const T) logits, ulong start, uint n, uint t
         rise(max4(a), top, sum);
         sum += exp_sum(a, top);
     }
-    for (uint edge = thread; edge < n - 4 * quads; edge += threads) {
+    for (uint edge = id; edge < n - 4 * quads; edge += threads) {
         const float x = float(logits[start + (edge < lead ? edge : edge + 4 * quads)]);
         rise(x, top, sum);
         sum += exp(x - top);
@@ -78,11 +78,11 @@ FUNCTION float4 scaled_exp(float4 x, float top, float factor)
 }
 
 // Turns this thread's share of a row into `factor * exp(x - top)`.
-FUNCTION void exponentials(DEVICE_PTR(T) logits, ulong start, uint n, uint thread, uint threads, float top, float factor)
+FUNCTION void exponentials(DEVICE_PTR(T) logits, ulong start, uint n, uint id, uint threads, float top, float factor)
 {
     const uint lead = ahead(start, n);
     const uint quads = (n - lead) / 4;
-    uint i = thread;
+    uint i = id;
     for (; i + threads < quads; i += 2 * threads) {
         const ulong at = start + lead + 4 * ulong(i);
         const ulong next = at + 4 * ulong(threads);
@@ -95,7 +95,7 @@ FUNCTION void exponentials(DEVICE_PTR(T) logits, ulong start, uint n, uint threa
         const ulong at = start + lead + 4 * ulong(i);
         store4(logits, at, scaled_exp(load4(logits, at), top, factor));
     }
-    for (uint edge = thread; edge < n - 4 * quads; edge += threads) {
+    for (uint edge = id; edge < n - 4 * quads; edge += threads) {
         const ulong at = start + (edge < lead ? edge : edge + 4 * quads);
         logits[at] = T(factor * exp(float(logits[at]) - top));
     }
@@ -145,12 +145,12 @@ KERNEL(cross_entropy_loss)(READ(T, logits, 0), READ(uint, labels, 1), UPDATE(flo
 }
 
 // Copies a row of `width`; both places are multiples of `width`.
-FUNCTION void copy_row(DEVICE_PTR(const T) x, ulong from, DEVICE_PTR(T) y, ulong to, uint width, uint thread, uint threads)
+FUNCTION void copy_row(DEVICE_PTR(const T) x, ulong from, DEVICE_PTR(T) y, ulong to, uint width, uint id, uint threads)
 {
     if (width % 4 == 0) {
-        for (uint i = 4 * thread; i < width; i += 4 * threads) store4(y, to + i, load4(x, from + i));
+        for (uint i = 4 * id; i < width; i += 4 * threads) store4(y, to + i, load4(x, from + i));
     } else {
-        for (uint i = thread; i < width; i += threads) y[to + i] = x[from + i];
+        for (uint i = id; i < width; i += threads) y[to + i] = x[from + i];
     }
 }
 
