@@ -21,10 +21,9 @@ if [[ ! -e $home/.complete ]]; then
       versions=("$home/lib64/lib$name".so.*)
       ln -sf "${versions[0]##*/}" "$home/lib64/lib$name.so"
     done
-    # the driver's functions by name, for the linker alone
-    grep -oE '\bcu[A-Z][A-Za-z0-9]*(_v[0-9])?(_ptsz)? *\(' "$home/include/cuda.h" | tr -d ' (' | sort -u > "$dir/functions"
-    sed -E 'p; s/(_v[0-9])?(_ptsz)?$//; h; s/$/_v2/p; g; s/$/_v3/p; g; s/$/_v4/p; g; s/$/_ptsz/' "$dir/functions" | sort -u |
-      sed 's/.*/void &(void) {}/' > "$dir/driver.c"
+    # the driver's functions by name, for the linker alone; the header gives some of them other names
+    grep -oE '\bcu[A-Z][A-Za-z0-9_]*' "$home/include/cuda.h" | sed -E 's/(_v[0-9])?(_ptsz|_ptds)?$//' | sort -u |
+      sed 's/.*/&\n&_v2\n&_v3\n&_v4/; s/[^\n]*/void &(void) {}/g' > "$dir/driver.c"
     cc -shared -fPIC -w -Wl,-soname,libcuda.so.1 -o "$home/lib64/libcuda.so" "$dir/driver.c"
     touch "$home/.complete"
   } >&2

@@ -65,7 +65,9 @@ impl CudaGpu {
         let freed = self.context.check_err();
         let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
         let graph = freed.and(graph).map_err(|error| {
-            self.refuse(format!("the step cannot be captured: it waits for the GPU, or drops a tensor made before ({error})"))
+            self.refuse(format!(
+                "the step cannot be captured: it waits for the GPU, or drops a tensor made before ({error})"
+            ))
         })?;
         let graph = graph.ok_or_else(|| self.refuse("nothing was captured".into()))?;
         let (made, dropped) = memory_nodes(graph.cu_graph())?;

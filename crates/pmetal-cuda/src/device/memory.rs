@@ -81,7 +81,8 @@ impl Pool {
     fn graphs(&self, attribute: CUgraphMem_attribute) -> Result<u64> {
         let mut value = 0u64;
         // SAFETY: the attributes asked for are u64.
-        let read = unsafe { sys::cuDeviceGetGraphMemAttribute(self.device, attribute, ptr::from_mut(&mut value).cast()) };
+        let read =
+            unsafe { sys::cuDeviceGetGraphMemAttribute(self.device, attribute, ptr::from_mut(&mut value).cast()) };
         read.result().w()?;
         Ok(value)
     }

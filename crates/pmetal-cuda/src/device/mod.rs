@@ -1,5 +1,6 @@
 //! A CUDA device: candle's, its one stream, and what runs on it.
 
+mod attention;
 mod capture;
 mod gemm;
 mod kernels;
@@ -83,10 +84,16 @@ pub(crate) struct CudaGpu {
     pool: memory::Pool,
     kernels: kernels::Kernels,
     products: gemm::Products,
+    attention: attention::Attention,
 }
 
 impl CudaGpu {
     fn new(device: &CudaDevice) -> Result<Self> {
+        let (major, minor) = device.cuda_stream().context().compute_capability().w()?;
+        if major < 8 {
+            let reason = format!("its compute capability is {major}.{minor}, of at least 8.0 needed; use --device cpu");
+            return Err(Error::Device { device: "CUDA".into(), reason });
+        }
         // SAFETY: all work on the device is asked of this one stream, in order; the events that candle would record between streams order
         // nothing, and a capture cannot hold them.
         unsafe { device.disable_event_tracking() };
@@ -94,7 +101,15 @@ impl CudaGpu {
         let context = stream.context().clone();
         let pool = memory::Pool::new(&context)?;
         let products = gemm::Products::new(&stream)?;
-        Ok(Self { device: device.clone(), context, stream, pool, kernels: Default::default(), products })
+        Ok(Self {
+            device: device.clone(),
+            context,
+            stream,
+            pool,
+            kernels: Default::default(),
+            products,
+            attention: Default::default(),
+        })
     }
 
     /// Compiles CUDA C++ for this device; `name` stands in messages.
@@ -158,27 +173,27 @@ impl Gpu for CudaGpu {
 
     fn attention_forward(
         &self,
-        _q: &Tensor,
-        _k: &Tensor,
-        _v: &Tensor,
-        _out: &Tensor,
-        _rows: &AttentionRows,
-        _spec: &AttentionSpec,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        out: &Tensor,
+        rows: &AttentionRows,
+        spec: &AttentionSpec,
     ) -> Result<Option<Tensor>> {
-        Ok(None)
+        self.attention.forward(self, [q, k, v], out, rows, spec)
     }
 
     fn attention_backward(
         &self,
-        _dout: &Tensor,
-        _qkv: [&Tensor; 3],
-        _out: &Tensor,
-        _stats: &Tensor,
-        _grads: [&Tensor; 3],
-        _rows: &AttentionRows,
-        _spec: &AttentionSpec,
+        dout: &Tensor,
+        qkv: [&Tensor; 3],
+        out: &Tensor,
+        stats: &Tensor,
+        grads: [&Tensor; 3],
+        rows: &AttentionRows,
+        spec: &AttentionSpec,
     ) -> Result<()> {
-        Err(Error::Device { device: self.name(), reason: "no attention on matrix units".into() })
+        self.attention.backward(self, dout, qkv, out, stats, grads, rows, spec)
     }
 
     fn synchronize(&self) -> Result<()> {
