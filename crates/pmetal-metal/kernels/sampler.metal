@@ -71,35 +71,98 @@ FUNCTION bool is_nan(float x) { return (as_uint(x) & 0x7fffffffu) > 0x7f800000u;
 
 FUNCTION bool is_finite(float x) { return (as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
-// Logit `i` after the penalty; below all others where it is not finite or not there.
-FUNCTION float logit(float x, DEVICE_PTR(const uint) marks, uint i, float penalty)
+// A logit after the penalty, which is for the marked; below all others where it is infinite.
+FUNCTION float logit(float x, uint mark, float penalty)
 {
-    if (penalty != 1.0f && marks[i] != 0) x = x < 0.0f ? x * penalty : x / penalty;
+    if (mark != 0) x = x < 0.0f ? x * penalty : x / penalty;
     return is_finite(x) || is_nan(x) ? x : -FAR;
 }
 
-FUNCTION float4 four_logits(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint i, uint vocab, float penalty)
+// Without `penalised` no marks are read.
+FUNCTION float4 four_logits(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint i, float penalty, bool penalised)
 {
-    if (i + 4 <= vocab) {
-        const float4 x = load4(logits, i);
-        return make_float4(logit(x.x, marks, i, penalty), logit(x.y, marks, i + 1, penalty), logit(x.z, marks, i + 2, penalty),
-                           logit(x.w, marks, i + 3, penalty));
-    }
-    return make_float4(logit(logits[i], marks, i, penalty), i + 1 < vocab ? logit(logits[i + 1], marks, i + 1, penalty) : -FAR,
-                       i + 2 < vocab ? logit(logits[i + 2], marks, i + 2, penalty) : -FAR, -FAR);
+    const float4 x = load4(logits, i);
+    if (!penalised) return make_float4(logit(x.x, 0, 1.0f), logit(x.y, 0, 1.0f), logit(x.z, 0, 1.0f), logit(x.w, 0, 1.0f));
+    return make_float4(logit(x.x, marks[i], penalty), logit(x.y, marks[i + 1], penalty), logit(x.z, marks[i + 2], penalty),
+                       logit(x.w, marks[i + 3], penalty));
 }
 
-FUNCTION void prefer(float x, uint id, THREAD_REF(float) best, THREAD_REF(uint) best_id)
+FUNCTION float one_logit(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint i, float penalty)
 {
-    if (x > best) {
-        best = x;
-        best_id = id;
-    }
+    return logit(logits[i], penalty != 1.0f ? marks[i] : 0, penalty);
 }
 
 FUNCTION float distance_of(float x, float top, float temperature) { return x > -FAR ? fmin((top - x) / temperature, FAR) : FAR; }
 
+// What a thread learns of its logits: the greatest, the first that has it, how many are NaN.
+struct Survey { float best; uint best_id; uint nans; };
+
+FUNCTION void look(float x, uint id, THREAD_REF(Survey) survey)
+{
+    if (x > survey.best) {
+        survey.best = x;
+        survey.best_id = id;
+    }
+    survey.nans += uint(is_nan(x));
+}
+
+FUNCTION void look_at_four(float4 x, uint i, THREAD_REF(Survey) survey)
+{
+    look(x.x, i, survey);
+    look(x.y, i + 1, survey);
+    look(x.z, i + 2, survey);
+    look(x.w, i + 3, survey);
+}
+
+FUNCTION void look_at_all(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint begin, uint end, float penalty, bool penalised,
+                          THREAD_REF(Survey) survey)
+{
+    uint i = begin;
+    for (; i + 384 < end; i += 512) {
+        const float4 a = four_logits(logits, marks, i, penalty, penalised);
+        const float4 b = four_logits(logits, marks, i + 128, penalty, penalised);
+        const float4 c = four_logits(logits, marks, i + 256, penalty, penalised);
+        const float4 d = four_logits(logits, marks, i + 384, penalty, penalised);
+        look_at_four(a, i, survey);
+        look_at_four(b, i + 128, survey);
+        look_at_four(c, i + 256, survey);
+        look_at_four(d, i + 384, survey);
+    }
+    for (; i < end; i += 128) look_at_four(four_logits(logits, marks, i, penalty, penalised), i, survey);
+}
+
 FUNCTION float mass(float4 d) { return (exp(-d.x) + exp(-d.y)) + (exp(-d.z) + exp(-d.w)); }
+
+FUNCTION float4 four_distances(float4 x, float top, float temperature)
+{
+    return make_float4(distance_of(x.x, top, temperature), distance_of(x.y, top, temperature), distance_of(x.z, top, temperature),
+                       distance_of(x.w, top, temperature));
+}
+
+// Writes the distances of a thread's logits and returns their probabilities times a common factor.
+FUNCTION float measure_all(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, DEVICE_PTR(float) distances, uint begin, uint end,
+                           float top, float temperature, float penalty, bool penalised)
+{
+    float sum = 0.0f;
+    uint i = begin;
+    for (; i + 384 < end; i += 512) {
+        const float4 a = four_distances(four_logits(logits, marks, i, penalty, penalised), top, temperature);
+        const float4 b = four_distances(four_logits(logits, marks, i + 128, penalty, penalised), top, temperature);
+        const float4 c = four_distances(four_logits(logits, marks, i + 256, penalty, penalised), top, temperature);
+        const float4 d = four_distances(four_logits(logits, marks, i + 384, penalty, penalised), top, temperature);
+        store4(distances, i, a);
+        store4(distances, i + 128, b);
+        store4(distances, i + 256, c);
+        store4(distances, i + 384, d);
+        sum += (mass(a) + mass(b)) + (mass(c) + mass(d));
+    }
+    for (; i < end; i += 128) {
+        const float4 d = four_distances(four_logits(logits, marks, i, penalty, penalised), top, temperature);
+        store4(distances, i, d);
+        sum += mass(d);
+    }
+    return sum;
+}
 
 // Elements of a SIMD group's stretch of a list of `n`, a multiple of 128.
 FUNCTION uint stretch(uint n, uint simds) { return (n + 128 * simds - 1) / (128 * simds) * 128; }
@@ -118,9 +181,20 @@ FUNCTION uint equal4(float4 d, uint t)
 FUNCTION uint count_below(DEVICE_PTR(const float) distances, uint from, uint n, uint t, uint lane, uint simd, uint simds)
 {
     const uint size = stretch(n, simds), end = min((simd + 1) * size, n);
-    uint count = 0;
-    for (uint i = simd * size + 4 * lane; i < end; i += 128) count += below4(load4(distances, from + i), t);
+    uint count = 0, i = simd * size + 4 * lane;
+    for (; i + 384 < end; i += 512) {
+        const float4 a = load4(distances, from + i), b = load4(distances, from + i + 128);
+        const float4 c = load4(distances, from + i + 256), d = load4(distances, from + i + 384);
+        count += below4(a, t) + below4(b, t) + below4(c, t) + below4(d, t);
+    }
+    for (; i < end; i += 128) count += below4(load4(distances, from + i), t);
     return count;
+}
+
+FUNCTION float four_below(float4 d, uint t)
+{
+    return ((as_uint(d.x) < t ? exp(-d.x) : 0.0f) + (as_uint(d.y) < t ? exp(-d.y) : 0.0f)) +
+           ((as_uint(d.z) < t ? exp(-d.z) : 0.0f) + (as_uint(d.w) < t ? exp(-d.w) : 0.0f));
 }
 
 // Their probabilities times a common factor.
@@ -128,11 +202,13 @@ FUNCTION float mass_below(DEVICE_PTR(const float) distances, uint from, uint n, 
 {
     const uint size = stretch(n, simds), end = min((simd + 1) * size, n);
     float sum = 0.0f;
-    for (uint i = simd * size + 4 * lane; i < end; i += 128) {
-        const float4 d = load4(distances, from + i);
-        sum += (as_uint(d.x) < t ? exp(-d.x) : 0.0f) + (as_uint(d.y) < t ? exp(-d.y) : 0.0f);
-        sum += (as_uint(d.z) < t ? exp(-d.z) : 0.0f) + (as_uint(d.w) < t ? exp(-d.w) : 0.0f);
+    uint i = simd * size + 4 * lane;
+    for (; i + 384 < end; i += 512) {
+        const float4 a = load4(distances, from + i), b = load4(distances, from + i + 128);
+        const float4 c = load4(distances, from + i + 256), d = load4(distances, from + i + 384);
+        sum += (four_below(a, t) + four_below(b, t)) + (four_below(c, t) + four_below(d, t));
     }
+    for (; i < end; i += 128) sum += four_below(load4(distances, from + i), t);
     return sum;
 }
 
@@ -154,14 +230,9 @@ FUNCTION uint compact(DEVICE_PTR(float) distances, DEVICE_PTR(uint) ids, uint fr
                       THREADGROUP_PTR(uint) counts, uint lane, uint simd, uint simds)
 {
     const uint size = stretch(n, simds), begin = simd * size, end = min(begin + size, n);
-    uint below = 0, equal = 0;
-    for (uint i = begin + 4 * lane; i < end; i += 128) {
-        const float4 d = load4(distances, from + i);
-        below += below4(d, t);
-        equal += equal4(d, t);
-    }
+    uint below = count_below(distances, from, n, t, lane, simd, simds);
+    uint equal = simd_sum(count_below(distances, from, n, t + 1, lane, simd, simds) - below);
     below = simd_sum(below);
-    equal = simd_sum(equal);
     if (lane == 0) {
         counts[simd] = below;
         counts[32 + simd] = equal;
@@ -226,36 +297,37 @@ KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, m
     }
     BARRIER_DEVICE();
 
-    const uint size = stretch(vocab, SIMDS), begin = SIMD * size, end = min(begin + size, vocab);
-    float best = -FAR;
-    uint best_id = NONE, nans = 0;
-    for (uint i = begin + 4 * LANE; i < end; i += 128) {
-        const float4 x = four_logits(logits, marks, i, vocab, penalty);
-        prefer(x.x, i, best, best_id);
-        prefer(x.y, i + 1, best, best_id);
-        prefer(x.z, i + 2, best, best_id);
-        prefer(x.w, i + 3, best, best_id);
-        nans += uint(is_nan(x.x)) + uint(is_nan(x.y)) + uint(is_nan(x.z)) + uint(is_nan(x.w));
+    // whole fours of the stretches; the first threads have one of what is left behind them each
+    const uint fours = vocab / 4 * 4, size = stretch(vocab, SIMDS);
+    const uint begin = SIMD * size + 4 * LANE, end = min((SIMD + 1) * size, fours), odd = fours + THREAD;
+    Survey survey;
+    survey.best = -FAR;
+    survey.best_id = NONE;
+    survey.nans = 0;
+    if (penalty != 1.0f) {
+        look_at_all(logits, marks, begin, end, penalty, true, survey);
+    } else {
+        look_at_all(logits, marks, begin, end, penalty, false, survey);
     }
-    nans = group_sum(nans, words, LANE, SIMD, SIMDS);
+    if (odd < vocab) look(one_logit(logits, marks, odd, penalty), odd, survey);
+    const float best = survey.best;
+    const uint nans = group_sum(survey.nans, words, LANE, SIMD, SIMDS);
     const float simds_best = simd_max(best);
     if (LANE == 0) sums[SIMD] = simds_best;
     BARRIER();
     const float top = simd_max(LANE < SIMDS ? sums[LANE] : -FAR);
     BARRIER();
-    const uint likeliest = nans > 0 ? NONE : group_min(best == top ? best_id : NONE, words, LANE, SIMD, SIMDS);
+    const uint likeliest = nans > 0 ? NONE : group_min(best == top ? survey.best_id : NONE, words, LANE, SIMD, SIMDS);
     if (likeliest == NONE || params.temperature == 0.0f) {
         if (THREAD == 0) token[0] = likeliest;
         return;
     }
 
-    float sum = 0.0f;
-    for (uint i = begin + 4 * LANE; i < end; i += 128) {
-        const float4 x = four_logits(logits, marks, i, vocab, penalty);
-        const float4 d = make_float4(distance_of(x.x, top, params.temperature), distance_of(x.y, top, params.temperature),
-                                     distance_of(x.z, top, params.temperature), distance_of(x.w, top, params.temperature));
-        store4(distances, i, d);
-        sum += mass(d);
+    float sum = penalty != 1.0f ? measure_all(logits, marks, distances, begin, end, top, params.temperature, penalty, true)
+                                : measure_all(logits, marks, distances, begin, end, top, params.temperature, penalty, false);
+    if (THREAD < 4) {
+        distances[odd] = odd < vocab ? distance_of(one_logit(logits, marks, odd, penalty), top, params.temperature) : FAR;
+        sum += exp(-distances[odd]);
     }
     const float whole = group_sum(sum, sums, LANE, SIMD, SIMDS);
     BARRIER_DEVICE();

@@ -338,6 +338,7 @@ mod tests {
                 }
             }
         }
+        assert!(pmetal_emulator::launched().iter().any(|&(name, _)| name == "sample_token"));
     }
 
     #[test]
