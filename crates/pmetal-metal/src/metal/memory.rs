@@ -7,7 +7,7 @@ use candle_metal_kernels::metal::Buffer;
 use objc2_metal::MTLResourceOptions;
 
 use super::{Metal, of};
-use crate::{Error, Result};
+use crate::{Error, Result, empty};
 
 /// Buffers smaller than this are not counted against the limit one by one.
 const SMALL: usize = 1 << 20;
@@ -49,7 +49,7 @@ pub fn exact(tensor: &Tensor, device: &Device) -> Result<Tensor> {
         return Ok(tensor.to_device(device)?);
     };
     if tensor.elem_count() == 0 {
-        return Ok(Tensor::zeros(tensor.shape(), tensor.dtype(), device)?);
+        return empty(tensor.shape(), tensor.dtype(), device);
     }
     of(metal).reserve(tensor.elem_count() * tensor.dtype().size_in_bytes())?;
     let tensor = tensor.contiguous()?;

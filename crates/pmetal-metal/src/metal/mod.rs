@@ -7,6 +7,8 @@ mod facts;
 mod gemm;
 mod library;
 mod memory;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::HashMap,
@@ -171,7 +173,9 @@ impl Gpu for Metal {
             return Ok(None);
         }
         let stats = attention_forward(self, [q, k, v], out, rows, spec)?;
-        self.weigh(operations(rows, spec))?;
+        if stats.is_some() {
+            self.weigh(operations(rows, spec))?;
+        }
         Ok(stats)
     }
 
