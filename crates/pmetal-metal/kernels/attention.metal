@@ -20,6 +20,8 @@ typedef simdgroup_matrix<float, 8, 8> Matrix;
 // The same for scores of 32 and of 16 keys.
 #define WIDE 36
 #define NARROW 20
+// Arrays of matrices live in registers only where every index is known.
+#define UNROLL _Pragma("unroll")
 
 struct Row { uint first_query; uint queries; uint first_key; uint keys; };
 FUNCTION Row row_of(DEVICE_PTR(const uint) rows, uint row) {
@@ -72,7 +74,7 @@ FUNCTION void set_diagonal(float factor, THREADGROUP_PTR(float) room, uint lane)
 FUNCTION float soften(THREADGROUP_PTR(float) scores, uint seen, float scale, THREAD_REF(float) top, THREAD_REF(float) total, uint lane) {
     float x[8];
     float highest = top;
-    for (uint j = 0; j < 8; ++j) {
+    UNROLL for (uint j = 0; j < 8; ++j) {
         const uint key = lane % 4 + 4 * j;
         x[j] = key < seen ? scores[lane / 4 * WIDE + key] * scale : as_float(0xff800000u);
         highest = fmax(highest, x[j]);
@@ -80,7 +82,7 @@ FUNCTION float soften(THREADGROUP_PTR(float) scores, uint seen, float scale, THR
     highest = fmax(highest, simd_shuffle_xor(highest, 1));
     highest = fmax(highest, simd_shuffle_xor(highest, 2));
     float sum = 0.0f;
-    for (uint j = 0; j < 8; ++j) {
+    UNROLL for (uint j = 0; j < 8; ++j) {
         const float p = exp(x[j] - highest);
         scores[lane / 4 * WIDE + lane % 4 + 4 * j] = p;
         sum += p;
@@ -117,7 +119,7 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
     Matrix sums[BLOCKS];
     stage<32, BLOCKS>(q, q_start + ulong(first) * q_pitch, q_pitch, row.queries - first, width, tile, place);
     BARRIER();
-    for (uint i = 0; i < BLOCKS; ++i) {
+    UNROLL for (uint i = 0; i < BLOCKS; ++i) {
         sums[i] = zero;
         if (8 * i < width) simdgroup_load(queries[i], tile + 8 * place.simd * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
     }
@@ -130,16 +132,16 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
         BARRIER();
         if (works) {
             Matrix products[4];
-            for (uint b = 0; b < 4; ++b) products[b] = zero;
-            for (uint i = 0; i < BLOCKS; ++i) {
+            UNROLL for (uint b = 0; b < 4; ++b) products[b] = zero;
+            UNROLL for (uint i = 0; i < BLOCKS; ++i) {
                 if (8 * i >= width) continue;
-                for (uint b = 0; b < 4; ++b) {
+                UNROLL for (uint b = 0; b < 4; ++b) {
                     Operand keys;
                     simdgroup_load(keys, tile + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS), ulong2(0, 0), true);
                     simdgroup_multiply_accumulate(products[b], queries[i], keys, products[b]);
                 }
             }
-            for (uint b = 0; b < 4; ++b) simdgroup_store(products[b], scores + 8 * b, WIDE);
+            UNROLL for (uint b = 0; b < 4; ++b) simdgroup_store(products[b], scores + 8 * b, WIDE);
         }
         BARRIER();
         stage<32, BLOCKS>(v, kv_start + ulong(key) * kv_pitch, kv_pitch, row.keys - key, width, tile, place);
@@ -150,15 +152,15 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
                 set_diagonal(factor, factors, lane);
                 Matrix diagonal;
                 simdgroup_load(diagonal, factors, 8);
-                for (uint i = 0; i < BLOCKS; ++i) simdgroup_multiply_accumulate(sums[i], diagonal, sums[i], zero);
+                UNROLL for (uint i = 0; i < BLOCKS; ++i) simdgroup_multiply_accumulate(sums[i], diagonal, sums[i], zero);
             }
         }
         BARRIER();
         if (works) {
-            for (uint b = 0; b < 4; ++b) {
+            UNROLL for (uint b = 0; b < 4; ++b) {
                 Matrix weights;
                 simdgroup_load(weights, scores + 8 * b, WIDE);
-                for (uint i = 0; i < BLOCKS; ++i) {
+                UNROLL for (uint i = 0; i < BLOCKS; ++i) {
                     if (8 * i >= width) continue;
                     Operand values;
                     simdgroup_load(values, tile + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
@@ -171,7 +173,7 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
     set_diagonal(1.0f / total, factors, lane);
     Matrix diagonal;
     simdgroup_load(diagonal, factors, 8);
-    for (uint i = 0; i < BLOCKS; ++i) {
+    UNROLL for (uint i = 0; i < BLOCKS; ++i) {
         if (8 * i >= width) continue;
         Matrix result;
         simdgroup_multiply_accumulate(result, diagonal, sums[i], zero);
@@ -241,14 +243,14 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
     Matrix sums[BLOCKS];
     stage<32, BLOCKS>(q, q_start + ulong(first) * q_pitch, q_pitch, row.queries - first, width, tiles, place);
     BARRIER();
-    for (uint i = 0; i < BLOCKS; ++i) {
+    UNROLL for (uint i = 0; i < BLOCKS; ++i) {
         sums[i] = zero;
         if (8 * i < width) simdgroup_load(queries[i], tiles + 8 * place.simd * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
     }
     BARRIER();
     stage<32, BLOCKS>(dout, q_start + ulong(first) * q_pitch, q_pitch, row.queries - first, width, tiles, place);
     BARRIER();
-    for (uint i = 0; i < BLOCKS; ++i) {
+    UNROLL for (uint i = 0; i < BLOCKS; ++i) {
         if (8 * i < width) simdgroup_load(douts[i], tiles + 8 * place.simd * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
     }
 
@@ -260,10 +262,10 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
         BARRIER();
         if (!works) continue;
         Matrix products[2], slope_products[2];
-        for (uint b = 0; b < 2; ++b) products[b] = slope_products[b] = zero;
-        for (uint i = 0; i < BLOCKS; ++i) {
+        UNROLL for (uint b = 0; b < 2; ++b) products[b] = slope_products[b] = zero;
+        UNROLL for (uint i = 0; i < BLOCKS; ++i) {
             if (8 * i >= width) continue;
-            for (uint b = 0; b < 2; ++b) {
+            UNROLL for (uint b = 0; b < 2; ++b) {
                 Operand keys, values;
                 simdgroup_load(keys, tiles + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS), ulong2(0, 0), true);
                 simdgroup_load(values, value_tile + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS), ulong2(0, 0), true);
@@ -271,22 +273,22 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
                 simdgroup_multiply_accumulate(slope_products[b], douts[i], values, slope_products[b]);
             }
         }
-        for (uint b = 0; b < 2; ++b) {
+        UNROLL for (uint b = 0; b < 2; ++b) {
             simdgroup_store(products[b], scores + 8 * b, NARROW);
             simdgroup_store(slope_products[b], slopes + 8 * b, NARROW);
         }
         SIMD_BARRIER();
-        for (uint j = 0; j < 4; ++j) {
+        UNROLL for (uint j = 0; j < 4; ++j) {
             const uint at = lane / 4 * NARROW + lane % 4 + 4 * j;
             const bool seen = key + lane % 4 + 4 * j <= before + query;
             const float p = seen ? exp(scores[at] * params.scale - my_lse) : 0.0f;
             scores[at] = p * (slopes[at] - my_delta) * params.scale;
         }
         SIMD_BARRIER();
-        for (uint b = 0; b < 2; ++b) {
+        UNROLL for (uint b = 0; b < 2; ++b) {
             Matrix weights;
             simdgroup_load(weights, scores + 8 * b, NARROW);
-            for (uint i = 0; i < BLOCKS; ++i) {
+            UNROLL for (uint i = 0; i < BLOCKS; ++i) {
                 if (8 * i >= width) continue;
                 Operand keys;
                 simdgroup_load(keys, tiles + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
@@ -295,7 +297,7 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
         }
     }
     if (!works) return;
-    for (uint i = 0; i < BLOCKS; ++i) {
+    UNROLL for (uint i = 0; i < BLOCKS; ++i) {
         if (8 * i >= width) continue;
         unload(sums[i], scores, dq, q_start + ulong(mine) * q_pitch + 8 * i, q_pitch, row.queries - mine, lane);
     }
@@ -320,15 +322,15 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
     const Matrix zero = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     Operand own[BLOCKS];
     Matrix dk_sums[4][BLOCKS / 8], dv_sums[4][BLOCKS / 8];
-    for (uint b = 0; b < 4; ++b) {
-        for (uint c = 0; c < BLOCKS / 8; ++c) dk_sums[b][c] = dv_sums[b][c] = zero;
+    UNROLL for (uint b = 0; b < 4; ++b) {
+        UNROLL for (uint c = 0; c < BLOCKS / 8; ++c) dk_sums[b][c] = dv_sums[b][c] = zero;
     }
     for (uint side = 0; side < 2; ++side) {
         BARRIER();
         stage<32, BLOCKS>(side == 0 ? k : v, kv_start, kv_pitch, row.keys - first, width, tiles, place);
         BARRIER();
         if (is_key != (side == 0)) continue;
-        for (uint i = 0; i < BLOCKS; ++i) {
+        UNROLL for (uint i = 0; i < BLOCKS; ++i) {
             if (8 * i < width) simdgroup_load(own[i], tiles + 8 * block * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
         }
     }
@@ -342,17 +344,17 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
             BARRIER();
             THREADGROUP_PTR(T) partners = is_key ? tiles : dout_tile;
             Matrix products[2];
-            for (uint b = 0; b < 2; ++b) products[b] = zero;
-            for (uint i = 0; i < BLOCKS; ++i) {
+            UNROLL for (uint b = 0; b < 2; ++b) products[b] = zero;
+            UNROLL for (uint i = 0; i < BLOCKS; ++i) {
                 if (8 * i >= width) continue;
-                for (uint b = 0; b < 2; ++b) {
+                UNROLL for (uint b = 0; b < 2; ++b) {
                     Operand partner;
                     simdgroup_load(partner, partners + 8 * b * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS), ulong2(0, 0), true);
                     simdgroup_multiply_accumulate(products[b], own[i], partner, products[b]);
                 }
             }
             THREADGROUP_PTR(float) results = (is_key ? scores : slopes) + 8 * block * NARROW;
-            for (uint b = 0; b < 2; ++b) simdgroup_store(products[b], results + 8 * b, NARROW);
+            UNROLL for (uint b = 0; b < 2; ++b) simdgroup_store(products[b], results + 8 * b, NARROW);
             BARRIER();
             for (uint i = place.index; i < 32 * 16; i += place.threads) {
                 const uint key = first + i / 16, at_query = query + i % 16, at = i / 16 * NARROW + i % 16;
@@ -366,14 +368,14 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
                 slopes[at] = ds;
             }
             BARRIER();
-            for (uint c = 0; c < BLOCKS / 8; ++c) {
+            UNROLL for (uint c = 0; c < BLOCKS / 8; ++c) {
                 const uint column = 8 * (simd + 8 * c);
                 if (column >= width) continue;
-                for (uint b = 0; b < 2; ++b) {
+                UNROLL for (uint b = 0; b < 2; ++b) {
                     Operand douts, queries;
                     simdgroup_load(douts, dout_tile + 8 * b * PITCH(BLOCKS) + column, PITCH(BLOCKS));
                     simdgroup_load(queries, tiles + 8 * b * PITCH(BLOCKS) + column, PITCH(BLOCKS));
-                    for (uint keys = 0; keys < 4; ++keys) {
+                    UNROLL for (uint keys = 0; keys < 4; ++keys) {
                         Matrix p, ds;
                         simdgroup_load(p, scores + 8 * keys * NARROW + 8 * b, NARROW);
                         simdgroup_load(ds, slopes + 8 * keys * NARROW + 8 * b, NARROW);
@@ -386,10 +388,10 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
     }
 
     BARRIER();
-    for (uint c = 0; c < BLOCKS / 8; ++c) {
+    UNROLL for (uint c = 0; c < BLOCKS / 8; ++c) {
         const uint column = 8 * (simd + 8 * c);
         if (column >= width) continue;
-        for (uint b = 0; b < 4; ++b) {
+        UNROLL for (uint b = 0; b < 4; ++b) {
             const uint count = row.keys > first + 8 * b ? row.keys - first - 8 * b : 0;
             const ulong start = kv_start + ulong(8 * b) * kv_pitch + column;
             unload(dk_sums[b][c], scores + 64 * simd, dk, start, kv_pitch, count, place.lane);
