@@ -15,8 +15,9 @@ use crate::{
 
 /// Bytes of a trained value: itself, its gradient and AdamW's two moments, all f32.
 const TRAINED_BYTES: u64 = 16;
-/// Bytes of the block of logits that the loss is computed on.
+/// Bytes of the block of logits that the loss is computed on: of the CPU, of a GPU.
 const LOGITS_BYTES: u64 = 16 << 20;
+const GPU_LOGITS_BYTES: u64 = 512 << 20;
 /// The share of the machine's memory that others need.
 const RESERVED: f64 = 0.1;
 
@@ -51,7 +52,7 @@ pub struct Plan {
     pub largest_batch_tokens: u64,
     /// Bytes, by part.
     pub memory: Memory,
-    /// Bytes of memory of this machine; none where it does not say.
+    /// Bytes of memory of the GPU, or of this machine; none where it does not say.
     pub machine_memory: Option<u64>,
 }
 
@@ -93,13 +94,21 @@ impl Plan {
         let (steps_per_epoch, steps) = loop_settings(options).steps(setup.batches.batches());
         let numbers: u64 = trained.iter().map(|(_, numbers)| numbers).sum();
         let full = options.fine_tune_type == FineTuneType::Full;
-        let copies = if full && setup.dtype != DType::F32 { setup.dtype.size_in_bytes() as u64 } else { 0 };
+        let (on_cpu, width) = (setup.device.is_cpu(), setup.dtype.size_in_bytes() as u64);
+        let copies = if (full || !on_cpu) && setup.dtype != DType::F32 { width } else { 0 };
+        let parameters = tensors_of(spec).iter().map(|(_, shape)| shape.elem_count() as u64).sum();
         let (mapped_weights, weights) = match &setup.base.checkpoint {
-            Some(checkpoint) if !full => checkpoint.weight_bytes(setup.dtype),
+            Some(checkpoint) if !full && on_cpu => checkpoint.weight_bytes(setup.dtype),
+            Some(_) if !full => (0, parameters * width),
             _ => (0, 0),
         };
+        let logits = if on_cpu {
+            LOGITS_BYTES.max(8 * 4 * spec.vocab_size as u64)
+        } else {
+            GPU_LOGITS_BYTES.min(largest * spec.vocab_size as u64 * width)
+        };
         let rank = if full { 0 } else { adapter_config(options, setup).r };
-        let kept = Kept { spec, width: setup.dtype.size_in_bytes() as u64, rank: rank as u64 };
+        let kept = Kept { spec, width, rank: rank as u64 };
         let mut by_module = BTreeMap::new();
         for (name, numbers) in &trained {
             *by_module.entry(module_of(name)).or_insert(0) += numbers;
@@ -107,7 +116,7 @@ impl Plan {
         Ok(Self {
             model_type: spec.model_type.clone(),
             layers: spec.num_hidden_layers,
-            parameters: tensors_of(spec).iter().map(|(_, shape)| shape.elem_count() as u64).sum(),
+            parameters,
             dtype: setup.dtype.as_str(),
             trained_layers: layers_of(&trained),
             trained: by_module,
@@ -123,9 +132,9 @@ impl Plan {
                 weights,
                 trained: numbers * (TRAINED_BYTES + copies),
                 activations: largest * kept.per_token(options.gradient_checkpointing),
-                logits: LOGITS_BYTES.max(8 * 4 * spec.vocab_size as u64),
+                logits,
             },
-            machine_memory: total_memory(),
+            machine_memory: pmetal_ops::device::memory(&setup.device)?.map(|memory| memory.total).or_else(total_memory),
         })
     }
 
@@ -258,7 +267,7 @@ impl fmt::Display for Plan {
             line(f, "", format!("{:>14}  {name}", gib(bytes)))?;
         }
         match self.machine_memory {
-            Some(machine) => line(f, "this machine has", gib(machine)),
+            Some(machine) => line(f, "the device has", gib(machine)),
             None => Ok(()),
         }
     }

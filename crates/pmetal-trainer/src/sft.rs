@@ -71,12 +71,14 @@ pub(crate) struct Setup {
     pub(crate) batches: Batches,
     /// Of activations.
     pub(crate) dtype: DType,
+    pub(crate) device: Device,
 }
 
 impl Setup {
     /// Finds the model, opens its tokenizer, reads the rows, and says what will be trained on.
     pub(crate) fn new(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Self> {
         options.validate()?;
+        let device = pmetal_ops::device::open(options.device)?;
         let inputs = Inputs::locate(options, observer.downloads())?;
         let mut base = Base::open(options, &inputs)?;
         let mut tokenizer = Tokenizer::find_with_adapter(&inputs.model, inputs.lora.as_deref())?;
@@ -92,7 +94,7 @@ impl Setup {
         let batches = Batches::new(options, &rows.train)?;
         describe(options, &rows, &batches, observer);
         let dtype = options.dtype.resolve(base.stored_dtype);
-        Ok(Self { inputs, base, tokenizer, rows, batches, dtype })
+        Ok(Self { inputs, base, tokenizer, rows, batches, dtype, device })
     }
 }
 
@@ -103,11 +105,12 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
         observer.note(&warning);
     }
     make_output(&options.output)?;
-    let (model, trained) = prepare(options, &mut setup.base, setup.dtype, &pmetal_ops::device::open(options.device)?)?;
+    let (model, trained) = prepare(options, &mut setup.base, setup.dtype, &setup.device)?;
     let arena = trained.arena();
     let total: usize = model.named_weights().iter().map(|(_, w)| w.shape().elem_count()).sum();
     let dtype = setup.dtype.as_str();
-    observer.note(&format!("training {} parameters of a model of {total} in {dtype}", arena.len()));
+    let device = pmetal_ops::device::name(&setup.device);
+    observer.note(&format!("training {} parameters of a model of {total} in {dtype} on {device}", arena.len()));
 
     // not before all else is known to be right: a run that cannot start leaves the metrics of the last one alone
     let mut metrics = MetricsFile::create(&options.output.join("metrics.jsonl"))?;
