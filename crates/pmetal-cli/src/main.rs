@@ -59,6 +59,9 @@ enum Verb {
     /// Measure this machine
     #[command(after_long_help = verbs::bench::EXAMPLES)]
     Bench(verbs::bench::Args),
+    /// Check every kernel of this machine against its reference, and time it
+    #[command(after_long_help = verbs::doctor::EXAMPLES)]
+    Doctor(verbs::doctor::Args),
     /// Print a script that completes verbs, flags and paths in a shell
     #[command(after_long_help = verbs::completions::EXAMPLES)]
     Completions(verbs::completions::Args),
@@ -84,6 +87,7 @@ fn main() -> ExitCode {
         Verb::Download(args) => verbs::download::run(args),
         Verb::Upload(args) => verbs::upload::run(args),
         Verb::Bench(args) => verbs::bench::run(args),
+        Verb::Doctor(args) => verbs::doctor::run(args),
         Verb::Completions(args) => verbs::completions::run(args, Cli::command()),
         Verb::Man(args) => verbs::man::run(args, Cli::command()),
     });

@@ -40,6 +40,15 @@ impl Volume {
                 .with_ansi(false)
                 .with_writer(io::stderr)
                 .init();
+        } else if !self.quiet {
+            // what a user should know without asking
+            tracing_subscriber::fmt()
+                .with_max_level(tracing::Level::WARN)
+                .without_time()
+                .with_target(false)
+                .with_ansi(false)
+                .with_writer(io::stderr)
+                .init();
         }
     }
 }

@@ -43,3 +43,4 @@ pub use norm::{add_rms_norm_forward, rms_norm_backward, rms_norm_forward};
 pub use optimizer::{AdamW, Factors, adamw, sum_of_squares};
 pub use random::{mix, normal, uniform};
 pub use rope::rope;
+pub use simd::{instruction_set, threads};

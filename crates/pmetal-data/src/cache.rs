@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use pmetal_core::cache_folder;
 use tempfile::TempDir;
 
 use crate::{
@@ -15,10 +16,8 @@ use crate::{
     store::Store,
 };
 
-/// The folder under [`CacheChoice::default`], in the user's cache folder.
-const FOLDER: &str = "pmetal/datasets";
-/// Names the folder outright.
-const VARIABLE: &str = "PMETAL_CACHE";
+/// The folder under [`CacheChoice::default`], in the program's cache folder.
+const FOLDER: &str = "datasets";
 /// Changes whenever rows become other ids or labels than before, or the store is laid out in another way.
 const FORMAT: &str = "rows 1";
 
@@ -40,9 +39,7 @@ impl CacheChoice {
         match self {
             Self::Folder(folder) => Some(folder.clone()),
             Self::Temporary => None,
-            Self::User => {
-                env::var_os(VARIABLE).map(|folder| PathBuf::from(folder).join("datasets")).or_else(user_folder)
-            }
+            Self::User => cache_folder(FOLDER),
         }
     }
 
@@ -85,16 +82,6 @@ impl CacheChoice {
         let store = Store::open(&place).ok_or_else(|| unreadable(&place))?;
         Ok((store, None))
     }
-}
-
-fn user_folder() -> Option<PathBuf> {
-    let home = || env::home_dir().filter(|home| home.is_absolute());
-    let cache = match env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute()) {
-        Some(cache) => cache,
-        None if cfg!(target_os = "macos") => home()?.join("Library/Caches"),
-        None => home()?.join(".cache"),
-    };
-    Some(cache.join(FOLDER))
 }
 
 /// The name of what becomes of a file under settings that `settings` tells: a hash of both.

@@ -1,5 +1,7 @@
 //! Kernels as their texts declare them, and calls of them.
 
+use std::{cell::RefCell, collections::BTreeSet};
+
 use candle_core::{DType, Tensor};
 
 use crate::{Error, Gpu, Result};
@@ -118,6 +120,19 @@ impl Call<'_> {
         if self.grid.groups.contains(&0) {
             return Ok(());
         }
+        LAUNCHED.with_borrow_mut(|launched| launched.as_mut().map(|launched| launched.insert(self.kernel.name)));
         gpu.launch(self)
     }
+}
+
+thread_local! {
+    /// The names of kernels, while somebody asks for them.
+    static LAUNCHED: RefCell<Option<BTreeSet<&'static str>>> = const { RefCell::new(None) };
+}
+
+/// Runs `f`, and returns with its result the names of the kernels that this thread launched meanwhile.
+pub fn launches<T>(f: impl FnOnce() -> T) -> (T, BTreeSet<&'static str>) {
+    LAUNCHED.set(Some(BTreeSet::new()));
+    let result = f();
+    (result, LAUNCHED.take().unwrap_or_default())
 }

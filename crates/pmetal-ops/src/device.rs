@@ -4,13 +4,21 @@ use candle_core::{DType, Device, Tensor};
 use pmetal_core::DeviceChoice;
 use pmetal_metal::{Error as GpuError, Facts, Memory};
 
-use crate::{Error, Result, place::gpu_of};
+use crate::{Error, Result, doctor, place::gpu_of};
 
-/// Opens the device that was asked for. `Auto` takes Metal, else the first CUDA device, else the CPU.
+/// Opens the device that was asked for. `Auto` takes Metal, else the first CUDA device, else the CPU. Operations whose kernels the doctor
+/// found wrong on this machine compute by their reference from here on.
 ///
 /// # Errors
 /// Where the device that was named is not there, or not in this build.
 pub fn open(choice: DeviceChoice) -> Result<Device> {
+    let device = open_as_is(choice)?;
+    doctor::heed(&device)?;
+    Ok(device)
+}
+
+/// [`open`], whatever the doctor found.
+pub(crate) fn open_as_is(choice: DeviceChoice) -> Result<Device> {
     Ok(match choice {
         DeviceChoice::Cpu => Device::Cpu,
         DeviceChoice::Cuda(ordinal) => pmetal_cuda::open(ordinal)?,

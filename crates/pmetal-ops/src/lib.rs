@@ -23,6 +23,7 @@ mod adamw;
 mod attention;
 pub mod autograd;
 pub mod device;
+pub mod doctor;
 mod elementwise;
 mod embedding;
 mod error;

@@ -1,7 +1,7 @@
 //! Where an operation computes: CPU kernels, GPU kernels, or the plain-candle reference.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeSet, HashMap, hash_map::Entry},
     sync::{Arc, PoisonError, RwLock},
 };
@@ -30,6 +30,7 @@ type Kept = HashMap<(DType, Vec<u8>), Tensor>;
 thread_local! {
     static KEPT: RefCell<Option<Kept>> = const { RefCell::new(None) };
     static EMULATOR: RefCell<Option<Arc<dyn Gpu>>> = const { RefCell::new(None) };
+    static OFF_HERE: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 
 /// The place for operation `op` on `t`, which stands for all operands.
@@ -69,8 +70,20 @@ pub fn switch_off(ops: impl IntoIterator<Item = String>) {
     OFF.write().unwrap_or_else(PoisonError::into_inner).extend(ops);
 }
 
+/// Runs `f` without the kernels of `op` on this thread.
+pub(crate) fn without<T>(op: &'static str, f: impl FnOnce() -> T) -> T {
+    struct Restore(Option<&'static str>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            OFF_HERE.set(self.0);
+        }
+    }
+    let _restore = Restore(OFF_HERE.replace(Some(op)));
+    f()
+}
+
 pub(crate) fn is_off(op: &str) -> bool {
-    OFF.read().unwrap_or_else(PoisonError::into_inner).contains(op)
+    OFF_HERE.get() == Some(op) || OFF.read().unwrap_or_else(PoisonError::into_inner).contains(op)
 }
 
 /// Numbers of the host on a device.

@@ -46,6 +46,9 @@ pub enum Failure {
         /// What is wrong with the row.
         reason: String,
     },
+    /// Kernels that do not do what they should.
+    #[error("{0}")]
+    Kernels(String),
     /// Ctrl-C before the work was done.
     #[error("interrupted: {0}")]
     Interrupted(String),

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod completions;
 pub mod data;
+pub mod doctor;
 pub mod download;
 mod failure;
 pub mod infer;

@@ -5,6 +5,7 @@ mod bench;
 mod common;
 mod data;
 mod data_errors;
+mod doctor;
 mod flag_errors;
 mod gguf_bytes;
 mod hub;
