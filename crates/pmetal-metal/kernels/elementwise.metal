@@ -47,34 +47,32 @@ KERNEL(from_f32)(READ(float, x, 0), WRITE(T, y, 1), PARAMS(ElementwiseParams, 2)
     for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS) y[i] = T(x[i]);
 }
 
-// Number `i` of the stream `seed` of SplitMix64, in [0, 1): the same as on the CPU.
-FUNCTION float dropout_uniform(ulong seed, ulong i) {
-    ulong z = seed + (i + 1) * 0x9e3779b97f4a7c15;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+// Number `i` of a stream of SplitMix64, in [0, 1), from `z = seed + (i + 1) * DROPOUT_GAMMA`: the same as on the CPU.
+#define DROPOUT_GAMMA ulong(0x9e3779b97f4a7c15)
+FUNCTION float dropout_uniform(ulong z) {
+    z = (z ^ (z >> 30)) * ulong(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * ulong(0x94d049bb133111eb);
     return float(uint((z ^ (z >> 31)) >> 40)) * (1.0f / 16777216.0f);
 }
 
 struct DropoutParams { ulong n; ulong quads; ulong seed; float rate; float factor; };
 
-FUNCTION float dropout_of(float x, ulong i, ulong seed, float rate, float factor) {
-    return dropout_uniform(seed, i) >= rate ? x * factor : 0.0f;
-}
+FUNCTION float dropout_of(float x, ulong z, float rate, float factor) { return dropout_uniform(z) >= rate ? x * factor : 0.0f; }
 
 /// `y = x * factor` where number `i` of the stream is at least `rate`, else 0; both `[n]`.
 KERNEL(dropout)(READ(T, x, 0), WRITE(T, y, 1), PARAMS(DropoutParams, 2))
 {
-    const ulong seed = params.seed;
     const float rate = params.rate, factor = params.factor;
-    for (ulong quad = THREAD_IN_GRID; quad < params.quads; quad += GRID_THREADS) {
-        const ulong i = 4 * quad;
-        const float4 v = load4(x, i);
-        store4(y, i,
-               make_float4(dropout_of(v.x, i, seed, rate, factor), dropout_of(v.y, i + 1, seed, rate, factor),
-                           dropout_of(v.z, i + 2, seed, rate, factor), dropout_of(v.w, i + 3, seed, rate, factor)));
+    for (ulong i = THREAD_IN_GRID; i < params.quads; i += GRID_THREADS) {
+        const float4 v = load4(x, 4 * i);
+        const ulong z = params.seed + (4 * i + 1) * DROPOUT_GAMMA;
+        store4(y, 4 * i,
+               make_float4(dropout_of(v.x, z, rate, factor), dropout_of(v.y, z + DROPOUT_GAMMA, rate, factor),
+                           dropout_of(v.z, z + 2 * DROPOUT_GAMMA, rate, factor),
+                           dropout_of(v.w, z + 3 * DROPOUT_GAMMA, rate, factor)));
     }
     for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS)
-        y[i] = T(dropout_of(float(x[i]), i, seed, rate, factor));
+        y[i] = T(dropout_of(float(x[i]), params.seed + (i + 1) * DROPOUT_GAMMA, rate, factor));
 }
 
 struct BiasParams { uint rows; uint n; uint rows_per_group; uint aligned; };
@@ -104,7 +102,7 @@ KERNEL(bias_add)(READ(T, bias, 0), UPDATE(T, y, 1), PARAMS(BiasParams, 2))
 }
 
 /// The sums of the columns of `dy [rows, n]` over the rows of each GROUP_Y: `partial [groups, n]`. 256 threads: a SIMD group adds
-/// every eighth row of 128 columns.
+/// an eighth of the rows, 128 columns.
 KERNEL(bias_grad)(READ(T, dy, 0), WRITE(float, partial, 1), PARAMS(BiasParams, 2))
 {
     THREADGROUP(float, sums, 1024);
@@ -112,18 +110,21 @@ KERNEL(bias_grad)(READ(T, dy, 0), WRITE(float, partial, 1), PARAMS(BiasParams, 2
     const uint last = min(first + params.rows_per_group, params.rows);
     const uint c = 128 * GROUP_X + 4 * LANE;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (c < params.n) {
+    if (params.aligned && c < params.n) {
+        const float4 zero = sum;
+        for (uint row = first + 4 * SIMD; row < last; row += 4 * SIMDS) {
+            const ulong i = ulong(row) * params.n + c;
+            float4 v[4];
+            for (uint k = 0; k < 4; ++k) v[k] = row + k < last ? load4(dy, i + k * params.n) : zero;
+            for (uint k = 0; k < 4; ++k) sum = make_float4(sum.x + v[k].x, sum.y + v[k].y, sum.z + v[k].z, sum.w + v[k].w);
+        }
+    } else {
         for (uint row = first + SIMD; row < last; row += SIMDS) {
             const ulong i = ulong(row) * params.n + c;
-            if (params.aligned) {
-                const float4 v = load4(dy, i);
-                sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-            } else {
-                sum.x += float(dy[i]);
-                if (c + 1 < params.n) sum.y += float(dy[i + 1]);
-                if (c + 2 < params.n) sum.z += float(dy[i + 2]);
-                if (c + 3 < params.n) sum.w += float(dy[i + 3]);
-            }
+            if (c < params.n) sum.x += float(dy[i]);
+            if (c + 1 < params.n) sum.y += float(dy[i + 1]);
+            if (c + 2 < params.n) sum.z += float(dy[i + 2]);
+            if (c + 3 < params.n) sum.w += float(dy[i + 3]);
         }
     }
     sums[128 * SIMD + 4 * LANE] = sum.x;

@@ -94,7 +94,7 @@ pub(crate) fn bias_add(y: &Tensor, bias: &Tensor) -> Result<()> {
             })
         }
         Place::Gpu(gpu) => {
-            let rows_per_group = rows.div_ceil(65_535).max(16);
+            let rows_per_group = rows.div_ceil(65_535).max(8);
             let (quads, threads) = (n.div_ceil(4), n.div_ceil(4).next_multiple_of(32).clamp(32, 256));
             let grid = Grid { groups: [quads.div_ceil(threads), rows.div_ceil(rows_per_group), 1], threads };
             let (rows_per_group, aligned) = (rows_per_group as u32, rows_in_quads(n, &[y, &bias]));
@@ -187,7 +187,7 @@ pub(crate) fn span(tensors: &[&Tensor]) -> (u64, u64, Grid) {
 }
 
 /// Enough for several loads in flight.
-const QUADS_PER_THREAD: usize = 4;
+const QUADS_PER_THREAD: usize = 2;
 
 /// 1 where four elements can be moved at once in every row of `width`, else 0.
 pub(crate) fn rows_in_quads(width: usize, tensors: &[&Tensor]) -> u32 {

@@ -20,7 +20,7 @@ const OP: &str = "rms_norm";
 /// The norm of `x [rows, width]` with `weight [width]` (any float dtype).
 pub fn rms_norm(x: &Value, weight: &Value, eps: f64) -> Result<Value> {
     let width = check(x, weight)?;
-    let place = place(x.tensor(), OP)?;
+    let place = place_of_rows(x.tensor(), width)?;
     let (x_t, weight_t) = (x.tensor().contiguous()?, weight.tensor().contiguous()?);
     let (y, rstd) = match &place {
         Place::Cpu => forward(&x_t, &weight_t, eps as f32, width)?,
@@ -43,7 +43,7 @@ pub fn add_rms_norm(x: &Value, residual: &Value, weight: &Value, eps: f64) -> Re
     if x.tensor().shape() != residual.tensor().shape() || x.tensor().dtype() != residual.tensor().dtype() {
         return Err(Error::operand(OP, "residual", x.tensor().dims(), residual.tensor().dims()));
     }
-    let place = place(x.tensor(), OP)?;
+    let place = place_of_rows(x.tensor(), width)?;
     let (x_t, residual_t) = (x.tensor().contiguous()?, residual.tensor().contiguous()?);
     let weight_t = weight.tensor().contiguous()?;
     let (sum, y, rstd) = match &place {
@@ -161,27 +161,40 @@ fn backward_on_cpu(
     Ok((dx, dweight.map(|d| tensor(d, width)).transpose()?))
 }
 
-/// How rows are shared out: a SIMD group to a narrow row, a threadgroup to a wide one. Returns the grid and the SIMD groups of a row.
-fn share_rows(rows: usize, width: usize) -> (Grid, u32) {
-    if width <= WIDTH_OF_A_SIMD_GROUP {
-        return (Grid::line(rows.div_ceil(8), 256), 1);
-    }
-    let threads = width.div_ceil(16).next_multiple_of(32).min(1024);
-    (Grid::line(rows, threads), threads as u32 / 32)
+/// Elements of a row that a thread of the kernels holds.
+const PER_THREAD: usize = 16;
+
+/// Up to here four rows go to a SIMD group, else one to a threadgroup.
+const NARROW: usize = 128;
+
+/// As [`place`]; rows that no threadgroup holds go the reference path.
+fn place_of_rows(x: &Tensor, width: usize) -> Result<Place> {
+    Ok(match place(x, OP)? {
+        Place::Gpu(_) if width > PER_THREAD * 1024 => Place::Reference,
+        place => place,
+    })
 }
 
-/// Up to here a row is read twice by 32 threads without leaving the first cache in between.
-const WIDTH_OF_A_SIMD_GROUP: usize = 512;
+fn grid_of_rows(rows: usize, width: usize) -> Grid {
+    Grid::line(rows, width.div_ceil(PER_THREAD).next_multiple_of(32))
+}
+
+fn grid_of_narrow_rows(rows: usize) -> Grid {
+    Grid::line(rows.div_ceil(32), 256)
+}
 
 fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
     let (rows, width) = x.dims2()?;
     let weight = converted(weight, x.dtype())?;
     let (y, rstd) = (empty((rows, width), x.dtype(), x.device())?, empty(rows, DType::F32, x.device())?);
-    let (grid, simds_per_row) = share_rows(rows, width);
     let aligned = rows_in_quads(width, &[x, &weight]);
-    let (rows, width) = (rows as u32, width as u32);
-    let params = kernels::rms_norm::RmsNormParams { rows, width, simds_per_row, aligned, eps };
-    kernels::rms_norm(gpu, x.dtype(), grid, x, &weight, &y, &rstd, params)?;
+    if width <= NARROW {
+        let params = kernels::rms_norm_narrow::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
+        kernels::rms_norm_narrow(gpu, x.dtype(), grid_of_narrow_rows(rows), x, &weight, &y, &rstd, params)?;
+    } else {
+        let params = kernels::rms_norm::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
+        kernels::rms_norm(gpu, x.dtype(), grid_of_rows(rows, width), x, &weight, &y, &rstd, params)?;
+    }
     Ok((y, rstd))
 }
 
@@ -196,10 +209,8 @@ fn add_forward_on_gpu(
     let weight = converted(weight, x.dtype())?;
     let room = || empty((rows, width), x.dtype(), x.device());
     let (sum, y, rstd) = (room()?, room()?, empty(rows, DType::F32, x.device())?);
-    let (grid, simds_per_row) = share_rows(rows, width);
-    let aligned = rows_in_quads(width, &[x, residual, &weight]);
-    let (rows, width) = (rows as u32, width as u32);
-    let params = kernels::add_rms_norm::RmsNormParams { rows, width, simds_per_row, aligned, eps };
+    let (aligned, grid) = (rows_in_quads(width, &[x, residual, &weight]), grid_of_rows(rows, width));
+    let params = kernels::add_rms_norm::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
     kernels::add_rms_norm(gpu, x.dtype(), grid, x, residual, &weight, &sum, &y, &rstd, params)?;
     Ok((sum, y, rstd))
 }
@@ -214,18 +225,20 @@ fn backward_on_gpu(
     let (rows, width) = x.dims2()?;
     let weight = converted(weight, x.dtype())?;
     let dx = empty((rows, width), x.dtype(), x.device())?;
-    let (grid, simds_per_row) = share_rows(rows, width);
     let has_dsum = u32::from(dsum.is_some());
-    let dsum = dsum.unwrap_or(dy);
-    let aligned = rows_in_quads(width, &[dy, x, &weight, dsum]);
-    let params = kernels::rms_norm_backward::RmsNormBackwardParams {
-        rows: rows as u32,
-        width: width as u32,
-        simds_per_row,
-        aligned,
-        has_dsum,
-    };
-    kernels::rms_norm_backward(gpu, x.dtype(), grid, dy, x, &weight, rstd, dsum, &dx, params)?;
+    let aligned = rows_in_quads(width, &[dy, x, &weight, dsum.unwrap_or(dy)]);
+    let (rows_u, width_u, grid) = (rows as u32, width as u32, grid_of_rows(rows, width));
+    if width <= NARROW && dsum.is_none() {
+        use kernels::rms_norm_backward_narrow::RmsNormBackwardParams;
+        let params = RmsNormBackwardParams { rows: rows_u, width: width_u, aligned, has_dsum };
+        let grid = grid_of_narrow_rows(rows);
+        kernels::rms_norm_backward_narrow(gpu, x.dtype(), grid, dy, x, &weight, rstd, &dx, params)?;
+    } else {
+        use kernels::rms_norm_backward::RmsNormBackwardParams;
+        let params = RmsNormBackwardParams { rows: rows_u, width: width_u, aligned, has_dsum };
+        let dsum = dsum.unwrap_or(dy);
+        kernels::rms_norm_backward(gpu, x.dtype(), grid, dy, x, &weight, rstd, dsum, &dx, params)?;
+    }
     let dweight = needs_weight.then(|| weight_grad_on_gpu(gpu, dy, x, rstd)).transpose()?;
     Ok((dx, dweight))
 }
@@ -261,7 +274,7 @@ mod tests {
     use crate::testing::{check_op, random};
 
     /// Rows to a SIMD group and to a threadgroup, in fours and not, one and many.
-    const SHAPES: [(usize, usize); 7] = [(1, 1), (5, 24), (3, 17), (70, 6), (9, 130), (3, 1030), (1, 2052)];
+    const SHAPES: [(usize, usize); 8] = [(1, 1), (5, 24), (3, 17), (70, 6), (2, 128), (9, 130), (3, 1030), (1, 2052)];
 
     #[test]
     fn norm_and_its_gradients() {
