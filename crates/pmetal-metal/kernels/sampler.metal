@@ -11,7 +11,7 @@ struct SamplerParams {
     uint vocab;
     uint news;
     uint top_k;
-    float temperature;
+    float inverse_temperature;
     float top_p;
     float min_p_distance;
     float repetition_penalty;
@@ -67,22 +67,14 @@ FUNCTION uint prefix(uint x, uint lane)
     return x;
 }
 
-FUNCTION bool is_nan(float x) { return (as_uint(x) & 0x7fffffffu) > 0x7f800000u; }
-
-FUNCTION bool is_finite(float x) { return (as_uint(x) & 0x7f800000u) != 0x7f800000u; }
-
-// A logit after the penalty, which is for the marked; below all others where it is infinite.
-FUNCTION float logit(float x, uint mark, float penalty)
-{
-    if (mark != 0) x = x < 0.0f ? x * penalty : x / penalty;
-    return is_finite(x) || is_nan(x) ? x : -FAR;
-}
+// A logit after the penalty, which is for the marked.
+FUNCTION float logit(float x, uint mark, float penalty) { return mark == 0 ? x : x < 0.0f ? x * penalty : x / penalty; }
 
 // Without `penalised` no marks are read.
 FUNCTION float4 four_logits(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint i, float penalty, bool penalised)
 {
     const float4 x = load4(logits, i);
-    if (!penalised) return make_float4(logit(x.x, 0, 1.0f), logit(x.y, 0, 1.0f), logit(x.z, 0, 1.0f), logit(x.w, 0, 1.0f));
+    if (!penalised) return x;
     return make_float4(logit(x.x, marks[i], penalty), logit(x.y, marks[i + 1], penalty), logit(x.z, marks[i + 2], penalty),
                        logit(x.w, marks[i + 3], penalty));
 }
@@ -92,26 +84,20 @@ FUNCTION float one_logit(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) 
     return logit(logits[i], penalty != 1.0f ? marks[i] : 0, penalty);
 }
 
-FUNCTION float distance_of(float x, float top, float temperature) { return x > -FAR ? fmin((top - x) / temperature, FAR) : FAR; }
+// What a thread learns of its logits: the greatest, the first four that have it, the greatest bits without a sign.
+struct Survey { float best; uint best_at; uint magnitude; };
 
-// What a thread learns of its logits: the greatest, the first that has it, how many are NaN.
-struct Survey { float best; uint best_id; uint nans; };
+FUNCTION uint magnitude(float x) { return as_uint(x) & 0x7fffffffu; }
 
-FUNCTION void look(float x, uint id, THREAD_REF(Survey) survey)
+FUNCTION void look_at(float4 x, uint i, THREAD_REF(Survey) survey)
 {
-    if (x > survey.best) {
-        survey.best = x;
-        survey.best_id = id;
+    const float best = fmax(fmax(x.x, x.y), fmax(x.z, x.w));
+    if (best > survey.best) {
+        survey.best = best;
+        survey.best_at = i;
     }
-    survey.nans += uint(is_nan(x));
-}
-
-FUNCTION void look_at_four(float4 x, uint i, THREAD_REF(Survey) survey)
-{
-    look(x.x, i, survey);
-    look(x.y, i + 1, survey);
-    look(x.z, i + 2, survey);
-    look(x.w, i + 3, survey);
+    const uint greatest = max(max(magnitude(x.x), magnitude(x.y)), max(magnitude(x.z), magnitude(x.w)));
+    survey.magnitude = max(survey.magnitude, greatest);
 }
 
 FUNCTION void look_at_all(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint begin, uint end, float penalty, bool penalised,
@@ -123,33 +109,45 @@ FUNCTION void look_at_all(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint)
         const float4 b = four_logits(logits, marks, i + 128, penalty, penalised);
         const float4 c = four_logits(logits, marks, i + 256, penalty, penalised);
         const float4 d = four_logits(logits, marks, i + 384, penalty, penalised);
-        look_at_four(a, i, survey);
-        look_at_four(b, i + 128, survey);
-        look_at_four(c, i + 256, survey);
-        look_at_four(d, i + 384, survey);
+        look_at(a, i, survey);
+        look_at(b, i + 128, survey);
+        look_at(c, i + 256, survey);
+        look_at(d, i + 384, survey);
     }
-    for (; i < end; i += 128) look_at_four(four_logits(logits, marks, i, penalty, penalised), i, survey);
+    for (; i < end; i += 128) look_at(four_logits(logits, marks, i, penalty, penalised), i, survey);
 }
+
+// The first of the four logits from `i` on that is `top`.
+FUNCTION uint first_of(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint i, uint vocab, float penalty, float top)
+{
+    while (i < vocab && one_logit(logits, marks, i, penalty) != top) ++i;
+    return i;
+}
+
+// Whether a logit is NaN or infinite, and not just left out.
+FUNCTION bool is_wrong(float x) { return magnitude(x) >= 0x7f800000u && as_uint(x) != 0xff800000u; }
+
+FUNCTION float distance_of(float x, float top, float inverse_temperature) { return fmin((top - x) * inverse_temperature, FAR); }
 
 FUNCTION float mass(float4 d) { return (exp(-d.x) + exp(-d.y)) + (exp(-d.z) + exp(-d.w)); }
 
-FUNCTION float4 four_distances(float4 x, float top, float temperature)
+FUNCTION float4 four_distances(float4 x, float top, float inverse_temperature)
 {
-    return make_float4(distance_of(x.x, top, temperature), distance_of(x.y, top, temperature), distance_of(x.z, top, temperature),
-                       distance_of(x.w, top, temperature));
+    return make_float4(distance_of(x.x, top, inverse_temperature), distance_of(x.y, top, inverse_temperature), distance_of(x.z, top, inverse_temperature),
+                       distance_of(x.w, top, inverse_temperature));
 }
 
 // Writes the distances of a thread's logits and returns their probabilities times a common factor.
 FUNCTION float measure_all(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, DEVICE_PTR(float) distances, uint begin, uint end,
-                           float top, float temperature, float penalty, bool penalised)
+                           float top, float inverse_temperature, float penalty, bool penalised)
 {
     float sum = 0.0f;
     uint i = begin;
     for (; i + 384 < end; i += 512) {
-        const float4 a = four_distances(four_logits(logits, marks, i, penalty, penalised), top, temperature);
-        const float4 b = four_distances(four_logits(logits, marks, i + 128, penalty, penalised), top, temperature);
-        const float4 c = four_distances(four_logits(logits, marks, i + 256, penalty, penalised), top, temperature);
-        const float4 d = four_distances(four_logits(logits, marks, i + 384, penalty, penalised), top, temperature);
+        const float4 a = four_distances(four_logits(logits, marks, i, penalty, penalised), top, inverse_temperature);
+        const float4 b = four_distances(four_logits(logits, marks, i + 128, penalty, penalised), top, inverse_temperature);
+        const float4 c = four_distances(four_logits(logits, marks, i + 256, penalty, penalised), top, inverse_temperature);
+        const float4 d = four_distances(four_logits(logits, marks, i + 384, penalty, penalised), top, inverse_temperature);
         store4(distances, i, a);
         store4(distances, i + 128, b);
         store4(distances, i + 256, c);
@@ -157,7 +155,7 @@ FUNCTION float measure_all(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint
         sum += (mass(a) + mass(b)) + (mass(c) + mass(d));
     }
     for (; i < end; i += 128) {
-        const float4 d = four_distances(four_logits(logits, marks, i, penalty, penalised), top, temperature);
+        const float4 d = four_distances(four_logits(logits, marks, i, penalty, penalised), top, inverse_temperature);
         store4(distances, i, d);
         sum += mass(d);
     }
@@ -191,10 +189,11 @@ FUNCTION uint count_below(DEVICE_PTR(const float) distances, uint from, uint n, 
     return count;
 }
 
+FUNCTION float weight_below(float d, uint t) { return exp(as_uint(d) < t ? -d : -FAR); }
+
 FUNCTION float four_below(float4 d, uint t)
 {
-    return ((as_uint(d.x) < t ? exp(-d.x) : 0.0f) + (as_uint(d.y) < t ? exp(-d.y) : 0.0f)) +
-           ((as_uint(d.z) < t ? exp(-d.z) : 0.0f) + (as_uint(d.w) < t ? exp(-d.w) : 0.0f));
+    return (weight_below(d.x, t) + weight_below(d.y, t)) + (weight_below(d.z, t) + weight_below(d.w, t));
 }
 
 // Their probabilities times a common factor.
@@ -279,9 +278,9 @@ FUNCTION void visit(float d, uint i, float target, THREAD_REF(float) reached, TH
     if (at == NONE && weight > 0.0f && reached > target) at = i;
 }
 
-/// The id of the next token, to `token [1]`; 0xffffffff where a logit is NaN or none is finite. Marks `seen [news]`, all different, as seen
-/// before (0 in `marks [vocab]`: not seen; read and written where there is a penalty only). A temperature of 0 takes the likeliest, of equals the
-/// lowest id. `min_p_distance` is `ln(1 / min_p)`, `likelihood` in [0, 1) the place in the cumulated probabilities, in the order of ids.
+/// The id of the next token, to `token [1]`; 0xffffffff where a logit is NaN or infinite above, or none is finite. Marks `seen [news]`, all different, as seen
+/// before (0 in `marks [vocab]`: not seen; read and written where there is a penalty only). An inverse temperature of 0 takes the likeliest, of
+/// equals the lowest id. `min_p_distance` is `ln(1 / min_p)`, `likelihood` in [0, 1) the place in the cumulated probabilities, in the order of ids.
 /// `distances` and `ids` are room: twice vocab rounded up to a multiple of 4, plus 4. One threadgroup.
 KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, marks, 2), UPDATE(float, distances, 3), UPDATE(uint, ids, 4),
                      WRITE(uint, token, 5), PARAMS(SamplerParams, 6))
@@ -302,31 +301,35 @@ KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, m
     const uint begin = SIMD * size + 4 * LANE, end = min((SIMD + 1) * size, fours), odd = fours + THREAD;
     Survey survey;
     survey.best = -FAR;
-    survey.best_id = NONE;
-    survey.nans = 0;
+    survey.best_at = NONE;
+    survey.magnitude = 0;
     if (penalty != 1.0f) {
         look_at_all(logits, marks, begin, end, penalty, true, survey);
     } else {
         look_at_all(logits, marks, begin, end, penalty, false, survey);
     }
-    if (odd < vocab) look(one_logit(logits, marks, odd, penalty), odd, survey);
-    const float best = survey.best;
-    const uint nans = group_sum(survey.nans, words, LANE, SIMD, SIMDS);
-    const float simds_best = simd_max(best);
+    if (odd < vocab) look_at(make_float4(one_logit(logits, marks, odd, penalty), -FAR, -FAR, -FAR), odd, survey);
+    const float best = survey.best, simds_best = simd_max(best);
     if (LANE == 0) sums[SIMD] = simds_best;
     BARRIER();
     const float top = simd_max(LANE < SIMDS ? sums[LANE] : -FAR);
-    BARRIER();
-    const uint likeliest = nans > 0 ? NONE : group_min(best == top ? survey.best_id : NONE, words, LANE, SIMD, SIMDS);
-    if (likeliest == NONE || params.temperature == 0.0f) {
+    const uint own_likeliest = best > -FAR && best == top ? first_of(logits, marks, survey.best_at, vocab, penalty, top) : NONE;
+    uint likeliest = group_min(own_likeliest, words, LANE, SIMD, SIMDS);
+    // rare: a token that is left out, or a model that fails
+    if (group_min(NONE - survey.magnitude, words, LANE, SIMD, SIMDS) <= NONE - 0x7f800000u) {
+        uint wrong = 0;
+        for (uint i = THREAD; i < vocab; i += THREADS) wrong += uint(is_wrong(one_logit(logits, marks, i, penalty)));
+        if (group_sum(wrong, words, LANE, SIMD, SIMDS) > 0) likeliest = NONE;
+    }
+    if (likeliest == NONE || params.inverse_temperature == 0.0f) {
         if (THREAD == 0) token[0] = likeliest;
         return;
     }
 
-    float sum = penalty != 1.0f ? measure_all(logits, marks, distances, begin, end, top, params.temperature, penalty, true)
-                                : measure_all(logits, marks, distances, begin, end, top, params.temperature, penalty, false);
+    float sum = penalty != 1.0f ? measure_all(logits, marks, distances, begin, end, top, params.inverse_temperature, penalty, true)
+                                : measure_all(logits, marks, distances, begin, end, top, params.inverse_temperature, penalty, false);
     if (THREAD < 4) {
-        distances[odd] = odd < vocab ? distance_of(one_logit(logits, marks, odd, penalty), top, params.temperature) : FAR;
+        distances[odd] = odd < vocab ? distance_of(one_logit(logits, marks, odd, penalty), top, params.inverse_temperature) : FAR;
         sum += exp(-distances[odd]);
     }
     const float whole = group_sum(sum, sums, LANE, SIMD, SIMDS);
@@ -337,7 +340,7 @@ KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, m
     uint bound = far;
     if (k > 0 && k <= THREADS) {
         // the k nearest of the threads' nearest are k tokens
-        const uint nearest = as_uint(distance_of(best, top, params.temperature));
+        const uint nearest = as_uint(distance_of(best, top, params.inverse_temperature));
         uint low = 0;
         while (low < bound) {
             const uint middle = (low + bound) / 2;
@@ -416,8 +419,15 @@ KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, m
     const float target = params.likelihood * total;
     if (target < before || target >= before + own) return;
     const uint part = stretch(n, SIMDS), last = min((SIMD + 1) * part, n);
-    uint chosen = NONE;
-    for (uint base = SIMD * part; base < last && chosen == NONE; base += 128) {
+    uint base = SIMD * part, chosen = NONE;
+    // eight strides at once up to where it falls, then one by one
+    while (base + 1024 <= last) {
+        const float ahead = simd_sum(mass_below(distances, from + base, 1024, far, LANE, 0, 1));
+        if (before + ahead > target) break;
+        before += ahead;
+        base += 1024;
+    }
+    for (; base < last && chosen == NONE; base += 128) {
         const uint i = base + 4 * LANE;
         const float4 d = i < last ? load4(distances, from + i) : make_float4(FAR, FAR, FAR, FAR);
         const float own_mass = mass(d), up_to = prefix(own_mass, LANE);

@@ -45,6 +45,10 @@ impl Sampling {
         random::uniform(random::mix(self.seed, &[step]), 0)
     }
 
+    fn inverse_temperature(&self) -> f32 {
+        ((1.0 / self.temperature) as f32).min(f32::MAX)
+    }
+
     /// The greatest distance that min-p leaves.
     fn min_p_distance(&self) -> f32 {
         (1.0 / self.min_p).ln() as f32
@@ -71,8 +75,8 @@ impl Sampler {
         Self { sampling, seen: prompt.to_vec(), step: 0, room: None }
     }
 
-    /// Chooses the next token by `logits` (one for each id, any shape and float dtype), which it counts as seen; none where a logit is NaN or none
-    /// is finite.
+    /// Chooses the next token by `logits` (one for each id, any shape and float dtype), which it counts as seen; none where a logit is NaN or
+    /// positive infinity, or none is finite.
     ///
     /// # Errors
     /// Where the device fails.
@@ -101,7 +105,7 @@ impl Sampler {
             vocab: logits.elem_count() as u32,
             news: room.news.elem_count() as u32,
             top_k: s.top_k.min(logits.elem_count()) as u32,
-            temperature: s.temperature as f32,
+            inverse_temperature: if s.temperature == 0.0 { 0.0 } else { s.inverse_temperature() },
             top_p: s.top_p as f32,
             min_p_distance: s.min_p_distance(),
             repetition_penalty: s.repetition_penalty as f32,
@@ -154,7 +158,7 @@ fn reference(mut logits: Vec<f32>, seen: &[u32], sampling: &Sampling, likelihood
     if sampling.has_penalty() {
         penalise(&mut logits, seen, sampling.repetition_penalty as f32);
     }
-    if logits.iter().any(|l| l.is_nan()) {
+    if logits.iter().any(|&logit| logit.is_nan() || logit == f32::INFINITY) {
         return None;
     }
     let finite = (0u32..).zip(logits).filter(|(_, logit)| logit.is_finite());
@@ -164,7 +168,7 @@ fn reference(mut logits: Vec<f32>, seen: &[u32], sampling: &Sampling, likelihood
         return Some(likeliest);
     }
     for (_, logit) in &mut candidates {
-        *logit = (top - *logit) / sampling.temperature as f32;
+        *logit = (top - *logit) * sampling.inverse_temperature();
     }
     keep_top_k(&mut candidates, sampling.top_k);
     keep_top_p(&mut candidates, sampling.top_p);
@@ -345,7 +349,7 @@ mod tests {
     fn logits_that_are_not_finite_choose_nothing() {
         let emulator = Arc::new(Emulator::new());
         for temperature in [0.0, 1.0] {
-            for logits in [[0.0, f32::NAN], [f32::NEG_INFINITY; 2]] {
+            for logits in [[0.0, f32::NAN], [0.0, -f32::NAN], [f32::INFINITY, 0.0], [f32::NEG_INFINITY; 2]] {
                 let logits = Tensor::new(&logits, &Device::Cpu).unwrap();
                 let mut sampler = Sampler::new(Sampling { temperature, ..PLAIN }, &[0]);
                 assert_eq!(sampler.sample(&logits).unwrap(), None);
