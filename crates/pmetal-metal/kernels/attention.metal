@@ -62,9 +62,9 @@ FUNCTION void unload(Matrix sum, THREADGROUP_PTR(float) room, DEVICE_PTR(T) to, 
     to[at + 1] = T(room[8 * row + column + 1]);
 }
 
-// Puts each row's factor, which its four lanes hold, on the diagonal of the matrix in `room`, which is zero elsewhere.
+// Puts each row's factor, which its four lanes hold, on the diagonal of the matrix in `room`, which is zero elsewhere; a barrier lies
+// behind the last use of `room`.
 FUNCTION void set_diagonal(float factor, THREADGROUP_PTR(float) room, uint lane) {
-    SIMD_BARRIER();
     if (lane % 4 == 0) room[9 * (lane / 4)] = factor;
     SIMD_BARRIER();
 }
