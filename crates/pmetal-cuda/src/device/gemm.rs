@@ -1,9 +1,10 @@
-//! Matrix products by cuBLASLt.
+//! Matrix products by cuBLASLt, by whichever of its algorithms is the fastest here.
+
+mod matrices;
 
 use std::{
     collections::HashMap,
     ffi::c_void,
-    mem::size_of,
     ptr,
     sync::{Arc, PoisonError, RwLock},
 };
@@ -15,21 +16,22 @@ use candle_core::{
         cudarc::{
             cublaslt::{
                 result::{self, CublasError},
-                sys::{
-                    self, cublasComputeType_t, cublasLtMatmulAlgo_t, cublasLtMatmulDescAttributes_t,
-                    cublasLtMatmulPreferenceAttributes_t, cudaDataType,
-                },
+                sys::{self, cublasLtMatmulAlgo_t, cublasStatus_t},
             },
-            driver::{CudaSlice, CudaStream, DevicePtr},
+            driver::{
+                CudaSlice, CudaStream, DevicePtr,
+                sys::{CUdeviceptr, CUevent_flags, CUstreamCaptureStatus},
+            },
         },
     },
 };
 use pmetal_metal::{Error, Gemm, Result};
 
+use self::matrices::{Matrices, Shape, WORKSPACE, failed};
 use super::CudaGpu;
 
-/// Bytes that a product may use beside its operands: what NVIDIA advises for Hopper.
-const WORKSPACE: usize = 32 << 20;
+/// Smaller products take no longer than their launch.
+const WORTH_MEASURING: usize = 1 << 24;
 
 /// The library, its workspace, and how each product seen so far is computed.
 pub(super) struct Products {
@@ -39,7 +41,7 @@ pub(super) struct Products {
     plans: RwLock<HashMap<Shape, Arc<Plan>>>,
 }
 
-// SAFETY: the library's handle and descriptors may be used from any thread; nothing changes a descriptor once its plan is made.
+// SAFETY: any thread may use the library's handle.
 unsafe impl Send for Products {}
 // SAFETY: as above.
 unsafe impl Sync for Products {}
@@ -49,19 +51,6 @@ impl Drop for Products {
         // SAFETY: created in `new`, destroyed here alone; there is nothing to do about an error.
         let _ = unsafe { result::destroy_handle(self.library) };
     }
-}
-
-/// What a plan depends on, in the column-major words of the library: its first operand is our `b`.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Shape {
-    m: usize,
-    n: usize,
-    k: usize,
-    transposed: [bool; 2],
-    dtype: DType,
-    result: DType,
-    /// Of the two operands and the result, in bytes.
-    alignment: [u32; 3],
 }
 
 impl Products {
@@ -91,32 +80,43 @@ impl Products {
             result: product.c.dtype(),
             alignment: [b, a, c].map(|address| 1 << address.trailing_zeros().min(8)),
         };
-        let plan = self.plan(&shape)?;
+        let work = Work { operands: [b, a, c], to: c, factors: [product.alpha, product.beta] };
+        let plan = self.plan(gpu, &shape, &work)?;
         gpu.context.bind_to_thread().w()?;
-        let stream = &gpu.stream;
-        // SAFETY: the plan's layouts are those of the operands, whose sizes and dtypes were checked; see `CudaGpu::address` for their
-        // memory. The factors are read before the call returns.
-        let asked = unsafe {
+        self.ask(gpu, &plan.matrices, &plan.algorithm, &work).map_err(failed)
+    }
+
+    fn ask(
+        &self,
+        gpu: &CudaGpu,
+        Matrices { product, layouts: [a, b, c] }: &Matrices,
+        algorithm: &cublasLtMatmulAlgo_t,
+        work: &Work,
+    ) -> Result<(), CublasError> {
+        let [alpha, beta] = work.factors.each_ref().map(|factor| ptr::from_ref(factor).cast());
+        let [at_a, at_b, at_c] = work.operands.map(|address| address as *const c_void);
+        // SAFETY: the layouts are those of the operands, whose sizes and dtypes were checked; see `CudaGpu::address` for their memory. The
+        // factors are read before the call returns.
+        unsafe {
             result::matmul(
                 self.library,
-                plan.product.0,
-                ptr::from_ref(&product.alpha).cast(),
-                ptr::from_ref(&product.beta).cast(),
-                b as *const c_void,
-                plan.layouts[0].0,
-                a as *const c_void,
-                plan.layouts[1].0,
-                c as *const c_void,
-                plan.layouts[2].0,
-                c as *mut c_void,
-                plan.layouts[2].0,
-                &plan.algorithm,
-                self.workspace.device_ptr(stream).0 as *mut c_void,
+                product.0,
+                alpha,
+                beta,
+                at_a,
+                a.0,
+                at_b,
+                b.0,
+                at_c,
+                c.0,
+                work.to as *mut c_void,
+                c.0,
+                algorithm,
+                self.workspace.device_ptr(&gpu.stream).0 as *mut c_void,
                 WORKSPACE,
-                stream.cu_stream().cast(),
+                gpu.stream.cu_stream().cast(),
             )
-        };
-        asked.map_err(failed)
+        }
     }
 
     /// The product of matrices without columns and rows is zero.
@@ -130,122 +130,79 @@ impl Products {
         self.run(gpu, &Gemm { a, a_transposed: false, b, b_transposed: false, ..*product })
     }
 
-    fn plan(&self, shape: &Shape) -> Result<Arc<Plan>> {
+    fn plan(&self, gpu: &CudaGpu, shape: &Shape, work: &Work) -> Result<Arc<Plan>> {
         if let Some(plan) = self.plans.read().unwrap_or_else(PoisonError::into_inner).get(shape) {
             return Ok(plan.clone());
         }
-        let plan = Arc::new(Plan::new(self.library, shape)?);
+        let matrices = Matrices::new(shape)?;
+        let proposed = matrices.proposals(self.library, shape)?;
+        let algorithm = match self.fastest(gpu, shape, &matrices, &proposed, work) {
+            Some(best) => best,
+            None => {
+                *proposed.first().ok_or_else(|| failed(CublasError(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)))?
+            }
+        };
+        let plan = Arc::new(Plan { matrices, algorithm });
         self.plans.write().unwrap_or_else(PoisonError::into_inner).insert(*shape, plan.clone());
         Ok(plan)
     }
+
+    /// The proposed algorithm that took the least time on the operands themselves; none where that is not to be measured, or the
+    /// library's first choice is as good.
+    fn fastest(
+        &self,
+        gpu: &CudaGpu,
+        shape: &Shape,
+        matrices: &Matrices,
+        proposed: &[cublasLtMatmulAlgo_t],
+        work: &Work,
+    ) -> Option<cublasLtMatmulAlgo_t> {
+        let free = gpu.stream.capture_status().ok()? == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        if !free || proposed.len() < 2 || shape.m * shape.n * shape.k < WORTH_MEASURING {
+            return None;
+        }
+        // what is added to must not change: then the results go elsewhere
+        let elsewhere: Option<CudaSlice<u8>> = match work.factors[1] {
+            0.0 => None,
+            // SAFETY: the products write it, nothing reads it.
+            _ => Some(unsafe { gpu.stream.alloc(shape.m * shape.n * shape.result.size_in_bytes()) }.ok()?),
+        };
+        let to = elsewhere.as_ref().map_or(work.to, |elsewhere| elsewhere.device_ptr(&gpu.stream).0);
+        let work = Work { to, ..*work };
+        let times: Vec<f32> = proposed.iter().map(|algorithm| self.time(gpu, matrices, algorithm, &work)).collect();
+        let again = proposed.iter().map(|algorithm| self.time(gpu, matrices, algorithm, &work));
+        let times: Vec<f32> = times.iter().zip(again).map(|(first, second)| first.min(second)).collect();
+        let best = (0..times.len()).min_by(|&i, &j| times[i].total_cmp(&times[j]))?;
+        // less may be chance
+        (times[best] < 0.97 * times[0]).then(|| proposed[best])
+    }
+
+    /// How long an algorithm takes; forever where it fails.
+    fn time(&self, gpu: &CudaGpu, matrices: &Matrices, algorithm: &cublasLtMatmulAlgo_t, work: &Work) -> f32 {
+        let ask = || self.ask(gpu, matrices, algorithm, work).ok();
+        let mark = || gpu.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).ok();
+        let measure = || {
+            ask()?;
+            let start = mark()?;
+            (0..3).try_for_each(|_| ask())?;
+            start.elapsed_ms(&mark()?).ok()
+        };
+        measure().unwrap_or(f32::INFINITY)
+    }
+}
+
+/// What a product reads, in the library's order, where its result goes, and `alpha` and `beta`.
+#[derive(Clone, Copy)]
+struct Work {
+    operands: [CUdeviceptr; 3],
+    to: CUdeviceptr,
+    factors: [f32; 2],
 }
 
 /// How a product is computed.
 struct Plan {
-    product: Product,
-    layouts: [Layout; 3],
+    matrices: Matrices,
     algorithm: cublasLtMatmulAlgo_t,
-}
-
-impl Plan {
-    fn new(library: sys::cublasLtHandle_t, shape: &Shape) -> Result<Self> {
-        let product = Product::new(shape)?;
-        let matrix = |dtype, rows, columns, transposed: bool| {
-            if transposed { Layout::new(dtype, columns, rows) } else { Layout::new(dtype, rows, columns) }
-        };
-        let layouts = [
-            matrix(shape.dtype, shape.m, shape.k, shape.transposed[0])?,
-            matrix(shape.dtype, shape.k, shape.n, shape.transposed[1])?,
-            matrix(shape.result, shape.m, shape.n, false)?,
-        ];
-        let preference = Preference::new(shape)?;
-        let [a, b, c] = layouts.each_ref().map(|layout| layout.0);
-        // SAFETY: all descriptors are alive.
-        let best = unsafe { result::get_matmul_algo_heuristic(library, product.0, a, b, c, c, preference.0) };
-        Ok(Self { algorithm: best.map_err(failed)?.algo, product, layouts })
-    }
-}
-
-/// The library's descriptor of a product.
-struct Product(sys::cublasLtMatmulDesc_t);
-
-impl Product {
-    fn new(shape: &Shape) -> Result<Self> {
-        use cublasLtMatmulDescAttributes_t::{CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB};
-        // f32 stays f32: this is not the mode that rounds it to TF32
-        let compute = cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let product = Self(result::create_matmul_desc(compute, cudaDataType::CUDA_R_32F).map_err(failed)?);
-        for (attribute, transposed) in
-            [CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB].into_iter().zip(shape.transposed)
-        {
-            let operation = i32::from(transposed);
-            let at = ptr::from_ref(&operation).cast();
-            // SAFETY: the attribute is an enumeration of four bytes, 0 and 1 for as it is and transposed.
-            unsafe { result::set_matmul_desc_attribute(product.0, attribute, at, size_of::<i32>()) }.map_err(failed)?;
-        }
-        Ok(product)
-    }
-}
-
-impl Drop for Product {
-    fn drop(&mut self) {
-        // SAFETY: created in `new`, destroyed here alone.
-        let _ = unsafe { result::destroy_matmul_desc(self.0) };
-    }
-}
-
-/// The library's descriptor of a column-major matrix without gaps.
-struct Layout(sys::cublasLtMatrixLayout_t);
-
-impl Layout {
-    fn new(dtype: DType, rows: usize, columns: usize) -> Result<Self> {
-        let element = match dtype {
-            DType::BF16 => cudaDataType::CUDA_R_16BF,
-            DType::F16 => cudaDataType::CUDA_R_16F,
-            _ => cudaDataType::CUDA_R_32F,
-        };
-        result::create_matrix_layout(element, rows as u64, columns as u64, rows as i64).map(Self).map_err(failed)
-    }
-}
-
-impl Drop for Layout {
-    fn drop(&mut self) {
-        // SAFETY: created in `new`, destroyed here alone.
-        let _ = unsafe { result::destroy_matrix_layout(self.0) };
-    }
-}
-
-/// What the library may count on when it chooses an algorithm.
-struct Preference(sys::cublasLtMatmulPreference_t);
-
-impl Preference {
-    fn new(shape: &Shape) -> Result<Self> {
-        use cublasLtMatmulPreferenceAttributes_t::*;
-        let preference = Self(result::create_matmul_pref().map_err(failed)?);
-        let set = |attribute, at: *const c_void, bytes| {
-            // SAFETY: a number of the attribute's size lies there.
-            unsafe { result::set_matmul_pref_attribute(preference.0, attribute, at, bytes) }.map_err(failed)
-        };
-        let workspace = ptr::from_ref(&WORKSPACE).cast();
-        set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace, size_of::<usize>())?;
-        let [a, b, c] = &shape.alignment;
-        for (attribute, bytes) in [
-            (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
-            (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
-            (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
-            (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c),
-        ] {
-            set(attribute, ptr::from_ref(bytes).cast(), size_of::<u32>())?;
-        }
-        Ok(preference)
-    }
-}
-
-impl Drop for Preference {
-    fn drop(&mut self) {
-        // SAFETY: created in `new`, destroyed here alone.
-        let _ = unsafe { result::destroy_matmul_pref(self.0) };
-    }
 }
 
 /// `[m, n, k]` of a product whose operands fit each other.
@@ -284,8 +241,4 @@ pub(super) fn version() -> String {
     // SAFETY: it takes nothing and returns a number.
     let version = unsafe { sys::cublasLtGetVersion() };
     format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100)
-}
-
-fn failed(error: CublasError) -> Error {
-    Error::Device { device: "cuBLASLt".into(), reason: error.to_string() }
 }

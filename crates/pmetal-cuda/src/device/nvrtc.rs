@@ -4,7 +4,7 @@ use std::{
     env,
     ffi::{CStr, CString, c_char},
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -32,7 +32,7 @@ pub(super) fn compile(context: &Arc<CudaContext>, name: &str, text: &str, option
     let options = target.options(options);
     let kept = place(text, &options);
     // a kept file that the driver does not take is as good as none
-    let found = kept.as_ref().and_then(|path| read(path)).map(|image| context.load_module(Ptx::from_binary(image)));
+    let found = kept.as_ref().and_then(read).map(|image| context.load_module(Ptx::from_binary(image)));
     if let Some(Ok(module)) = found {
         return Ok(module);
     }
@@ -168,13 +168,13 @@ fn user_folder() -> Option<PathBuf> {
 }
 
 /// A kept image. Its hash stands before it: the driver is given no length, and a cut file would have it read what is not there.
-fn read(path: &PathBuf) -> Option<Vec<u8>> {
+fn read(path: impl AsRef<Path>) -> Option<Vec<u8>> {
     let file = fs::read(path).ok()?;
     let (hash, image) = file.split_at_checked(blake3::OUT_LEN)?;
     (blake3::hash(image).as_bytes() == hash).then(|| image.to_vec())
 }
 
-fn keep(path: &PathBuf, image: &[u8]) -> pmetal_core::Result<()> {
+fn keep(path: &Path, image: &[u8]) -> pmetal_core::Result<()> {
     let staged = StagedFile::new(path)?;
     let file = [blake3::hash(image).as_bytes().as_slice(), image].concat();
     fs::write(staged.path(), file).map_err(pmetal_core::Error::io("write", staged.path()))?;
