@@ -164,13 +164,16 @@ fn backward_on_cpu(
 /// Elements of a row that a thread of the kernels holds.
 const PER_THREAD: usize = 16;
 
+/// Threads of a threadgroup: so many have the registers for what they hold, on every GPU.
+const MAX_THREADS: usize = 512;
+
 /// Up to here four rows go to a SIMD group, else one to a threadgroup.
 const NARROW: usize = 128;
 
 /// As [`place`]; rows that no threadgroup holds go the reference path.
 fn place_of_rows(x: &Tensor, width: usize) -> Result<Place> {
     Ok(match place(x, OP)? {
-        Place::Gpu(_) if width > PER_THREAD * 1024 => Place::Reference,
+        Place::Gpu(_) if width > PER_THREAD * MAX_THREADS => Place::Reference,
         place => place,
     })
 }
@@ -271,7 +274,7 @@ fn reference(x: &Tensor, weight: &Tensor, eps: f64) -> candle_core::Result<Tenso
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check_op, random};
+    use crate::testing::{assert_close, check_op, emulated, random};
 
     /// Rows to a SIMD group and to a threadgroup, in fours and not, one and many.
     const SHAPES: [(usize, usize); 8] = [(1, 1), (5, 24), (3, 17), (70, 6), (2, 128), (9, 130), (3, 1030), (1, 2052)];
@@ -283,6 +286,13 @@ mod tests {
             let formula = |t: &[Tensor]| Ok(vec![reference(&t[0], &t[1], 1e-5)?]);
             check_op(&inputs, formula, |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5)?]));
         }
+    }
+
+    #[test]
+    fn a_row_too_wide_for_a_threadgroup() {
+        let [x, weight] = [random(&[2, 8200], 1), random(&[8200], 2)].map(|t| t.to_dtype(DType::F32).unwrap());
+        let y = emulated(|| rms_norm(&Value::constant(x.clone()), &Value::constant(weight.clone()), 1e-6).unwrap());
+        assert_close(&reference(&x, &weight, 1e-6).unwrap(), y.tensor(), 1e-6, "norm");
     }
 
     #[test]
