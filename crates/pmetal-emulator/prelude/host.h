@@ -29,7 +29,7 @@ template <class E> using threadgroup_ptr = emulator::Pointer<E, emulator::Thread
 #define THREAD_IN_GRID (GROUP_X * THREADS + THREAD)
 #define GRID_THREADS (GROUPS_X * THREADS)
 
-#define THREADGROUP(type, name, size)                            \
+#define THREADGROUP(type, name, size)                                    \
     static emulator::ThreadgroupMemory<type, size> name##_memory(#name); \
     const threadgroup_ptr<type> name = name##_memory.enter()
 #define THREADGROUP_PTR(type) threadgroup_ptr<type>
@@ -195,7 +195,7 @@ struct Min {
     static float of(float x, float y) { return fmin(x, y); }
     static uint of(uint x, uint y) { return min(x, y); }
 };
-#define SIMD_REDUCTION(name, how)                                                                                        \
+#define SIMD_REDUCTION(name, how)                                                                          \
     inline float name(float x, int line = __builtin_LINE()) { return simd_reduce(#name, x, how{}, line); } \
     inline uint name(uint x, int line = __builtin_LINE()) { return simd_reduce(#name, x, how{}, line); }
 SIMD_REDUCTION(simd_sum, Sum)

@@ -75,9 +75,13 @@ template <auto function> int launch(const char* name, const Request& request) {
         fail("the call does not fit the kernel's signature");
     }
     if (!machine.stacks && !machine.failed) {
-        void* stacks = mmap(nullptr, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-        if (stacks == MAP_FAILED) fail("no memory for stacks");
-        else machine.stacks = static_cast<char*>(stacks);
+        const int kind = MAP_PRIVATE | MAP_ANON | MAP_NORESERVE;
+        void* stacks = mmap(nullptr, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, kind, -1, 0);
+        if (stacks == MAP_FAILED) {
+            fail("no memory for stacks");
+        } else {
+            machine.stacks = static_cast<char*>(stacks);
+        }
     }
     if (machine.failed) return 1;
     open_memories(request);
@@ -96,7 +100,7 @@ template <auto function> int launch(const char* name, const Request& request) {
 
 }  // namespace emulator
 
-#define EXPORT(name)                                                                                             \
+#define EXPORT(name)                                                                                        \
     extern "C" __attribute__((visibility("default"))) int launch_##name(const emulator::Request* request) { \
-        return emulator::launch<&dialect::name>(#name, *request);                                 \
+        return emulator::launch<&dialect::name>(#name, *request);                                           \
     }

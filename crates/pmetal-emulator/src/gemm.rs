@@ -33,17 +33,17 @@ fn product_of<T: Element + WithDType>(product: &Gemm) -> Result<()> {
     // Copies: the result may lie in the same storage, which candle locks.
     let a = product.a.flatten_all()?.to_vec1::<T>()?;
     let b = product.b.flatten_all()?.to_vec1::<T>()?;
-    product.c.inplace_op1(&Into { product, a, b })?;
+    product.c.inplace_op1(&Product { product, a, b })?;
     Ok(())
 }
 
-struct Into<'a, T> {
+struct Product<'a, T> {
     product: &'a Gemm<'a>,
     a: Vec<T>,
     b: Vec<T>,
 }
 
-impl<T: Element> Into<'_, T> {
+impl<T: Element> Product<'_, T> {
     fn compute<C: Element>(&self, c: &mut [C], layout: &Layout) -> candle_core::Result<()> {
         let Gemm { a, b, alpha, beta, .. } = *self.product;
         let view = |data, t: &Tensor, transposed: bool| {
@@ -60,7 +60,7 @@ impl<T: Element> Into<'_, T> {
     }
 }
 
-impl<T: Element> InplaceOp1 for Into<'_, T> {
+impl<T: Element> InplaceOp1 for Product<'_, T> {
     fn name(&self) -> &'static str {
         "gemm"
     }

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor, backend::Back
 use pmetal_metal::{Access, Call, Error, Result};
 
 /// A copy of a tensor's elements.
-pub(crate) struct Copy {
+pub(crate) struct TensorCopy {
     /// In words, so that any element is aligned.
     words: Vec<u64>,
     bytes: usize,
@@ -18,7 +18,7 @@ pub(crate) struct Copy {
     place: Range<usize>,
 }
 
-impl Copy {
+impl TensorCopy {
     fn of(tensor: &Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
         let (Storage::Cpu(cpu), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
@@ -45,12 +45,12 @@ impl Copy {
 }
 
 /// The copies of all tensors of a call.
-pub(crate) struct Copies(pub(crate) Vec<Copy>);
+pub(crate) struct Copies(pub(crate) Vec<TensorCopy>);
 
 impl Copies {
     /// Copies what is read; what is only written starts as ones in every bit, NaN as a float.
     pub(crate) fn of(call: &Call) -> Result<Self> {
-        let mut copies = call.buffers.iter().map(|tensor| Copy::of(tensor)).collect::<Result<Vec<_>>>()?;
+        let mut copies = call.buffers.iter().map(|tensor| TensorCopy::of(tensor)).collect::<Result<Vec<_>>>()?;
         let buffers = call.kernel.buffers;
         for (i, buffer) in buffers.iter().enumerate().filter(|(_, buffer)| buffer.access != Access::Read) {
             let place = &copies[i].place;

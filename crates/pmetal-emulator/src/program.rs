@@ -29,7 +29,8 @@ const PRELUDES: [(&str, &str); 4] = [
 /// The prelude behind the text.
 const LAUNCH: &str = include_str!("../prelude/launch.h");
 
-/// No contraction, so that every machine rounds alike; hidden names, so that shared objects do not share their state.
+/// No contraction, so that every machine rounds alike; hidden names, so that shared objects do not share their state; doubles, which Metal
+/// does not have, are errors.
 const FLAGS: [&str; 12] = [
     "-std=c++17",
     "-O1",
@@ -40,9 +41,9 @@ const FLAGS: [&str; 12] = [
     "-fno-rtti",
     "-fno-threadsafe-statics",
     "-ffp-contract=off",
-    "-Wall",
-    "-Wno-unused-function",
     "-Werror=double-promotion",
+    "-Werror=return-type",
+    "-Werror=uninitialized",
 ];
 
 /// A loaded text. Its state is its own, so one launch at a time runs in it.

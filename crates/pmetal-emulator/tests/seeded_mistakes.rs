@@ -1,5 +1,5 @@
-//! Three mistakes put into the texts that GPUs run: a missing barrier, a wrong address space, an off-by-one at a tail. Each is caught,
-//! where the text as it stands computes what it should.
+//! Three mistakes put into texts that GPUs run: a missing barrier, a wrong address space, an off-by-one at a tail. Each is caught, where
+//! the text as it stands computes what it should.
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_emulator::{Emulator, launched};
@@ -8,41 +8,48 @@ use pmetal_metal::{
     kernels::{self, ALL, TEXTS},
 };
 
-const ROWS: usize = 3;
+const FILE: &str = "optimizer.metal";
 
-/// The text of a file, with `from` turned to `to` in its first place.
-fn changed(file: &'static str, from: &str, to: &str) -> Emulator {
-    let text = TEXTS.iter().find(|(name, _)| *name == file).unwrap().1;
+/// The file with `from` turned to `to` in its first place.
+fn changed(from: &str, to: &str) -> Emulator {
+    let text = TEXTS.iter().find(|(name, _)| *name == FILE).unwrap().1;
     let wrong = text.replacen(from, to, 1);
-    assert_ne!(text, wrong, "{file} has no {from}");
-    Emulator::of(file, &wrong, ALL)
+    assert_ne!(text, wrong, "{FILE} has no {from}");
+    Emulator::of(FILE, &wrong, ALL)
 }
 
-/// RMSNorm of ones times two, in rows of `width` that belong to a threadgroup of two SIMD groups.
-fn rms_norm(emulator: &Emulator, width: usize) -> Result<()> {
-    let full = |v: f32, shape: &[usize]| Tensor::full(v, shape, &Device::Cpu).unwrap();
-    let (x, weight) = (full(2.0, &[ROWS, width]), full(3.0, &[width]));
-    let (y, rstd) = (full(0.0, &[ROWS, width]), full(0.0, &[ROWS]));
-    let aligned = u32::from(width.is_multiple_of(4));
-    let params = kernels::rms_norm::RmsNormParams {
-        rows: ROWS as u32,
-        width: width as u32,
-        simds_per_row: 2,
-        aligned,
-        eps: 0.0,
-    };
-    kernels::rms_norm(emulator, DType::F32, Grid::line(ROWS, 64), &x, &weight, &y, &rstd, params)?;
-    assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, vec![3.0; ROWS * width]);
-    assert_eq!(rstd.to_vec1::<f32>()?, [0.5; ROWS]);
+/// The sum of the squares of 1, 2, 3, 1, 2, 3, … by two threadgroups of four SIMD groups.
+fn sum_of_squares(emulator: &Emulator, n: usize) -> Result<()> {
+    let grads = Tensor::from_iter((0..n).map(|i| (i % 3) as f32 + 1.0), &Device::Cpu)?;
+    let partials = Tensor::zeros(2, DType::F32, &Device::Cpu)?;
+    let params = kernels::grad_norm_partials::NormParams { n: n as u64 };
+    kernels::grad_norm_partials(emulator, DType::F32, Grid::line(2, 128), &grads, &partials, params)?;
+    let expected: usize = (0..n).map(|i| (i % 3 + 1) * (i % 3 + 1)).sum();
+    assert_eq!(partials.to_vec1::<f32>()?.iter().sum::<f32>(), expected as f32);
     Ok(())
 }
 
-fn add_assign(emulator: &Emulator, n: usize) -> Result<()> {
-    let count = |step: f32| Tensor::from_iter((0..n).map(|i| step * i as f32), &Device::Cpu);
-    let (x, y) = (count(1.0)?, count(2.0)?);
-    let params = kernels::add_assign::ElementwiseParams { n: n as u64, quads: n as u64 / 4 };
-    kernels::add_assign(emulator, DType::F32, Grid::cover(n, 4), &x, &y, params)?;
-    assert_eq!(y.to_vec1::<f32>()?, count(3.0)?.to_vec1::<f32>()?);
+/// A step of AdamW from zeros, whose values move against the sign of their gradients.
+fn adamw(emulator: &Emulator, n: usize) -> Result<()> {
+    let grads = Tensor::full(-2.0f32, n, &Device::Cpu)?;
+    let outcome = Tensor::new(&[0.0f32, 1.0, 1.0, 0.0], &Device::Cpu)?;
+    let state = Tensor::zeros((3, n), DType::F32, &Device::Cpu)?;
+    let params = kernels::adamw::AdamWParams {
+        n: n as u64,
+        decay: 1.0,
+        weight1: 0.5,
+        beta2: 0.5,
+        weight2: 0.5,
+        step_size: 0.25,
+        correction2: 1.0,
+        eps: 0.0,
+        grad_scale: 1.0,
+    };
+    kernels::adamw(emulator, DType::F32, Grid::cover(n, 4), &grads, &outcome, &state, params)?;
+    let expected = [-0.25f32 * (-1.0 / 2.0f32.sqrt()), -1.0, 2.0];
+    for (row, expected) in state.to_vec2::<f32>()?.iter().zip(expected) {
+        assert!(row.iter().all(|v| (v - expected).abs() < 1e-6), "{row:?}, expected {expected}");
+    }
     Ok(())
 }
 
@@ -53,45 +60,40 @@ fn caught(result: Result<()>, words: &[&str]) {
 }
 
 #[test]
-fn the_texts_as_they_stand_pass() {
+fn the_text_as_it_stands_passes() {
     let emulator = Emulator::new();
-    for width in [1, 7, 127, 128, 130, 516] {
-        rms_norm(&emulator, width).unwrap();
+    for n in [1, 4, 7, 1027, 9001] {
+        sum_of_squares(&emulator, n).unwrap();
+        adamw(&emulator, n).unwrap();
     }
-    for n in [1, 5, 1024, 1027] {
-        add_assign(&emulator, n).unwrap();
-    }
-    for kernel in ["rms_norm", "add_assign"] {
+    for kernel in ["grad_norm_partials", "adamw"] {
         assert!(launched().contains(&(kernel, DType::F32)));
     }
 }
 
 #[test]
 fn a_missing_barrier_is_caught() {
-    let emulator = changed("rms_norm.metal", "BARRIER();", "");
-    caught(rms_norm(&emulator, 516), &["race: it reads threadgroup memory sums", "which nothing has written"]);
-    let emulator = changed("rms_norm.metal", "BARRIER();", "SIMD_BARRIER();");
-    caught(rms_norm(&emulator, 516), &["race: it reads threadgroup memory sums", "which nothing has written"]);
+    for barrier in ["", "SIMD_BARRIER();"] {
+        let emulator = changed("BARRIER();", barrier);
+        caught(sum_of_squares(&emulator, 1027), &["race: it reads threadgroup memory partial", "nothing has written"]);
+    }
 }
 
 #[test]
 fn a_wrong_address_space_is_caught() {
-    let emulator = changed("rms_norm.metal", "THREADGROUP_PTR(float) sums", "DEVICE_PTR(float) sums");
-    caught(rms_norm(&emulator, 516), &["rms_norm.metal does not compile"]);
-    let emulator = changed("rms_norm.metal", "rms_norm_store(DEVICE_PTR(T) y", "rms_norm_store(DEVICE_PTR(const T) y");
-    caught(rms_norm(&emulator, 516), &["rms_norm.metal does not compile"]);
+    let emulator = changed("THREADGROUP_PTR(float) partial", "DEVICE_PTR(float) partial");
+    caught(sum_of_squares(&emulator, 1027), &["optimizer.metal does not compile"]);
+    let emulator = changed("WRITE(float, partials, 1)", "READ(float, partials, 1)");
+    caught(sum_of_squares(&emulator, 1027), &["optimizer.metal does not compile"]);
 }
 
 #[test]
 fn an_off_by_one_at_a_tail_is_caught() {
-    let emulator = changed("elementwise.metal", "i < params.n", "i <= params.n");
-    caught(
-        add_assign(&emulator, 1027),
-        &["reads y[1027], which has 1027 elements", "reads x[1027], which has 1027 elements"],
-    );
-    // One element of the next row, or behind the last.
-    let emulator = changed("rms_norm.metal", "c + 3 < width) y[", "c + 3 <= width) y[");
-    caught(rms_norm(&emulator, 127), &["race: it writes y[127]", "writes y[381], which has 381 elements"]);
-    let emulator = changed("rms_norm.metal", "c + 2 < width) y[", "c + 3 < width) y[");
-    caught(rms_norm(&emulator, 127), &["it never writes y[126]"]);
+    let emulator = changed("tail < params.n", "tail <= params.n");
+    caught(sum_of_squares(&emulator, 1027), &["reads grads[1027], which has 1027 elements"]);
+    let emulator = changed("i < quads; i += stride", "i <= quads; i += stride");
+    caught(sum_of_squares(&emulator, 1027), &["which has 1027 elements"]);
+    // Behind a row of the state lies the next, which is another thread's; behind the last one nothing.
+    let emulator = changed("i < n; i += GRID_THREADS", "i <= n; i += GRID_THREADS");
+    caught(adamw(&emulator, 7), &["race", "reads grads[7]", "reads state[21]"]);
 }

@@ -1,8 +1,8 @@
 //! The kernels that run on GPUs, written once in a dialect of the Metal Shading Language, and how Metal runs them.
 //!
-//! `kernels/*.metal` are the texts; `kernels/prelude/` holds what makes them Metal, CUDA C++, or plain C++ for tests. [`kernels`] has a
-//! launcher for each, generated from its signature. A device implements [`Gpu`]: launching, products, memory, and attention on its matrix
-//! units. The dialect is described in `kernels/prelude/metal.h`.
+//! `kernels/*.metal` are the texts; `kernels/prelude/` holds what makes them Metal or CUDA C++, and `pmetal-emulator` makes them plain C++
+//! for tests. [`kernels`] has a launcher for each, generated from its signature. A device implements [`Gpu`]: launching, products, memory,
+//! and attention on its matrix units. The dialect is described in `kernels/prelude/metal.h`.
 
 mod attention;
 mod error;
