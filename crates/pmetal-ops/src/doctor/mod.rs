@@ -8,6 +8,7 @@
 mod checks;
 pub(crate) mod compare;
 mod measure;
+mod prepare;
 #[cfg(test)]
 mod tests;
 mod verdict;
@@ -80,7 +81,7 @@ pub struct Report {
     pub machine: Machine,
     /// Every check, in the order in which they ran.
     pub checks: Vec<Check>,
-    /// Speeds; none where there was no memory for what they are measured on.
+    /// Speeds; none where they could not be measured: too little memory, or a device that does not answer.
     pub rates: Option<Rates>,
     /// Operations that compute by their reference on this machine from now on.
     pub switched_off: BTreeSet<String>,
@@ -106,11 +107,7 @@ pub fn run(choice: DeviceChoice, mut watch: impl FnMut(Progress)) -> Result<Repo
     let machine = machine(&device)?;
     watch(Progress::Opened(&machine));
     let checks = examine(&device, checks::ALL, true, |check| watch(Progress::Checked(check)))?;
-    let rates = match measure::rates(&device) {
-        Ok(rates) => Some(rates),
-        // a device that fails here fails its checks too
-        Err(_) => None,
-    };
+    let rates = measure::rates(&device).ok();
     let subject = subject(&device)?;
     let folder = verdict::folder();
     let before = folder.as_ref().map(|folder| verdict::read(folder, &subject)).unwrap_or_default();
@@ -224,15 +221,17 @@ fn compared(operation: &Operation, device: &Device, dtype: DType) -> Result<Opti
         let run = Run { device, dtype, rounded: dtype };
         let ready = on_device(operation, || (operation.prepare)(&run, size));
         let (got, kernels) = launches(|| ready.and_then(|ready| on_device(operation, || compute(&ready))));
-        // matrix units that a device does not have leave their work to the plain kernels
+        // what a device has no matrix units for, it leaves to the plain kernels
         if operation.op == checks::MATRIX_ATTENTION.op && kernels.contains("attention_plain") {
-            return Ok(None);
+            continue;
         }
+        served = true;
         check.kernels.extend(kernels);
-        match got.and_then(|got| Ok([(&want.0, &got.0), (&want.1, &got.1)].map(|(want, got)| worst(want, got)))) {
-            Ok([forward, backward]) => {
-                check.forward_error = larger(check.forward_error, forward?);
-                check.backward_error = larger(check.backward_error, backward?);
+        let errors = got.and_then(|got| Ok((worst(&want.0, &got.0)?, worst(&want.1, &got.1)?)));
+        match errors {
+            Ok((forward, backward)) => {
+                check.forward_error = larger(check.forward_error, forward);
+                check.backward_error = larger(check.backward_error, backward);
             }
             Err(error) if error.is_out_of_memory() => return Err(error),
             Err(error) => {
@@ -246,7 +245,7 @@ fn compared(operation: &Operation, device: &Device, dtype: DType) -> Result<Opti
         check.failure =
             Some(format!("differs by {error:.1e} of the largest value, {:.0e} is allowed", check.tolerance));
     }
-    Ok(Some(check))
+    Ok(served.then_some(check))
 }
 
 fn on_device<T>(operation: &Operation, f: impl FnOnce() -> T) -> T {
