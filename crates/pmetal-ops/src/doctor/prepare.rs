@@ -1,0 +1,244 @@
+//! How each check makes its operation ready: inputs in place, gradients wanted or not.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::checks::{Prepared, Run, Size};
+use crate::{
+    AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Result, RopeTable, Rows, Sampler, Sampling, Value,
+    Weight, adamw, add_rms_norm, attention, elementwise, embedding, linear_cross_entropy, logits, no_grad, rms_norm,
+    rope, swiglu, write_rows,
+};
+
+fn weight(arena: &Arena, name: &str) -> Result<Weight> {
+    let param = arena.param(name).ok_or_else(|| crate::Error::NoSuchParam(name.into()))?;
+    Ok(Weight::Trainable(param))
+}
+
+fn prepared(leaves: Vec<Value>, forward: impl Fn(&[Value]) -> Result<Vec<Value>> + 'static) -> Result<Prepared> {
+    Ok(Prepared { leaves, arena: None, forward: Box::new(forward) })
+}
+
+pub(super) fn norm(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let leaves = run.variables(&[&[rows, width], &[width]])?;
+    prepared(leaves, |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5)?]))
+}
+
+pub(super) fn add_norm(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let leaves = run.variables(&[&[rows, width], &[rows, width], &[width]])?;
+    prepared(leaves, |v| {
+        let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-5)?;
+        Ok(vec![sum, y])
+    })
+}
+
+pub(super) fn turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let positions: Vec<u32> = (0..rows as u32).map(|t| t % 700).collect();
+    let frequencies: Vec<f32> = (0..width / 2).map(|i| 0.7f32.powi(i as i32)).collect();
+    let table = RopeTable::new(&positions, &frequencies, 1.2);
+    prepared(run.variables(&[&[rows, 16, width]])?, move |v| Ok(vec![rope(&v[0], &table)?]))
+}
+
+pub(super) fn gate(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let leaves = run.variables(&[&[rows, width], &[rows, width]])?;
+    prepared(leaves, |v| Ok(vec![swiglu(&v[0], &v[1])?]))
+}
+
+pub(super) fn look_up(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    // some ids come up often, some never
+    let vocab = rows + 3;
+    let ids: Vec<u32> = (0..2 * rows).map(|i| (i * i % vocab) as u32).collect();
+    let arena = run.arena(&[("before", &[3]), ("table", &[vocab, width])])?;
+    let (table, dtype, device) = (weight(&arena, "table")?, run.dtype, run.device.clone());
+    let forward = move |_: &[Value]| Ok(vec![embedding(&ids, &table, dtype, &device)?]);
+    Ok(Prepared { leaves: vec![], arena: Some(arena), forward: Box::new(forward) })
+}
+
+/// A frozen weight with bias and adapter, dropout in front of it.
+pub(super) fn low_rank(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let rank = 16.min(width / 3);
+    let arena = run.arena(&[("bias", &[width]), ("a", &[rank, width]), ("b", &[width, rank])])?;
+    let (a, b) = (weight(&arena, "a")?, weight(&arena, "b")?);
+    let member = LinearMember {
+        weight: Weight::Frozen(run.tensor(&[width, width], 9)?),
+        bias: Some(weight(&arena, "bias")?),
+        adapter: Some(Adapter { a, b, scale: 1.5, dropout: 0.1, place: 7 }),
+    };
+    let group = LinearGroup { members: vec![member] };
+    let leaves = run.variables(&[&[rows, width]])?;
+    Ok(Prepared { leaves, arena: Some(arena), forward: Box::new(move |v| group.forward(&v[0], Some(3))) })
+}
+
+pub(super) fn trained_linear(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let arena = run.arena(&[("w", &[width, width])])?;
+    let members = vec![LinearMember { weight: weight(&arena, "w")?, bias: None, adapter: None }];
+    let leaves = run.variables(&[&[rows, width]])?;
+    let group = LinearGroup { members };
+    Ok(Prepared { leaves, arena: Some(arena), forward: Box::new(move |v| group.forward(&v[0], None)) })
+}
+
+/// The vocabulary of checks of the loss.
+fn vocabulary(rows: usize) -> usize {
+    (2 * rows).max(37)
+}
+
+/// A label for each token; of an odd number of tokens some are not counted.
+fn labels(rows: usize) -> Vec<i64> {
+    let vocab = vocabulary(rows);
+    (0..rows).map(|t| if rows % 2 == 1 && t % 3 == 1 { -100 } else { (t * 7 % vocab) as i64 }).collect()
+}
+
+pub(super) fn loss(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let arena = run.arena(&[("head", &[vocabulary(rows), width])])?;
+    let (head, labels) = (weight(&arena, "head")?, labels(rows));
+    let forward = move |v: &[Value]| {
+        let found = linear_cross_entropy(&v[0], &head, &labels, 1.0 / labels.len() as f32)?;
+        Ok(vec![found.loss, Value::constant(found.token_losses)])
+    };
+    Ok(Prepared { leaves: run.variables(&[&[rows, width]])?, arena: Some(arena), forward: Box::new(forward) })
+}
+
+pub(super) fn losses(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let head = Weight::Frozen(run.tensor(&[vocabulary(rows), width], 2)?);
+    let (hidden, labels) = (Value::constant(run.tensor(&[rows, width], 1)?), labels(rows));
+    prepared(vec![], move |_| {
+        let found = no_grad(|| linear_cross_entropy(&hidden, &head, &labels, 1.0 / labels.len() as f32))?;
+        Ok(vec![found.loss, Value::constant(found.token_losses)])
+    })
+}
+
+pub(super) fn head(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let (hidden, head) = (run.tensor(&[rows, width], 1)?, run.tensor(&[vocabulary(rows), width], 2)?);
+    let is_reference = run.is_reference();
+    prepared(vec![], move |_| {
+        let y = if is_reference { hidden.matmul(&head.t()?)? } else { logits(&hidden, &Weight::Frozen(head.clone()))? };
+        Ok(vec![Value::constant(y)])
+    })
+}
+
+/// Two query heads share a key head.
+fn attention_spec(rows: usize, width: usize) -> AttentionSpec {
+    let heads = if rows < 1024 { 2 } else { 16 };
+    AttentionSpec { heads, kv_heads: heads / 2, head_dim: width, scale: 1.0 / (width as f32).sqrt() }
+}
+
+fn attend(run: &Run, rows: Rows, [queries, keys]: [usize; 2], spec: AttentionSpec) -> Result<Prepared> {
+    let AttentionSpec { heads, kv_heads, head_dim, .. } = spec;
+    let kv = [keys, kv_heads, head_dim];
+    let leaves = run.variables(&[&[queries, heads, head_dim], &kv, &kv])?;
+    prepared(leaves, move |v| Ok(vec![attention(&v[0], &v[1], &v[2], &rows, spec)?]))
+}
+
+/// Rows of different lengths behind one another, one of them a single token.
+pub(super) fn packed(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let first = rows / 5;
+    let lengths = Rows::packed(&[first, 1, rows - first - 1]);
+    attend(run, lengths, [rows, rows], attention_spec(rows, width))
+}
+
+/// Rows that go on from what a cache holds.
+pub(super) fn cached(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let queries = [rows / 4, 1, rows / 3];
+    let lengths = Rows::cached(&queries, &[rows, rows / 2, rows / 3], rows + 2);
+    attend(run, lengths, [queries.iter().sum(), 3 * (rows + 2)], attention_spec(rows, width))
+}
+
+/// One new token a row, as in generation: without gradients.
+pub(super) fn decoding(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let (lengths, spec) = (Rows::cached(&[1, 1], &[rows, rows / 3], rows), attention_spec(rows, width));
+    let kv = |seed| Ok::<_, crate::Error>(Value::constant(run.tensor(&[2 * rows, spec.kv_heads, width], seed)?));
+    let (q, k, v) = (Value::constant(run.tensor(&[2, spec.heads, width], 1)?), kv(2)?, kv(3)?);
+    prepared(vec![], move |_| Ok(vec![attention(&q, &k, &v, &lengths, spec)?]))
+}
+
+pub(super) fn write(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let places = 2 * rows;
+    let (x, target) = (run.tensor(&[rows, width], 1)?, run.tensor(&[places, width], 2)?);
+    // one run of places, then several beside it
+    let scattered = [(places - 1, 1), (0, 0), (rows, rows - 1)];
+    prepared(vec![], move |_| {
+        write_rows(&x, &target, &[(0, rows)])?;
+        write_rows(&x, &target, &scattered)?;
+        Ok(vec![Value::constant(target.clone())])
+    })
+}
+
+pub(super) fn sums(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let (x, y) = (run.tensor(&[rows, width], 1)?, run.tensor(&[rows, width], 2)?);
+    let wide = if run.is_reference() { DType::F64 } else { DType::F32 };
+    let sum = run.tensor_of(&[rows, width], 3, wide)?;
+    prepared(vec![], move |_| {
+        elementwise::add_assign(&y, &x)?;
+        elementwise::add_assign(&sum, &x)?;
+        Ok(vec![Value::constant(y.clone()), Value::constant(sum.clone())])
+    })
+}
+
+pub(super) fn conversions(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let x = run.tensor(&[rows, width], 1)?;
+    let [same, wide, narrow] =
+        [x.dtype(), DType::F32, x.dtype()].map(|dtype| pmetal_metal::empty(x.shape(), dtype, x.device()));
+    let (same, wide, narrow) = (same?, wide?, narrow?);
+    prepared(vec![], move |_| {
+        elementwise::convert_into(&x, &same)?;
+        elementwise::convert_into(&x, &wide)?;
+        elementwise::convert_into(&wide, &narrow)?;
+        Ok([&same, &wide, &narrow].map(|y| Value::constant(y.clone())).into())
+    })
+}
+
+pub(super) fn biases(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let (y, bias) = (run.tensor(&[rows, width], 1)?, run.tensor(&[width], 2)?);
+    let grad = run.tensor_of(&[width], 3, DType::F32)?;
+    prepared(vec![], move |_| {
+        elementwise::bias_grad(&y, &grad)?;
+        elementwise::bias_add(&y, &bias)?;
+        Ok(vec![Value::constant(y.clone()), Value::constant(grad.clone())])
+    })
+}
+
+pub(super) fn dropout(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let x = run.tensor(&[rows, width], 1)?;
+    prepared(vec![], move |_| Ok(vec![Value::constant(elementwise::dropout(&x, 1 << 40 | 77, 0.3)?)]))
+}
+
+/// A step on parameters that have a copy in the dtype, clipped. Values, moments, and how far the copies lie from the values' rounding.
+pub(super) fn optimizer(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let arena = run.arena_in(run.rounded, &[("first", &[3]), ("rest", &[rows * width])])?;
+    let grads = [run.tensor_of(&[3], 1, DType::F32)?, run.tensor_of(&[rows * width], 2, DType::F32)?];
+    let loss = Tensor::new(1f32, run.device)?;
+    let config = AdamW { learning_rate: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step: 1 };
+    prepared(vec![], move |_| {
+        for (param, grad) in arena.params().zip(&grads) {
+            param.add_grad(grad)?;
+        }
+        adamw(&arena, &config, 1.0, &loss)?;
+        let mut outputs: Vec<Tensor> = (0..3).map(|row| arena.state().get(row)).collect::<candle_core::Result<_>>()?;
+        if let Some(copies) = arena.copies() {
+            outputs.push((outputs[0].to_dtype(copies.dtype())? - copies)?);
+        }
+        Ok(outputs.into_iter().map(Value::constant).collect())
+    })
+}
+
+/// Tokens of answers under different settings.
+pub(super) fn sample(run: &Run, Size { width: vocab, .. }: Size) -> Result<Prepared> {
+    const PLAIN: Sampling =
+        Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 4 };
+    let settings = [
+        Sampling { temperature: 0.0, repetition_penalty: 1.3, ..PLAIN },
+        Sampling { temperature: 0.7, top_k: 50, top_p: 0.8, min_p: 0.02, repetition_penalty: 1.2, ..PLAIN },
+        Sampling { top_p: 0.95, ..PLAIN },
+    ];
+    let logits = (run.tensor_of(&[vocab], 1, DType::F32)? * 4.0)?;
+    let prompt: Vec<u32> = (0..20).map(|i| (i * i % vocab) as u32).collect();
+    prepared(vec![], move |_| {
+        let mut tokens = Vec::new();
+        for sampling in settings {
+            let mut sampler = Sampler::new(sampling, &prompt);
+            for _ in 0..2 {
+                tokens.push(sampler.sample(&logits)?.unwrap_or(u32::MAX));
+            }
+        }
+        Ok(vec![Value::constant(Tensor::new(tokens, &Device::Cpu)?)])
+    })
+}
