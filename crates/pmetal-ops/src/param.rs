@@ -10,6 +10,7 @@ use std::{
 };
 
 use candle_core::{DType, Device, Shape, Tensor};
+use pmetal_metal::exact_zeros;
 
 use crate::{
     Error, Result, elementwise,
@@ -64,12 +65,12 @@ impl Arena {
     /// Room for parameters, all zero, each with the dtype that the model computes with it in.
     pub fn mixed(params: &[(String, Shape, DType)], device: &Device) -> Result<Self> {
         let n = params.iter().map(|(_, shape, _)| shape.elem_count()).sum();
-        let state = Tensor::zeros((STATES, n), DType::F32, device)?;
-        let grad = Tensor::zeros(n, DType::F32, device)?;
+        let state = exact_zeros((STATES, n), DType::F32, device)?;
+        let grad = exact_zeros(n, DType::F32, device)?;
         let values = state.get(0)?;
         let copies = match params.first() {
             Some((_, _, first)) if *first != DType::F32 && params.iter().all(|(_, _, dtype)| dtype == first) => {
-                Some(Tensor::zeros(n, *first, device)?)
+                Some(exact_zeros(n, *first, device)?)
             }
             _ => None,
         };
