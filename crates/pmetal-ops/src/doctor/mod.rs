@@ -215,6 +215,7 @@ fn compared(operation: &Operation, device: &Device, dtype: DType) -> Result<Opti
         kernels: BTreeSet::new(),
         failure: None,
     };
+    let mut served = false;
     for &size in operation.sizes {
         let reference = Run { device: &Device::Cpu, dtype: DType::F64, rounded: dtype };
         let want = without(operation.op, || compute(&(operation.prepare)(&reference, size)?))?;
