@@ -21,6 +21,9 @@ pub fn gpu(_: &CudaDevice) -> Result<Arc<dyn Gpu>> {
     Err(absent())
 }
 
+/// Whether every run is to give the same bits: of no effect.
+pub fn deterministic(_: bool) {}
+
 /// Whether an error says that the GPU's memory is full: never.
 pub fn is_out_of_memory(_: &candle_core::Error) -> bool {
     false

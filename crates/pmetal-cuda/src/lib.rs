@@ -6,4 +6,4 @@ mod device;
 #[cfg(feature = "cuda")]
 mod device;
 
-pub use device::{Graph, capture, gpu, is_out_of_memory, open};
+pub use device::{Graph, capture, deterministic, gpu, is_out_of_memory, open};

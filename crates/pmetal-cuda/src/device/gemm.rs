@@ -6,7 +6,7 @@ use std::{
     collections::HashMap,
     ffi::c_void,
     ptr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock, atomic::Ordering::Relaxed},
 };
 
 use candle_core::{
@@ -28,7 +28,7 @@ use candle_core::{
 use pmetal_metal::{Error, Gemm, Result};
 
 use self::matrices::{Matrices, Shape, WORKSPACE, failed};
-use super::CudaGpu;
+use super::{CudaGpu, DETERMINISTIC};
 
 /// Smaller products take no longer than their launch.
 const WORTH_MEASURING: usize = 1 << 24;
@@ -157,8 +157,12 @@ impl Products {
         proposed: &[cublasLtMatmulAlgo_t],
         work: &Work,
     ) -> Option<cublasLtMatmulAlgo_t> {
-        let free = gpu.stream.capture_status().ok()? == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        if !free || proposed.len() < 2 || shape.m * shape.n * shape.k < WORTH_MEASURING {
+        let captured = gpu.stream.capture_status().ok()? != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        if captured
+            || DETERMINISTIC.load(Relaxed)
+            || proposed.len() < 2
+            || shape.m * shape.n * shape.k < WORTH_MEASURING
+        {
             return None;
         }
         // what is added to must not change: then the results go elsewhere

@@ -10,7 +10,10 @@ mod nvrtc;
 use std::{
     collections::HashMap,
     fs,
-    sync::{Arc, LazyLock, PoisonError, RwLock},
+    sync::{
+        Arc, LazyLock, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use candle_core::{
@@ -55,6 +58,14 @@ fn missing(ordinal: usize, error: Option<DriverError>) -> Option<String> {
         }
         _ => return None,
     })
+}
+
+static DETERMINISTIC: AtomicBool = AtomicBool::new(false);
+
+/// Whether every run is to give the same bits; to be said before the first operation. Without it the fastest way of a product is chosen by
+/// measuring, which may end differently the next time.
+pub fn deterministic(on: bool) {
+    DETERMINISTIC.store(on, Relaxed);
 }
 
 /// The device as operations use it: made once, then looked up.
