@@ -70,11 +70,10 @@ FUNCTION uint prefix(uint x, uint lane)
 // A logit after the penalty, which is for the marked.
 FUNCTION float logit(float x, uint mark, float penalty) { return mark == 0 ? x : x < 0.0f ? x * penalty : x / penalty; }
 
-// Without `penalised` no marks are read.
-FUNCTION float4 four_logits(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint i, float penalty, bool penalised)
+FUNCTION float4 four_logits(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint i, float penalty)
 {
     const float4 x = load4(logits, i);
-    if (!penalised) return x;
+    if (penalty == 1.0f) return x;
     return make_float4(logit(x.x, marks[i], penalty), logit(x.y, marks[i + 1], penalty), logit(x.z, marks[i + 2], penalty),
                        logit(x.w, marks[i + 3], penalty));
 }
@@ -100,23 +99,6 @@ FUNCTION void look_at(float4 x, uint i, THREAD_REF(Survey) survey)
     survey.magnitude = max(survey.magnitude, greatest);
 }
 
-FUNCTION void look_at_all(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint begin, uint end, float penalty, bool penalised,
-                          THREAD_REF(Survey) survey)
-{
-    uint i = begin;
-    for (; i + 384 < end; i += 512) {
-        const float4 a = four_logits(logits, marks, i, penalty, penalised);
-        const float4 b = four_logits(logits, marks, i + 128, penalty, penalised);
-        const float4 c = four_logits(logits, marks, i + 256, penalty, penalised);
-        const float4 d = four_logits(logits, marks, i + 384, penalty, penalised);
-        look_at(a, i, survey);
-        look_at(b, i + 128, survey);
-        look_at(c, i + 256, survey);
-        look_at(d, i + 384, survey);
-    }
-    for (; i < end; i += 128) look_at(four_logits(logits, marks, i, penalty, penalised), i, survey);
-}
-
 // The first of the four logits from `i` on that is `top`.
 FUNCTION uint first_of(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, uint i, uint vocab, float penalty, float top)
 {
@@ -133,33 +115,8 @@ FUNCTION float mass(float4 d) { return (exp(-d.x) + exp(-d.y)) + (exp(-d.z) + ex
 
 FUNCTION float4 four_distances(float4 x, float top, float inverse_temperature)
 {
-    return make_float4(distance_of(x.x, top, inverse_temperature), distance_of(x.y, top, inverse_temperature), distance_of(x.z, top, inverse_temperature),
-                       distance_of(x.w, top, inverse_temperature));
-}
-
-// Writes the distances of a thread's logits and returns their probabilities times a common factor.
-FUNCTION float measure_all(DEVICE_PTR(const float) logits, DEVICE_PTR(const uint) marks, DEVICE_PTR(float) distances, uint begin, uint end,
-                           float top, float inverse_temperature, float penalty, bool penalised)
-{
-    float sum = 0.0f;
-    uint i = begin;
-    for (; i + 384 < end; i += 512) {
-        const float4 a = four_distances(four_logits(logits, marks, i, penalty, penalised), top, inverse_temperature);
-        const float4 b = four_distances(four_logits(logits, marks, i + 128, penalty, penalised), top, inverse_temperature);
-        const float4 c = four_distances(four_logits(logits, marks, i + 256, penalty, penalised), top, inverse_temperature);
-        const float4 d = four_distances(four_logits(logits, marks, i + 384, penalty, penalised), top, inverse_temperature);
-        store4(distances, i, a);
-        store4(distances, i + 128, b);
-        store4(distances, i + 256, c);
-        store4(distances, i + 384, d);
-        sum += (mass(a) + mass(b)) + (mass(c) + mass(d));
-    }
-    for (; i < end; i += 128) {
-        const float4 d = four_distances(four_logits(logits, marks, i, penalty, penalised), top, inverse_temperature);
-        store4(distances, i, d);
-        sum += mass(d);
-    }
-    return sum;
+    return make_float4(distance_of(x.x, top, inverse_temperature), distance_of(x.y, top, inverse_temperature),
+                       distance_of(x.z, top, inverse_temperature), distance_of(x.w, top, inverse_temperature));
 }
 
 // Elements of a SIMD group's stretch of a list of `n`, a multiple of 128.
@@ -179,13 +136,8 @@ FUNCTION uint equal4(float4 d, uint t)
 FUNCTION uint count_below(DEVICE_PTR(const float) distances, uint from, uint n, uint t, uint lane, uint simd, uint simds)
 {
     const uint size = stretch(n, simds), end = min((simd + 1) * size, n);
-    uint count = 0, i = simd * size + 4 * lane;
-    for (; i + 384 < end; i += 512) {
-        const float4 a = load4(distances, from + i), b = load4(distances, from + i + 128);
-        const float4 c = load4(distances, from + i + 256), d = load4(distances, from + i + 384);
-        count += below4(a, t) + below4(b, t) + below4(c, t) + below4(d, t);
-    }
-    for (; i < end; i += 128) count += below4(load4(distances, from + i), t);
+    uint count = 0;
+    for (uint i = simd * size + 4 * lane; i < end; i += 128) count += below4(load4(distances, from + i), t);
     return count;
 }
 
@@ -201,13 +153,7 @@ FUNCTION float mass_below(DEVICE_PTR(const float) distances, uint from, uint n, 
 {
     const uint size = stretch(n, simds), end = min((simd + 1) * size, n);
     float sum = 0.0f;
-    uint i = simd * size + 4 * lane;
-    for (; i + 384 < end; i += 512) {
-        const float4 a = load4(distances, from + i), b = load4(distances, from + i + 128);
-        const float4 c = load4(distances, from + i + 256), d = load4(distances, from + i + 384);
-        sum += (four_below(a, t) + four_below(b, t)) + (four_below(c, t) + four_below(d, t));
-    }
-    for (; i < end; i += 128) sum += four_below(load4(distances, from + i), t);
+    for (uint i = simd * size + 4 * lane; i < end; i += 128) sum += four_below(load4(distances, from + i), t);
     return sum;
 }
 
@@ -278,10 +224,10 @@ FUNCTION void visit(float d, uint i, float target, THREAD_REF(float) reached, TH
     if (at == NONE && weight > 0.0f && reached > target) at = i;
 }
 
-/// The id of the next token, to `token [1]`; 0xffffffff where a logit is NaN or infinite above, or none is finite. Marks `seen [news]`, all different, as seen
-/// before (0 in `marks [vocab]`: not seen; read and written where there is a penalty only). An inverse temperature of 0 takes the likeliest, of
-/// equals the lowest id. `min_p_distance` is `ln(1 / min_p)`, `likelihood` in [0, 1) the place in the cumulated probabilities, in the order of ids.
-/// `distances` and `ids` are room: twice vocab rounded up to a multiple of 4, plus 4. One threadgroup.
+/// The id of the next token, to `token [1]`; 0xffffffff where a logit is NaN or infinite above, or none is finite. Marks `seen [news]`, all
+/// different, as seen before (0 in `marks [vocab]`: not seen; read and written where there is a penalty only). An inverse temperature of 0 takes
+/// the likeliest, of equals the lowest id. `min_p_distance` is `ln(1 / min_p)`, `likelihood` in [0, 1) the place in the cumulated probabilities,
+/// in the order of ids. `distances` and `ids` are room: twice vocab rounded up to a multiple of 4, plus 4. One threadgroup.
 KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, marks, 2), UPDATE(float, distances, 3), UPDATE(uint, ids, 4),
                      WRITE(uint, token, 5), PARAMS(SamplerParams, 6))
 {
@@ -303,11 +249,7 @@ KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, m
     survey.best = -FAR;
     survey.best_at = NONE;
     survey.magnitude = 0;
-    if (penalty != 1.0f) {
-        look_at_all(logits, marks, begin, end, penalty, true, survey);
-    } else {
-        look_at_all(logits, marks, begin, end, penalty, false, survey);
-    }
+    for (uint i = begin; i < end; i += 128) look_at(four_logits(logits, marks, i, penalty), i, survey);
     if (odd < vocab) look_at(make_float4(one_logit(logits, marks, odd, penalty), -FAR, -FAR, -FAR), odd, survey);
     const float best = survey.best, simds_best = simd_max(best);
     if (LANE == 0) sums[SIMD] = simds_best;
@@ -326,8 +268,12 @@ KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, m
         return;
     }
 
-    float sum = penalty != 1.0f ? measure_all(logits, marks, distances, begin, end, top, params.inverse_temperature, penalty, true)
-                                : measure_all(logits, marks, distances, begin, end, top, params.inverse_temperature, penalty, false);
+    float sum = 0.0f;
+    for (uint i = begin; i < end; i += 128) {
+        const float4 d = four_distances(four_logits(logits, marks, i, penalty), top, params.inverse_temperature);
+        store4(distances, i, d);
+        sum += mass(d);
+    }
     if (THREAD < 4) {
         distances[odd] = odd < vocab ? distance_of(one_logit(logits, marks, odd, penalty), top, params.inverse_temperature) : FAR;
         sum += exp(-distances[odd]);
