@@ -139,7 +139,7 @@ pub(crate) fn column_sums(gpu: &dyn Gpu, partial: &Tensor, out: &Tensor, accumul
 
 /// How kernels that sum columns share rows out: rows of a threadgroup, and how many such groups there are (one where there is no row).
 pub(crate) fn row_groups(rows: usize) -> (u32, usize) {
-    let each = rows.div_ceil(512).max(64);
+    let each = rows.div_ceil(512).max(128);
     (each as u32, rows.div_ceil(each).max(1))
 }
 

@@ -183,7 +183,7 @@ fn grid_of_rows(rows: usize, width: usize) -> Grid {
 }
 
 fn grid_of_narrow_rows(rows: usize) -> Grid {
-    Grid::line(rows.div_ceil(32), 256)
+    Grid::line(rows.div_ceil(8), 64)
 }
 
 fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
