@@ -1,0 +1,312 @@
+//! Attention over packed rows as graphs of primitive operations: what cuDNN recognises as one fused kernel.
+//!
+//! Each row `b` has `q`, `k`, `v` of shape `[heads, length_b, d]`, somewhere in tensors of tokens. With `s = scale · q·kᵀ`, causal:
+//! `stats = log Σ exp s`, `p = exp(s − stats)`, `out = p·v`; backward `dv = pᵀ·dout`, `ds = p · (dout·vᵀ − Σ dout·out) · scale`,
+//! `dq = ds·k`, `dk = dsᵀ·q`. A key head's gradients are the sums over the query heads that share it.
+
+use std::{ffi::c_void, sync::Arc};
+
+use pmetal_metal::Result;
+
+use super::{
+    graph::{Graph, Layout, Node, Number, Plan, Pointwise, Reduction},
+    library::Library,
+};
+
+/// What a plan is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    /// Rows at most; those that are not there have length 0.
+    pub(super) rows: usize,
+    /// Tokens of the longest row at most.
+    pub(super) length: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+    /// F16 or Bf16.
+    pub(super) number: Number,
+    /// Whether the backward adds up in a fixed order.
+    pub(super) deterministic: bool,
+}
+
+/// What a plan wants a pointer to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Slot {
+    Q,
+    K,
+    V,
+    Out,
+    Dout,
+    Dq,
+    Dk,
+    Dv,
+    /// f32 `[tokens, heads]`.
+    Stats,
+    /// i64 `[rows + 1]`: where rows begin in tensors of `heads` heads, of `kv_heads`, and in the statistics.
+    QueryOffsets,
+    KeyOffsets,
+    StatsOffsets,
+    /// i32 `[rows]`.
+    Lengths,
+    /// Scratch: f32 `[tokens, heads, d]`, f32 `[tokens, heads]`, and two of the numbers' dtype `[tokens, heads, d]`.
+    DqSum,
+    RowSum,
+    DkHeads,
+    DvHeads,
+    /// f32 on the host.
+    Scale,
+    MinusInfinity,
+    One,
+}
+
+/// A plan and what it wants.
+pub(super) struct Attention {
+    plan: Plan,
+    slots: Vec<(Node, Slot)>,
+}
+
+impl Attention {
+    /// Bytes of scratch memory.
+    pub(super) const fn workspace(&self) -> usize {
+        self.plan.workspace
+    }
+
+    /// Runs the plan on what `address` finds for each slot.
+    pub(super) fn run(&self, address: impl Fn(Slot) -> *mut c_void, workspace: *mut c_void) -> Result<()> {
+        let tensors: Vec<_> = self.slots.iter().map(|&(node, slot)| (node, address(slot))).collect();
+        self.plan.run(&tensors, workspace)
+    }
+
+    /// Fills `Out` and `Stats`.
+    pub(super) fn forward(library: &Arc<Library>, shape: Shape) -> Result<Self> {
+        let mut draft = Draft::new(library, shape)?;
+        let q = draft.ragged(Slot::Q)?;
+        let k = draft.ragged_transposed(Slot::K)?;
+        let v = draft.ragged(Slot::V)?;
+        let out = draft.ragged(Slot::Out)?;
+        let stats = draft.ragged(Slot::Stats)?;
+        let (queries, keys) = (draft.queries, draft.keys);
+        let column = draft.column();
+        let graph = &mut draft.graph;
+
+        let scores = graph.hidden(Number::F32, shape.scores())?;
+        graph.matmul(q, k, scores, [Some(queries), Some(keys), None])?;
+        let scores = draft.scaled(scores)?;
+        let scores = draft.masked_to_lengths(scores)?;
+        let scores = draft.masked_causally(scores)?;
+        let graph = &mut draft.graph;
+
+        let most = graph.hidden(Number::F32, column)?;
+        graph.reduce(Reduction::Max, scores, most)?;
+        let shifted = graph.pointwise(Pointwise::Sub, Number::F32, &[scores, most])?;
+        let exponentials = graph.pointwise(Pointwise::Exp, Number::F32, &[shifted])?;
+        let sum = graph.hidden(Number::F32, column)?;
+        graph.reduce(Reduction::Add, exponentials, sum)?;
+        let log = graph.pointwise(Pointwise::Log, Number::F32, &[sum])?;
+        graph.pointwise_into(Pointwise::Add, Number::F32, None, &[most, log], stats)?;
+        let p = graph.hidden(shape.number, shape.scores())?;
+        graph.pointwise_into(Pointwise::Div, Number::F32, None, &[exponentials, sum], p)?;
+        graph.matmul(p, v, out, [Some(queries), None, Some(keys)])?;
+        draft.finish()
+    }
+
+    /// Fills `Dq`, `Dk` and `Dv`.
+    pub(super) fn backward(library: &Arc<Library>, shape: Shape) -> Result<Self> {
+        let mut draft = Draft::new(library, shape)?;
+        let q = draft.ragged(Slot::Q)?;
+        let k = draft.ragged_transposed(Slot::K)?;
+        let v = draft.ragged_transposed(Slot::V)?;
+        let out = draft.ragged(Slot::Out)?;
+        let dout = draft.ragged(Slot::Dout)?;
+        let stats = draft.ragged(Slot::Stats)?;
+        let row_sum = draft.row_sum(dout, out)?;
+        let (queries, keys) = (draft.queries, draft.keys);
+
+        let scores = draft.graph.hidden(Number::F32, shape.scores())?;
+        draft.graph.matmul(q, k, scores, [Some(queries), Some(keys), None])?;
+        let scores = draft.scaled(scores)?;
+        let scores = draft.graph.pointwise(Pointwise::Sub, Number::F32, &[scores, stats])?;
+        let scores = draft.masked_to_lengths(scores)?;
+        let scores = draft.masked_causally(scores)?;
+        let p = draft.graph.pointwise(Pointwise::Exp, Number::F32, &[scores])?;
+        draft.key_gradient(p, dout, Slot::Dv, Slot::DvHeads)?;
+
+        let dp = draft.graph.hidden(Number::F32, shape.scores())?;
+        draft.graph.matmul(dout, v, dp, [Some(queries), Some(keys), None])?;
+        let centred = draft.graph.pointwise(Pointwise::Sub, Number::F32, &[dp, row_sum])?;
+        let ds = draft.graph.pointwise(Pointwise::Mul, Number::F32, &[centred, p])?;
+        let ds = draft.scaled(ds)?;
+        draft.key_gradient(ds, q, Slot::Dk, Slot::DkHeads)?;
+        draft.query_gradient(ds, k)?;
+        draft.finish()
+    }
+}
+
+impl Shape {
+    const fn sizes(&self) -> [i64; 5] {
+        [self.rows as i64, self.length as i64, self.heads as i64, self.kv_heads as i64, self.head_dim as i64]
+    }
+
+    const fn scores(&self) -> Layout {
+        let [b, s, h, _, _] = self.sizes();
+        Layout::plain([b, h, s, s])
+    }
+
+    /// A tensor of tokens with `heads` heads of width `width`, seen row by row.
+    const fn tokens(&self, heads: i64, width: i64) -> Layout {
+        let [b, s, ..] = self.sizes();
+        Layout { dims: [b, heads, s, width], strides: [s * heads * width, width, heads * width, 1] }
+    }
+}
+
+/// A graph in the making and what it wants.
+struct Draft {
+    graph: Graph,
+    slots: Vec<(Node, Slot)>,
+    shape: Shape,
+    queries: Node,
+    keys: Node,
+}
+
+impl Draft {
+    fn new(library: &Arc<Library>, shape: Shape) -> Result<Self> {
+        let mut graph = Graph::new(library.clone());
+        let lengths = Layout::plain([shape.rows as i64, 1, 1, 1]);
+        let queries = graph.tensor(Number::I32, lengths, None)?;
+        let keys = graph.tensor(Number::I32, lengths, None)?;
+        let slots = vec![(queries, Slot::Lengths), (keys, Slot::Lengths)];
+        Ok(Self { graph, slots, shape, queries, keys })
+    }
+
+    fn finish(self) -> Result<Attention> {
+        Ok(Attention { plan: self.graph.plan()?, slots: self.slots })
+    }
+
+    /// One number for each query.
+    const fn column(&self) -> Layout {
+        let [b, s, h, _, _] = self.shape.sizes();
+        Layout::plain([b, h, s, 1])
+    }
+
+    /// Heads, width, dtype and offsets of a slot's tensor.
+    const fn form(&self, slot: Slot) -> (i64, i64, Number, Slot) {
+        let [_, _, heads, kv_heads, d] = self.shape.sizes();
+        match slot {
+            Slot::K | Slot::V | Slot::Dk | Slot::Dv => (kv_heads, d, self.shape.number, Slot::KeyOffsets),
+            // its offsets are those of the sums over it, which have fewer heads
+            Slot::DkHeads | Slot::DvHeads => (heads, d, self.shape.number, Slot::KeyOffsets),
+            Slot::Stats | Slot::RowSum => (heads, 1, Number::F32, Slot::StatsOffsets),
+            Slot::DqSum => (heads, d, Number::F32, Slot::QueryOffsets),
+            _ => (heads, d, self.shape.number, Slot::QueryOffsets),
+        }
+    }
+
+    fn offsets(&mut self, slot: Slot) -> Result<Node> {
+        let node = self.graph.tensor(Number::I64, Layout::plain([self.shape.rows as i64 + 1, 1, 1, 1]), None)?;
+        self.slots.push((node, slot));
+        Ok(node)
+    }
+
+    fn ragged(&mut self, slot: Slot) -> Result<Node> {
+        let (heads, width, number, offsets) = self.form(slot);
+        let offsets = self.offsets(offsets)?;
+        self.provided(slot, number, self.shape.tokens(heads, width), offsets)
+    }
+
+    fn ragged_transposed(&mut self, slot: Slot) -> Result<Node> {
+        let (heads, width, number, offsets) = self.form(slot);
+        let offsets = self.offsets(offsets)?;
+        self.provided(slot, number, self.shape.tokens(heads, width).transposed(), offsets)
+    }
+
+    fn provided(&mut self, slot: Slot, number: Number, layout: Layout, offsets: Node) -> Result<Node> {
+        let node = self.graph.tensor(number, layout, Some(offsets))?;
+        self.slots.push((node, slot));
+        Ok(node)
+    }
+
+    fn scalar(&mut self, slot: Slot) -> Result<Node> {
+        let node = self.graph.scalar(Number::F32)?;
+        self.slots.push((node, slot));
+        Ok(node)
+    }
+
+    fn scaled(&mut self, x: Node) -> Result<Node> {
+        let scale = self.scalar(Slot::Scale)?;
+        self.graph.pointwise(Pointwise::Mul, Number::F32, &[x, scale])
+    }
+
+    /// Minus infinity beyond a row's length.
+    fn masked_to_lengths(&mut self, scores: Node) -> Result<Node> {
+        let query = self.graph.index(scores, Number::I32, 2)?;
+        let key = self.graph.index(scores, Number::I32, 3)?;
+        let query = self.graph.compare(Pointwise::Less, query, self.queries)?;
+        let key = self.graph.compare(Pointwise::Less, key, self.keys)?;
+        let inside = self.graph.compare(Pointwise::And, query, key)?;
+        self.selected(scores, inside)
+    }
+
+    /// Minus infinity where the key comes after the query.
+    fn masked_causally(&mut self, scores: Node) -> Result<Node> {
+        let query = self.graph.index(scores, Number::F32, 2)?;
+        let key = self.graph.index(scores, Number::F32, 3)?;
+        let past = self.graph.compare(Pointwise::GreaterOrEqual, query, key)?;
+        self.selected(scores, past)
+    }
+
+    fn selected(&mut self, scores: Node, kept: Node) -> Result<Node> {
+        let nothing = self.scalar(Slot::MinusInfinity)?;
+        self.graph.pointwise(Pointwise::Select, Number::F32, &[scores, nothing, kept])
+    }
+
+    /// `Σ dout·out` over a head's width.
+    fn row_sum(&mut self, dout: Node, out: Node) -> Result<Node> {
+        let [b, s, h, _, d] = self.shape.sizes();
+        let column = self.column();
+        let one = self.scalar(Slot::One)?;
+        let product = self.graph.hidden(Number::F32, Layout::plain([b, h, s, d]))?;
+        self.graph.pointwise_into(Pointwise::Mul, Number::F32, None, &[dout, out], product)?;
+        let sum = self.graph.hidden(Number::F32, column)?;
+        self.graph.reduce(Reduction::Add, product, sum)?;
+        let row_sum = self.ragged(Slot::RowSum)?;
+        // the library's pattern has dropout's factor here
+        self.graph.pointwise_into(Pointwise::Mul, Number::F32, None, &[sum, one], row_sum)?;
+        Ok(row_sum)
+    }
+
+    /// `scoresᵀ · other`, added up over the query heads of each key head.
+    fn key_gradient(&mut self, scores: Node, other: Node, slot: Slot, per_head: Slot) -> Result<()> {
+        let (queries, keys) = (self.queries, self.keys);
+        let turned = self.graph.reshaped(scores, self.shape.number, self.shape.scores().transposed())?;
+        let lengths = [Some(keys), None, Some(queries)];
+        let (heads, width, number, offsets) = self.form(slot);
+        let offsets = self.offsets(offsets)?;
+        if self.shape.heads == self.shape.kv_heads {
+            let gradient = self.provided(slot, number, self.shape.tokens(heads, width), offsets)?;
+            return self.graph.matmul(turned, other, gradient, lengths);
+        }
+        let (all, ..) = self.form(per_head);
+        let full = self.provided(per_head, number, self.shape.tokens(all, width), offsets)?;
+        self.graph.matmul(turned, other, full, lengths)?;
+        let gradient = self.provided(slot, number, self.shape.tokens(heads, width), offsets)?;
+        self.graph.reduce(Reduction::Add, full, gradient)
+    }
+
+    /// `ds · k`, added up in f32 by whoever comes first, or else in order through a matrix of scores in memory.
+    fn query_gradient(&mut self, ds: Node, k_transposed: Node) -> Result<()> {
+        let (queries, keys) = (self.queries, self.keys);
+        let (heads, width, ..) = self.form(Slot::K);
+        let k = self.graph.reshaped(k_transposed, Number::F32, self.shape.tokens(heads, width))?;
+        let lengths = [Some(queries), None, Some(keys)];
+        if self.shape.deterministic {
+            let dq = self.ragged(Slot::Dq)?;
+            return self.graph.matmul(ds, k, dq, lengths);
+        }
+        let (heads, width, number, offsets) = self.form(Slot::Dq);
+        let offsets = self.offsets(offsets)?;
+        let sum = self.provided(Slot::DqSum, Number::F32, self.shape.tokens(heads, width), offsets)?;
+        self.graph.matmul(ds, k, sum, lengths)?;
+        let dq = self.provided(Slot::Dq, number, self.shape.tokens(heads, width), offsets)?;
+        self.graph.pointwise_into(Pointwise::Identity, Number::F32, None, &[sum], dq)
+    }
+}

@@ -1,0 +1,223 @@
+//! Attention by cuDNN where the machine has it: packed rows, causal, heads sharing keys, bf16 and f16.
+//!
+//! The library is loaded at run time; without it, or where it has no kernel, our own kernels serve.
+
+mod attention;
+mod graph;
+mod library;
+mod rows;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    ptr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use candle_core::{DType, Tensor};
+use pmetal_metal::{AttentionRows, AttentionSpec, Result, empty};
+
+use self::{
+    attention::{Attention, Shape, Slot},
+    graph::Number,
+    library::Library,
+    rows::{Offsets, Rows},
+};
+use super::CudaGpu;
+
+/// The oldest version whose kernels take these graphs: it masks with infinity, and sizes its scratch memory by tokens.
+const OLDEST: usize = 91_000;
+
+/// Bytes of scratch memory at most: beyond, our own kernels serve. Only a deterministic backward takes any, and a lot at great lengths.
+const MOST_SCRATCH: usize = 1 << 30;
+
+/// Attention by cuDNN on one device's stream.
+pub(super) struct Cudnn {
+    state: Mutex<State>,
+    rows: Rows,
+    version: usize,
+    deterministic: bool,
+}
+
+/// What one thread at a time may use.
+struct State {
+    library: Arc<Library>,
+    /// Forward and backward; none where there is no kernel.
+    plans: HashMap<Shape, Option<[Attention; 2]>>,
+}
+
+impl Cudnn {
+    /// cuDNN behind the device's stream; none where the machine has none that is new enough. Its backward adds up the gradient of the
+    /// queries in whatever order comes, or else `deterministic`ally, which takes more time and a matrix of scores of scratch memory.
+    ///
+    /// # Errors
+    /// Where the kernel that lists the rows cannot be compiled.
+    pub(super) fn open(gpu: &CudaGpu, deterministic: bool) -> Result<Option<Self>> {
+        let rows = Rows::new(gpu)?;
+        let Some(library) = Library::open(gpu.stream.cu_stream().cast()) else { return Ok(None) };
+        let version = library.version();
+        let state = Mutex::new(State { library, plans: HashMap::new() });
+        Ok((version >= OLDEST).then_some(Self { state, rows, version, deterministic }))
+    }
+
+    /// For people, as in `9.19.0`.
+    pub(super) fn version(&self) -> String {
+        format!("{}.{}.{}", self.version / 10_000, self.version / 100 % 100, self.version % 100)
+    }
+
+    /// Whether rows are long enough on average for it to be worth asking. Forward and backward together, in µs on an H100 (ours, then
+    /// cuDNN's): 282 and 381 at 32 rows of 256, 828 and 720 at 4 of 2,048 (both 16 heads of 128, 8 of keys); 356 and 327 at 8 of 1,024
+    /// (16 heads of 64).
+    pub(super) const fn pays(tokens: usize, rows: &AttentionRows) -> bool {
+        tokens >= 768 * rows.rows
+    }
+
+    /// Fills `out` and returns the statistics, f32 `[tokens, heads]`; none where cuDNN does not serve. Tokens in no row stay as they
+    /// are. All tensors are contiguous and begin at multiples of 16 bytes. The first call of a shape makes its plans, which takes up to
+    /// two seconds, mostly once for a head's width and dtype, and must not happen inside a capture.
+    ///
+    /// # Errors
+    /// cuDNN's words where it fails; where memory is full.
+    pub(super) fn forward(
+        &self,
+        gpu: &CudaGpu,
+        [q, k, v]: [&Tensor; 3],
+        out: &Tensor,
+        rows: &AttentionRows,
+        spec: &AttentionSpec,
+    ) -> Result<Option<Tensor>> {
+        let Some(shape) = self.shape(q.dtype(), rows, spec) else { return Ok(None) };
+        let mut state = self.state();
+        let Some([plan, _]) = state.plans(shape) else { return Ok(None) };
+        let stats = empty((q.dim(0)?, spec.heads), DType::F32, q.device())?;
+        let tensors = [(Slot::Q, q), (Slot::K, k), (Slot::V, v), (Slot::Out, out), (Slot::Stats, &stats)];
+        let offsets = self.rows.offsets(gpu, rows, shape)?;
+        run(gpu, plan, &tensors, &offsets, spec)?;
+        Ok(Some(stats))
+    }
+
+    /// Fills `[dq, dk, dv]`; false where cuDNN does not serve, which is so for the forward and the backward of a shape alike.
+    ///
+    /// # Errors
+    /// As for the forward.
+    #[allow(clippy::too_many_arguments, reason = "what the formula needs")]
+    pub(super) fn backward(
+        &self,
+        gpu: &CudaGpu,
+        dout: &Tensor,
+        [q, k, v]: [&Tensor; 3],
+        out: &Tensor,
+        stats: &Tensor,
+        [dq, dk, dv]: [&Tensor; 3],
+        rows: &AttentionRows,
+        spec: &AttentionSpec,
+    ) -> Result<bool> {
+        let Some(shape) = self.shape(q.dtype(), rows, spec) else { return Ok(false) };
+        let mut state = self.state();
+        let Some([_, plan]) = state.plans(shape) else { return Ok(false) };
+        let (all, device) = (q.shape(), q.device());
+        let row_sum = empty(stats.shape(), DType::F32, device)?;
+        let mut tensors = vec![
+            (Slot::Q, q),
+            (Slot::K, k),
+            (Slot::V, v),
+            (Slot::Out, out),
+            (Slot::Stats, stats),
+            (Slot::Dout, dout),
+            (Slot::Dq, dq),
+            (Slot::Dk, dk),
+            (Slot::Dv, dv),
+            (Slot::RowSum, &row_sum),
+        ];
+        let mut scratch = Vec::new();
+        if !shape.deterministic {
+            scratch.push((Slot::DqSum, empty(all, DType::F32, device)?));
+        }
+        if shape.heads != shape.kv_heads {
+            scratch.push((Slot::DkHeads, empty(all, q.dtype(), device)?));
+            scratch.push((Slot::DvHeads, empty(all, q.dtype(), device)?));
+        }
+        tensors.extend(scratch.iter().map(|(slot, tensor)| (*slot, tensor)));
+        let offsets = self.rows.offsets(gpu, rows, shape)?;
+        run(gpu, plan, &tensors, &offsets, spec)?;
+        Ok(true)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // plans are put in whole
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The shape whose plans serve; none where there are none for sure. Lengths and numbers of rows are rounded up by an eighth at
+    /// most, as a rule: few plans serve all batches of a run, and what a plan has too much of ends at once.
+    fn shape(&self, dtype: DType, rows: &AttentionRows, spec: &AttentionSpec) -> Option<Shape> {
+        let number = match dtype {
+            DType::BF16 => Number::Bf16,
+            DType::F16 => Number::F16,
+            _ => return None,
+        };
+        let served = rows.packed
+            && rows.rows > 0
+            && rows.max_q_len > 0
+            && spec.head_dim.is_multiple_of(16)
+            && spec.kv_heads > 0
+            && spec.heads.is_multiple_of(spec.kv_heads);
+        served.then(|| Shape {
+            rows: rounded(rows.rows, 1),
+            length: rounded(rows.max_q_len, 128),
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            number,
+            deterministic: self.deterministic,
+        })
+    }
+}
+
+impl State {
+    fn plans(&mut self, shape: Shape) -> Option<&[Attention; 2]> {
+        let library = &self.library;
+        let make = || {
+            // whatever it says against a shape, our kernels serve it
+            let plans = [Attention::forward(library, shape).ok()?, Attention::backward(library, shape).ok()?];
+            plans.iter().all(|plan| plan.workspace() <= MOST_SCRATCH).then_some(plans)
+        };
+        self.plans.entry(shape).or_insert_with(make).as_ref()
+    }
+}
+
+/// `n` up to a multiple of an eighth of the next power of two, or of `least`.
+const fn rounded(n: usize, least: usize) -> usize {
+    let step = n.next_power_of_two() / 8;
+    n.next_multiple_of(if step > least { step } else { least })
+}
+
+/// Runs a plan behind all that was asked for before.
+fn run(
+    gpu: &CudaGpu,
+    plan: &Attention,
+    tensors: &[(Slot, &Tensor)],
+    offsets: &Offsets,
+    spec: &AttentionSpec,
+) -> Result<()> {
+    let device = offsets.lengths.device();
+    let workspace = empty(plan.workspace().max(1), DType::U8, device)?;
+    let mut places = offsets.places(gpu)?;
+    for &(slot, tensor) in tensors {
+        places.push((slot, gpu.address(tensor)?));
+    }
+    let (scale, minus_infinity, one) = (spec.scale, f32::NEG_INFINITY, 1f32);
+    let host = |number: &f32| ptr::from_ref(number).cast_mut().cast::<c_void>();
+    let address = |slot| match slot {
+        Slot::Scale => host(&scale),
+        Slot::MinusInfinity => host(&minus_infinity),
+        Slot::One => host(&one),
+        other => match places.iter().find(|&&(slot, _)| slot == other) {
+            Some(&(_, at)) => at as *mut c_void,
+            None => ptr::null_mut(),
+        },
+    };
+    plan.run(address, gpu.address(&workspace)? as *mut c_void)
+}
