@@ -58,15 +58,6 @@ FUNCTION float prefix(float x, uint lane)
     return x;
 }
 
-FUNCTION uint prefix(uint x, uint lane)
-{
-    for (uint by = 1; by < 32; by *= 2) {
-        const uint y = simd_shuffle(x, lane < by ? lane : lane - by);
-        if (lane >= by) x += y;
-    }
-    return x;
-}
-
 // A logit after the penalty, which is for the marked.
 FUNCTION float logit(float x, uint mark, float penalty) { return mark == 0 ? x : x < 0.0f ? x * penalty : x / penalty; }
 
@@ -195,9 +186,9 @@ FUNCTION uint compact(DEVICE_PTR(float) distances, DEVICE_PTR(uint) ids, uint fr
     for (uint base = begin; base < end; base += 128) {
         const uint i = base + 4 * lane;
         const float4 d = i < end ? load4(distances, from + i) : make_float4(FAR, FAR, FAR, FAR);
-        // both counts in one word: neither passes 128
+        // both counts in one number, as neither passes 128: exact in a float
         const uint own = below4(d, t) + 65536 * equal4(d, t);
-        const uint up_to = prefix(own, lane);
+        const uint up_to = uint(prefix(float(own), lane));
         const uint before = up_to - own, all = simd_broadcast(up_to, 31);
         uint tie = equal + before / 65536;
         uint place = to + below + before % 65536 + min(tie, ties);
@@ -222,6 +213,66 @@ FUNCTION void visit(float d, uint i, float target, THREAD_REF(float) reached, TH
     const float weight = exp(-d);
     reached += weight;
     if (at == NONE && weight > 0.0f && reached > target) at = i;
+}
+
+// The least `t` up to which a list holds `k` tokens or more.
+FUNCTION uint reach_of_count(DEVICE_PTR(const float) distances, uint from, uint n, uint k, THREADGROUP_PTR(uint) words, uint lane, uint simd,
+                             uint simds)
+{
+    uint low = 0, high = as_uint(FAR);
+    while (low < high) {
+        const uint middle = (low + high) / 2;
+        if (group_sum(count_below(distances, from, n, middle + 1, lane, simd, simds), words, lane, simd, simds) >= k) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return high;
+}
+
+// The least `t`, at most `high`, up to which the tokens of a list weigh `enough`.
+FUNCTION uint reach_of_mass(DEVICE_PTR(const float) distances, uint from, uint n, uint high, float enough, THREADGROUP_PTR(float) sums,
+                            uint lane, uint simd, uint simds)
+{
+    uint low = 0;
+    while (low < high) {
+        const uint middle = (low + high) / 2;
+        if (group_sum(mass_below(distances, from, n, middle + 1, lane, simd, simds), sums, lane, simd, simds) >= enough) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return high;
+}
+
+// The element of a list on which the target falls, from `base`, where `before` is reached, to `last`; NONE where rounding leads beyond it. By one
+// SIMD group.
+FUNCTION uint find(DEVICE_PTR(const float) distances, uint from, uint base, uint last, float before, float target, uint lane)
+{
+    // eight strides at once up to where it falls, then one by one
+    while (base + 1024 <= last) {
+        const float ahead = simd_sum(mass_below(distances, from + base, 1024, as_uint(FAR), lane, 0, 1));
+        if (before + ahead > target) break;
+        before += ahead;
+        base += 1024;
+    }
+    uint found = NONE;
+    for (; base < last && found == NONE; base += 128) {
+        const uint i = base + 4 * lane;
+        const float4 d = i < last ? load4(distances, from + i) : make_float4(FAR, FAR, FAR, FAR);
+        const float own = mass(d), up_to = prefix(own, lane);
+        float reached = before + (up_to - own);
+        uint at = NONE;
+        visit(d.x, i, target, reached, at);
+        visit(d.y, i + 1, target, reached, at);
+        visit(d.z, i + 2, target, reached, at);
+        visit(d.w, i + 3, target, reached, at);
+        found = simd_min(at);
+        before += simd_broadcast(up_to, 31);
+    }
+    return found;
 }
 
 /// The id of the next token, to `token [1]`; 0xffffffff where a logit is NaN or infinite above, or none is finite. Marks `seen [news]`, all
@@ -284,24 +335,18 @@ KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, m
     // what is surely too far goes first, so that the bisections below walk a short list
     const uint far = as_uint(FAR), k = params.top_k;
     uint bound = far;
-    if (k > 0 && k <= THREADS) {
+    const uint room = (vocab + 3) / 4 * 4 + 4;
+    if (k > 0 && k <= THREADS && THREADS <= vocab) {
         // the k nearest of the threads' nearest are k tokens
-        const uint nearest = as_uint(distance_of(best, top, params.inverse_temperature));
-        uint low = 0;
-        while (low < bound) {
-            const uint middle = (low + bound) / 2;
-            if (group_sum(uint(nearest <= middle), words, LANE, SIMD, SIMDS) >= k) {
-                bound = middle;
-            } else {
-                low = middle + 1;
-            }
-        }
+        distances[room + THREAD] = distance_of(best, top, params.inverse_temperature);
+        BARRIER_DEVICE();
+        bound = reach_of_count(distances, room, THREADS, k, words, LANE, SIMD, SIMDS);
+        BARRIER_DEVICE();
     } else if (k == 0) {
         // all tokens this far weigh less than half of what top-p leaves out
         if (params.top_p < 1.0f) bound = as_uint(-log(0.5f * (1.0f - params.top_p) * whole / float(vocab)));
         bound = min(bound, as_uint(params.min_p_distance));
     }
-    const uint room = (vocab + 3) / 4 * 4 + 4;
     uint from = 0, n = vocab;
     if (bound < far) {
         n = compact(distances, ids, 0, room, vocab, true, bound, NONE, words, LANE, SIMD, SIMDS);
@@ -311,30 +356,14 @@ KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, m
     // tokens nearer than `t` stay, and the first `ties` at it
     uint t = far, ties = 0;
     if (k > 0 && k < vocab) {
-        uint low = 0;
-        while (low < t) {
-            const uint middle = (low + t) / 2;
-            if (group_sum(count_below(distances, from, n, middle + 1, LANE, SIMD, SIMDS), words, LANE, SIMD, SIMDS) >= k) {
-                t = middle;
-            } else {
-                low = middle + 1;
-            }
-        }
+        t = reach_of_count(distances, from, n, k, words, LANE, SIMD, SIMDS);
         ties = t < far ? NONE : 0;
     }
     if (params.top_p < 1.0f) {
         const uint kept = t < far ? t + 1 : far;
         const float all = k > 0 ? group_sum(mass_below(distances, from, n, kept, LANE, SIMD, SIMDS), sums, LANE, SIMD, SIMDS) : whole;
         const float enough = params.top_p * all;
-        uint low = 0, high = t;
-        while (low < high) {
-            const uint middle = (low + high) / 2;
-            if (group_sum(mass_below(distances, from, n, middle + 1, LANE, SIMD, SIMDS), sums, LANE, SIMD, SIMDS) >= enough) {
-                high = middle;
-            } else {
-                low = middle + 1;
-            }
-        }
+        const uint high = reach_of_mass(distances, from, n, t, enough, sums, LANE, SIMD, SIMDS);
         if (high < far) {
             const float before = group_sum(mass_below(distances, from, n, high, LANE, SIMD, SIMDS), sums, LANE, SIMD, SIMDS);
             const float needed = fmin((enough - before) / exp(-as_float(high)), 1.0e9f);
@@ -365,26 +394,6 @@ KERNEL(sample_token)(READ(float, logits, 0), READ(uint, seen, 1), UPDATE(uint, m
     const float target = params.likelihood * total;
     if (target < before || target >= before + own) return;
     const uint part = stretch(n, SIMDS), last = min((SIMD + 1) * part, n);
-    uint base = SIMD * part, chosen = NONE;
-    // eight strides at once up to where it falls, then one by one
-    while (base + 1024 <= last) {
-        const float ahead = simd_sum(mass_below(distances, from + base, 1024, far, LANE, 0, 1));
-        if (before + ahead > target) break;
-        before += ahead;
-        base += 1024;
-    }
-    for (; base < last && chosen == NONE; base += 128) {
-        const uint i = base + 4 * LANE;
-        const float4 d = i < last ? load4(distances, from + i) : make_float4(FAR, FAR, FAR, FAR);
-        const float own_mass = mass(d), up_to = prefix(own_mass, LANE);
-        float reached = before + (up_to - own_mass);
-        uint at = NONE;
-        visit(d.x, i, target, reached, at);
-        visit(d.y, i + 1, target, reached, at);
-        visit(d.z, i + 2, target, reached, at);
-        visit(d.w, i + 3, target, reached, at);
-        chosen = simd_min(at);
-        before += simd_broadcast(up_to, 31);
-    }
-    if (LANE == 0) token[0] = chosen == NONE ? likeliest : dense ? chosen : ids[from + chosen];
+    const uint found = find(distances, from, SIMD * part, last, before, target, LANE);
+    if (LANE == 0) token[0] = found == NONE ? likeliest : dense ? found : ids[from + found];
 }
