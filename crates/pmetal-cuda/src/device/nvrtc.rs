@@ -1,7 +1,6 @@
 //! CUDA C++ compiled on the user's machine; what was compiled once is kept on disk.
 
 use std::{
-    env,
     ffi::{CStr, CString, c_char},
     fs,
     path::{Path, PathBuf},
@@ -15,7 +14,7 @@ use candle_core::cuda_backend::{
         nvrtc::{Ptx, result, sys},
     },
 };
-use pmetal_core::StagedFile;
+use pmetal_core::{StagedFile, cache_folder};
 use pmetal_metal::{Error, Result};
 
 /// Changes whenever kept files are laid out in another way.
@@ -149,22 +148,13 @@ fn refused(name: &str, reason: &str) -> Error {
 
 /// The file of a text compiled under options; none where there is no folder for it.
 fn place(text: &str, options: &[String]) -> Option<PathBuf> {
-    let folder = match env::var_os("PMETAL_CACHE") {
-        Some(folder) => PathBuf::from(folder).join("kernels"),
-        None => user_folder()?.join("pmetal/kernels"),
-    };
+    let folder = cache_folder("kernels")?;
     let mut hasher = blake3::Hasher::new();
     for part in [FORMAT, &version().ok()?, &options.join(" "), text] {
         hasher.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
     }
     let key: String = hasher.finalize().to_hex().chars().take(32).collect();
     Some(folder.join(key))
-}
-
-fn user_folder() -> Option<PathBuf> {
-    let absolute = |path: &PathBuf| path.is_absolute();
-    let named = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(absolute);
-    named.or_else(|| Some(env::home_dir().filter(absolute)?.join(".cache")))
 }
 
 /// A kept image. Its hash stands before it: the driver is given no length, and a cut file would have it read what is not there.
@@ -208,7 +198,7 @@ mod tests {
 
     #[test]
     fn a_broken_kept_file_is_not_read() -> std::io::Result<()> {
-        let folder = env::temp_dir().join(format!("pmetal-cuda-{}", std::process::id()));
+        let folder = std::env::temp_dir().join(format!("pmetal-cuda-{}", std::process::id()));
         let path = folder.join("image");
         keep(&path, b"an image").map_err(std::io::Error::other)?;
         assert_eq!(read(&path).as_deref(), Some(b"an image".as_slice()));
