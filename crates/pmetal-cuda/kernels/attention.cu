@@ -2,21 +2,19 @@
 // 0 ..= keys - queries + i. Tiled with a running softmax as in FlashAttention-2 (Dao 2023, arXiv:2307.08691): f32 scores, softmax
 // and sums; probabilities are rounded to the inputs' dtype before they meet another matrix. No atomics: the same bits every time.
 //
-// All three kernels have one shape. A block owns 64 rows for each of its GROUPS groups of four warps and keeps them in shared memory;
-// tiles of the other side stream past, copied while the tile before is worked on. Queries own the forward and dQ, keys own dK and dV.
+// All three kernels have one shape. A block owns 64 rows for each of its groups of four warps and keeps them in shared memory; tiles of the
+// other side stream past, copied while the tile before is worked on. Queries own the forward and dQ, keys own dK and dV.
 //
 // q, out, dout, dq: [tokens, heads, D]; k, v, dk, dv: [kv_tokens, kv_heads, D]; rows: first query, queries, first key, keys of each;
 // stats, delta: [heads, tokens], the log2-sum-exp2 of a query's scores and the dot product of its dout and out.
 //
-// The host defines BF16 or F16, D (a multiple of 8, at most 128), GROUPS, STAGES (tiles in flight in the backward: 3 with wgmma), and
-// FORWARD_KEYS, DQ_KEYS, DKV_QUERIES (rows of a streamed tile: 64 or 128).
+// The host defines BF16 or F16, D (a multiple of 8, at most 128) and how each kernel's work is cut: FORWARD_GROUPS, FORWARD_TILE (rows of
+// a streamed tile, 64 or 128), the same of DQ and DKV, and DQ_STAGES and DKV_STAGES (tiles in shared memory at a time).
 
 typedef unsigned short T;
 typedef unsigned int uint;
 typedef unsigned long long u64;
 
-constexpr int THREADS = GROUPS * 128;
-constexpr int ROWS = GROUPS * 64;
 constexpr int PANELS = (D + 63) / 64;
 constexpr int WIDTH = PANELS * 64;
 #define INF __int_as_float(0x7f800000)
@@ -44,21 +42,22 @@ __device__ __forceinline__ uint first_tile() {
 }
 
 // Starts copying a tile; rows from `count` on and columns from D on become zeros.
-template <int TILE> __device__ __forceinline__ void load(uint tile, const T* source, u64 stride, int count) {
-    constexpr int CHUNKS = PANELS * 8;
+template <int TILE, int GROUPS> __device__ __forceinline__ void load(uint tile, const T* source, uint stride, int count) {
+    constexpr int CHUNKS = PANELS * 8, STEPS = (TILE * CHUNKS + GROUPS * 128 - 1) / (GROUPS * 128);
 #pragma unroll
-    for (int i = threadIdx.x; i < TILE * CHUNKS; i += THREADS) {
-        const int row = i / CHUNKS, chunk = i % CHUNKS;
-        const bool inside = row < count && chunk * 8 < D;
-        const T* from = inside ? source + row * stride + chunk * 8 : source;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place<TILE>(tile, row, chunk)), "l"(from), "r"(inside ? 16 : 0));
+    for (int step = 0; step < STEPS; step++) {
+        const int i = step * GROUPS * 128 + threadIdx.x, row = i / CHUNKS, chunk = i % CHUNKS;
+        if (TILE * CHUNKS % (GROUPS * 128) != 0 && i >= TILE * CHUNKS) break;
+        const int bytes = row < count && chunk * 8 < D ? 16 : 0;
+        const T* from = source + (row * stride + chunk * 8);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place<TILE>(tile, row, chunk)), "l"(from), "r"(bytes));
     }
 }
 
 // Starts copying `n` floats; those from `count` on become zeros.
 __device__ __forceinline__ void load_floats(uint to, const float* source, int n, int count) {
-    for (int i = threadIdx.x; i < n; i += THREADS)
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + i * 4), "l"(i < count ? source + i : source), "r"(i < count ? 4 : 0));
+    const int i = threadIdx.x;
+    if (i < n) asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + i * 4), "l"(i < count ? source + i : source), "r"(i < count ? 4 : 0));
 }
 
 __device__ __forceinline__ void end_of_load() { asm volatile("cp.async.commit_group;"); }
@@ -86,6 +85,16 @@ __device__ __forceinline__ uint pack(float low, float high) {
     uint both;
     asm("cvt.rn." DTYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+}
+
+__device__ __forceinline__ float2 unpack(uint both) {
+#ifdef BF16
+    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+#else
+    float2 x;
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(x.x), "=f"(x.y) : "r"(both));
+    return x;
+#endif
 }
 
 template <int N> __device__ __forceinline__ void pack(uint (&to)[N], const float (&from)[2 * N]) {
@@ -139,8 +148,8 @@ template <int N> __device__ __forceinline__ void hold(uint (&c)[N]) {
 // Waits for all products but the last `PENDING`.
 template <int PENDING> __device__ __forceinline__ void await_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 
-// Starts c [64, N] = a bᵀ: the group's 64 rows of tile `a` of the block's rows with tile `b` of N rows.
-template <int N> __device__ __forceinline__ void multiply_transposed(float (&c)[N / 2], uint a, uint b) {
+// Starts c [64, N] = a bᵀ: the group's 64 rows of tile `a` of ROWS rows with tile `b` of N rows.
+template <int N, int ROWS> __device__ __forceinline__ void multiply_transposed(float (&c)[N / 2], uint a, uint b) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < (D + 15) / 16; k++) {
@@ -179,7 +188,7 @@ __device__ __forceinline__ void mma(float* c, const uint* a, uint b0, uint b1) {
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-template <int N> __device__ __forceinline__ void multiply_transposed(float (&c)[N / 2], uint a, uint b) {
+template <int N, int ROWS> __device__ __forceinline__ void multiply_transposed(float (&c)[N / 2], uint a, uint b) {
     const int i = lane() / 8, j = lane() % 8;
 #pragma unroll
     for (int e = 0; e < N / 2; e++) c[e] = 0;
@@ -226,6 +235,13 @@ struct Row {
     __device__ __forceinline__ Row(uint4 r) : first_query(r.x), queries(r.y), first_key(r.z), keys(r.w), offset((int)r.w - (int)r.y) {}
 };
 
+// Puts `with` where a column (`last` counts from this thread's first) is beyond what the row sees: one key more from row to row.
+template <int TILE> __device__ __forceinline__ void mask(float (&s)[TILE / 2], int last, float with) {
+#pragma unroll
+    for (int e = 0; e < TILE / 2; e++)
+        if (e / 4 * 8 + e % 2 > last + e / 2 % 2 * 8) s[e] = with;
+}
+
 // One step of the running softmax: scores of a tile become exponentials relative to the largest score so far, `largest` and `sum` (of this
 // thread's columns) follow, and `shrink` is what earlier results must be multiplied with.
 template <int N> __device__ __forceinline__ void softmax(float (&s)[N / 2], float (&largest)[2], float (&sum)[2], float (&shrink)[2], float scale2) {
@@ -256,7 +272,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 // Writes the group's 64 rows, each times its factor, through its part of a tile that it has done with; `count` rows of the block exist.
-__device__ __forceinline__ void store(const float (&c)[WIDTH / 2], float factor0, float factor1, uint tile, T* out, u64 stride, int count) {
+template <int ROWS> __device__ __forceinline__ void store(const float (&c)[WIDTH / 2], float factor0, float factor1, uint tile, T* out, u64 stride, int count) {
     asm volatile("bar.sync %0, 128;" ::"r"(group() + 1) : "memory");
 #pragma unroll
     for (int j = 0; j < WIDTH / 8; j++)
@@ -280,70 +296,76 @@ __device__ __forceinline__ void store(const float (&c)[WIDTH / 2], float factor0
 // ---- Forward ----
 // Grid: heads, rows, blocks of queries of the longest row. The last queries see most and go first.
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS * 128)
 attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, const uint4* rows, int tokens, int heads, int kv_heads, float scale) {
-    constexpr int TILE = FORWARD_KEYS;
+    constexpr int GROUPS = FORWARD_GROUPS, ROWS = GROUPS * 64, TILE = FORWARD_TILE;
     const Row row(rows[blockIdx.y]);
     const int first = (gridDim.z - 1 - blockIdx.z) * ROWS, head = blockIdx.x;
     if (first >= row.queries) return;
     const int count = min(row.queries - first, ROWS);
-    const u64 q_stride = (u64)heads * D, k_stride = (u64)kv_heads * D;
-    const u64 q_at = (row.first_query + first) * q_stride + head * D;
-    const u64 k_at = row.first_key * k_stride + head / (heads / kv_heads) * D;
+    const uint q_stride = heads * D, k_stride = kv_heads * D;
+    const u64 q_at = (u64)(row.first_query + first) * q_stride + head * D;
+    const u64 k_at = (u64)row.first_key * k_stride + head / (heads / kv_heads) * D;
     k += k_at, v += k_at;
     const uint q_tile = first_tile(), k_tiles = q_tile + TILE_BYTES<ROWS>, v_tiles = k_tiles + 2 * TILE_BYTES<TILE>;
     const int seen = max(row.offset + first + count, 0), tiles = (seen + TILE - 1) / TILE;
-    const int limit = row.offset + first + own_row();
+    const int limit = row.offset + first + own_row(), open = max(row.offset + first + 1, 0) / TILE;
     const float scale2 = scale * 1.44269504f;
 
     float o[WIDTH / 2] = {}, s[TILE / 2], largest[2] = {-INF, -INF}, sum[2] = {}, shrink[2];
     uint p[TILE / 4] = {};
     auto tile_of = [&](uint tiles_at, int j) { return tiles_at + j % 2 * TILE_BYTES<TILE>; };
-    auto load_tile = [&](uint tiles_at, const T* from, int j) { load<TILE>(tile_of(tiles_at, j), from + j * TILE * k_stride, k_stride, row.keys - j * TILE); };
-    auto mask = [&](int j) {
+    auto load_keys = [&](int j) { load<TILE, GROUPS>(tile_of(k_tiles, j), k + (u64)j * TILE * k_stride, k_stride, row.keys - j * TILE); };
+    auto load_values = [&](int j) { load<TILE, GROUPS>(tile_of(v_tiles, j), v + (u64)j * TILE * k_stride, k_stride, row.keys - j * TILE); };
+    // The scores of tile j become weights.
+    auto weigh = [&](int j, bool masked) {
+        hold(s);
         // A thread's columns of the tile start at 2 (lane % 4).
-        const int last = limit - j * TILE - lane() % 4 * 2;
-        if (row.offset + first + group() * 64 < (j + 1) * TILE - 1) {
+        if (masked) mask<TILE>(s, limit - j * TILE - lane() % 4 * 2, -INF);
+        softmax<TILE>(s, largest, sum, shrink, scale2);
+        hold(s);
+    };
+    // The scores of a tile are multiplied ahead of the values of the tile before, whose product then runs under the softmax.
+    auto step = [&](int j, bool masked) {
+        await_loads();
+        multiply_transposed<TILE, ROWS>(s, q_tile, tile_of(k_tiles, j));
+        multiply_add<TILE>(o, p, tile_of(v_tiles, j + 1));
+        load_keys(max(j - 1, 0));
+        load_values(j);
+        end_of_load();
+        await_products<1>();
+        weigh(j, masked);
+        // The sums are never negative: they are asked so that the branch, over which the assembler moves no wait, stands behind the weights.
+        if (__any_sync(~0u, shrink[0] != 1 || shrink[1] != 1 || sum[0] + sum[1] < 0)) {
+            await_products<0>();
+            hold(o);
 #pragma unroll
-            for (int e = 0; e < TILE / 2; e++)
-                if (e / 4 * 8 + e % 2 > last + e / 2 % 2 * 8) s[e] = -INF;
+            for (int e = 0; e < WIDTH / 2; e++) o[e] *= shrink[e / 2 % 2];
         }
+        await_products<0>();
+        hold(o);
+        hold(p);
+        pack(p, s);
     };
 
     if (tiles > 0) {
         int j = tiles - 1;
-        load<ROWS>(q_tile, q + q_at, q_stride, count);
-        load_tile(k_tiles, k, j);
+        load<ROWS, GROUPS>(q_tile, q + q_at, q_stride, count);
+        load_keys(j);
         end_of_load();
         await_loads();
-        if (j > 0) load_tile(k_tiles, k, j - 1);
-        load_tile(v_tiles, v, j);
+        multiply_transposed<TILE, ROWS>(s, q_tile, tile_of(k_tiles, j));
+        load_keys(max(j - 1, 0));
+        load_values(j);
         end_of_load();
-        multiply_transposed<TILE>(s, q_tile, tile_of(k_tiles, j));
         await_products<0>();
-        hold(s);
-        mask(j);
-        softmax<TILE>(s, largest, sum, shrink, scale2);
+        weigh(j, true);
         pack(p, s);
-        // The scores of a tile are multiplied ahead of the values of the tile before, whose product then runs under the softmax.
-        for (j--; j >= 0; j--) {
-            await_loads();
-            if (j > 0) load_tile(k_tiles, k, j - 1);
-            load_tile(v_tiles, v, j);
-            end_of_load();
-            multiply_transposed<TILE>(s, q_tile, tile_of(k_tiles, j));
-            multiply_add<TILE>(o, p, tile_of(v_tiles, j + 1));
-            await_products<1>();
-            hold(s);
-            mask(j);
-            softmax<TILE>(s, largest, sum, shrink, scale2);
-            await_products<0>();
-            hold(o);
-            hold(p);
-#pragma unroll
-            for (int e = 0; e < WIDTH / 2; e++) o[e] *= shrink[e / 2 % 2];
-            pack(p, s);
-        }
+        hold(o);
+#pragma unroll 1
+        for (j--; j >= open; j--) step(j, true);
+#pragma unroll 1
+        for (; j >= 0; j--) step(j, false);
         await_loads();
         multiply_add<TILE>(o, p, tile_of(v_tiles, 0));
         await_products<0>();
@@ -359,132 +381,128 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
         // Infinite where a query sees no key: the backward then finds probabilities of 0.
         if (lane() % 4 == 0 && i < count) stats[(u64)head * tokens + row.first_query + first + i] = total > 0 ? largest[r] * scale2 + log2f(total) : INF;
     }
-    store(o, factor[0], factor[1], q_tile, out + q_at, q_stride, count);
+    store<ROWS>(o, factor[0], factor[1], q_tile, out + q_at, q_stride, count);
 }
 
 // ---- Backward ----
 // With P = exp(scale S - lse) and dP = dO Vᵀ: dV = Pᵀ dO, dS = P (dP - delta), dQ = scale dS K, dK = scale dSᵀ Q.
 
-// delta of `tokens * heads` pairs, one a warp.
-extern "C" __global__ void __launch_bounds__(256) attention_delta(const T* dout, const T* out, float* delta, int tokens, int heads) {
-    const u64 pair = (u64)blockIdx.x * 8 + threadIdx.x / 32;
-    if (pair >= (u64)tokens * heads) return;
+// The dot product of eight numbers with eight.
+__device__ __forceinline__ float dot(uint4 x, uint4 y) {
+    const uint a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
     float sum = 0;
-    for (int i = lane() * 2; i < D; i += 64) {
-        const uint a = *(const uint*)(dout + pair * D + i), b = *(const uint*)(out + pair * D + i);
-        float a0, a1, b0, b1;
-#ifdef BF16
-        a0 = __uint_as_float(a << 16), a1 = __uint_as_float(a & 0xffff0000u);
-        b0 = __uint_as_float(b << 16), b1 = __uint_as_float(b & 0xffff0000u);
-#else
-        asm("{.reg .b16 x, y; mov.b32 {x, y}, %2; cvt.f32.f16 %0, x; cvt.f32.f16 %1, y;}" : "=f"(a0), "=f"(a1) : "r"(a));
-        asm("{.reg .b16 x, y; mov.b32 {x, y}, %2; cvt.f32.f16 %0, x; cvt.f32.f16 %1, y;}" : "=f"(b0), "=f"(b1) : "r"(b));
-#endif
-        sum += a0 * b0 + a1 * b1;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 u = unpack(a[i]), v = unpack(b[i]);
+        sum += u.x * v.x + u.y * v.y;
     }
-    sum = quad_sum(sum);
-    for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (lane() == 0) delta[pair % heads * tokens + pair / heads] = sum;
+    return sum;
 }
 
-// Grid as of the forward.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-attention_dq(const T* q, const T* k, const T* v, const T* dout, const float* stats, const float* delta, T* dq, const uint4* rows, int tokens,
-             int heads, int kv_heads, float scale) {
-    constexpr int TILE = DQ_KEYS;
+// Grid as of the forward. Writes delta as well: it goes before the kernel of keys.
+extern "C" __global__ void __launch_bounds__(DQ_GROUPS * 128)
+attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, const float* stats, float* delta, T* dq, const uint4* rows,
+             int tokens, int heads, int kv_heads, float scale) {
+    constexpr int GROUPS = DQ_GROUPS, ROWS = GROUPS * 64, TILE = DQ_TILE, STAGES = DQ_STAGES;
     const Row row(rows[blockIdx.y]);
     const int first = (gridDim.z - 1 - blockIdx.z) * ROWS, head = blockIdx.x;
     if (first >= row.queries) return;
     const int count = min(row.queries - first, ROWS);
-    const u64 q_stride = (u64)heads * D, k_stride = (u64)kv_heads * D;
-    const u64 q_at = (row.first_query + first) * q_stride + head * D;
-    const u64 k_at = row.first_key * k_stride + head / (heads / kv_heads) * D;
+    const uint q_stride = heads * D, k_stride = kv_heads * D;
+    const u64 q_at = (u64)(row.first_query + first) * q_stride + head * D;
+    const u64 k_at = (u64)row.first_key * k_stride + head / (heads / kv_heads) * D;
     k += k_at, v += k_at;
     const uint q_tile = first_tile(), dout_tile = q_tile + TILE_BYTES<ROWS>, streamed = dout_tile + TILE_BYTES<ROWS>;
     const int seen = max(row.offset + first + count, 0), tiles = (seen + TILE - 1) / TILE;
-    const int limit = row.offset + first + own_row();
+    const int limit = row.offset + first + own_row(), open = max(row.offset + first + 1, 0) / TILE;
     const float scale2 = scale * 1.44269504f;
 
-    float base[2], shift[2];
+    float c[WIDTH / 2] = {}, s[TILE / 2], dp[TILE / 2];
+    uint ds[TILE / 4] = {};
+    float base[2], shift[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int i = own_row() + 8 * r;
-        const u64 at = (u64)head * tokens + row.first_query + first + i;
-        base[r] = i < count ? stats[at] : INF;
-        shift[r] = i < count ? delta[at] : 0;
+        const u64 number = (u64)head * tokens + row.first_query + first + i, from = q_at + (u64)i * q_stride;
+        base[r] = i < count ? stats[number] : INF;
+        for (int d = lane() % 4 * 8; d < D && i < count; d += 32) shift[r] += dot(*(const uint4*)(dout + from + d), *(const uint4*)(out + from + d));
+        shift[r] = quad_sum(shift[r]);
+        if (lane() % 4 == 0 && i < count) delta[number] = shift[r];
     }
-    float c[WIDTH / 2] = {}, s[TILE / 2], dp[TILE / 2];
-    uint ds[TILE / 4] = {};
-    auto tile_of = [&](int j) { return streamed + j % STAGES * 2 * TILE_BYTES<TILE>; };
-    auto load_tile = [&](int j) {
-        const u64 at = j * TILE * k_stride;
-        load<TILE>(tile_of(j), k + at, k_stride, row.keys - j * TILE);
-        load<TILE>(tile_of(j) + TILE_BYTES<TILE>, v + at, k_stride, row.keys - j * TILE);
+    constexpr int STAGE = 2 * TILE_BYTES<TILE>;
+    uint at = streamed;
+    auto after = [&](uint tile) { return tile + STAGE == streamed + STAGES * STAGE ? streamed : tile + STAGE; };
+    auto load_tile = [&](int j, uint to) {
+        load<TILE, GROUPS>(to, k + (u64)j * TILE * k_stride, k_stride, row.keys - j * TILE);
+        load<TILE, GROUPS>(to + TILE_BYTES<TILE>, v + (u64)j * TILE * k_stride, k_stride, row.keys - j * TILE);
         end_of_load();
     };
-
-    load<ROWS>(q_tile, q + q_at, q_stride, count);
-    load<ROWS>(dout_tile, dout + q_at, q_stride, count);
-    if (tiles > 0) load_tile(0);
-    hold(c);
-#pragma unroll 1
-    for (int j = 0; j < tiles; j++) {
+    auto step = [&](int j, bool masked) {
         await_loads();
-        if (j + 1 < tiles) load_tile(j + 1);
-        multiply_transposed<TILE>(s, q_tile, tile_of(j));
-        multiply_transposed<TILE>(dp, dout_tile, tile_of(j) + TILE_BYTES<TILE>);
+        multiply_transposed<TILE, ROWS>(s, q_tile, at);
+        multiply_transposed<TILE, ROWS>(dp, dout_tile, at + TILE_BYTES<TILE>);
+        load_tile(max(j - 1, 0), after(at));
         await_products<1>();
         hold(s);
         hold(c);
         hold(ds);
 #pragma unroll
         for (int e = 0; e < TILE / 2; e++) s[e] = exp2_fast(s[e] * scale2 - base[e / 2 % 2]);
-        if (row.offset + first + group() * 64 < (j + 1) * TILE - 1) {
-            const int last = limit - j * TILE - lane() % 4 * 2;
-#pragma unroll
-            for (int e = 0; e < TILE / 2; e++)
-                if (e / 4 * 8 + e % 2 > last + e / 2 % 2 * 8) s[e] = 0;
-        }
+        if (masked) mask<TILE>(s, limit - j * TILE - lane() % 4 * 2, 0);
         await_products<0>();
         hold(dp);
 #pragma unroll
         for (int e = 0; e < TILE / 2; e++) s[e] *= dp[e] - shift[e / 2 % 2];
         pack(ds, s);
-        multiply_add<TILE>(c, ds, tile_of(j));
+        multiply_add<TILE>(c, ds, at);
         if (STAGES == 2) await_products<0>();
-    }
+        at = after(at);
+    };
+
+    load<ROWS, GROUPS>(q_tile, q + q_at, q_stride, count);
+    load<ROWS, GROUPS>(dout_tile, dout + q_at, q_stride, count);
+    load_tile(max(tiles - 1, 0), at);
+    hold(c);
+    int j = tiles - 1;
+#pragma unroll 1
+    for (; j >= open; j--) step(j, true);
+#pragma unroll 1
+    for (; j >= 0; j--) step(j, false);
+    await_loads();
     await_products<0>();
     hold(c);
-    store(c, scale, scale, q_tile, dq + q_at, q_stride, count);
+    store<ROWS>(c, scale, scale, q_tile, dq + q_at, q_stride, count);
 }
 
 // Grid: key heads, rows, blocks of keys of the longest row. The first keys are seen most and go first. A block goes over all query heads
 // of its key head; scores stand transposed, keys by queries.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(DKV_GROUPS * 128)
 attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* stats, const float* delta, T* dk, T* dv, const uint4* rows,
               int tokens, int heads, int kv_heads, float scale) {
-    constexpr int TILE = DKV_QUERIES, STAGE = 2 * TILE_BYTES<TILE> + 1024;
+    constexpr int GROUPS = DKV_GROUPS, ROWS = GROUPS * 64, TILE = DKV_TILE, STAGES = DKV_STAGES, STAGE = 2 * TILE_BYTES<TILE> + 1024;
     const Row row(rows[blockIdx.y]);
     const int first = blockIdx.z * ROWS, kv_head = blockIdx.x, shared_by = heads / kv_heads;
     if (first >= row.keys) return;
     const int count = min(row.keys - first, ROWS);
-    const u64 q_stride = (u64)heads * D, k_stride = (u64)kv_heads * D;
-    const u64 k_at = (row.first_key + first) * k_stride + kv_head * D;
+    const uint q_stride = heads * D, k_stride = kv_heads * D;
+    const u64 k_at = (u64)(row.first_key + first) * k_stride + kv_head * D;
     const uint k_tile = first_tile(), v_tile = k_tile + TILE_BYTES<ROWS>, streamed = v_tile + TILE_BYTES<ROWS>;
     // Tiles of queries that see none of the block's keys are left out.
-    const int skipped = max(first - row.offset, 0) / TILE, per_head = max((row.queries + TILE - 1) / TILE - skipped, 0);
-    const int tiles = per_head * shared_by;
+    const int all = (row.queries + TILE - 1) / TILE, skipped = max(first - row.offset, 0) / TILE;
     const float scale2 = scale * 1.44269504f;
 
     float dk_sum[WIDTH / 2] = {}, dv_sum[WIDTH / 2] = {}, s[TILE / 2], dp[TILE / 2];
     uint p[TILE / 4] = {}, ds[TILE / 4] = {};
-    auto tile_of = [&](int j) { return streamed + j % STAGES * STAGE; };
-    auto load_tile = [&](int j) {
-        const int head = kv_head * shared_by + j / per_head, start = (j % per_head + skipped) * TILE, left = row.queries - start;
-        const u64 at = (row.first_query + start) * q_stride + head * D, number = (u64)head * tokens + row.first_query + start;
-        const uint to = tile_of(j);
-        load<TILE>(to, q + at, q_stride, left);
-        load<TILE>(to + TILE_BYTES<TILE>, dout + at, q_stride, left);
+    uint at = streamed;
+    auto after = [&](uint tile) { return tile + STAGE == streamed + STAGES * STAGE ? streamed : tile + STAGE; };
+    // The head and tile at hand; beyond the last head there are only zeros.
+    const int end = (kv_head + 1) * shared_by;
+    int head = skipped < all ? kv_head * shared_by : end, tile = skipped;
+    auto load_tile = [&](uint to) {
+        const int start = tile * TILE, left = head < end ? row.queries - start : 0;
+        const u64 from = (u64)(row.first_query + start) * q_stride + head * D, number = (u64)head * tokens + row.first_query + start;
+        load<TILE, GROUPS>(to, q + from, q_stride, left);
+        load<TILE, GROUPS>(to + TILE_BYTES<TILE>, dout + from, q_stride, left);
         // Queries beyond the row are zeros in all four, which adds nothing to any sum.
         load_floats(to + 2 * TILE_BYTES<TILE>, stats + number, TILE, left);
         load_floats(to + 2 * TILE_BYTES<TILE> + 512, delta + number, TILE, left);
@@ -497,15 +515,21 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
         return x;
     };
 
-    load<ROWS>(k_tile, k + k_at, k_stride, count);
-    load<ROWS>(v_tile, v + k_at, k_stride, count);
-    if (tiles > 0) load_tile(0);
-    for (int j = 0; j < tiles; j++) {
+
+    load<ROWS, GROUPS>(k_tile, k + k_at, k_stride, count);
+    load<ROWS, GROUPS>(v_tile, v + k_at, k_stride, count);
+    load_tile(at);
+    hold(dk_sum);
+    hold(dv_sum);
+#pragma unroll 1
+    while (head < end) {
+        const int start = row.offset + tile * TILE;
+        if (++tile == all) tile = skipped, head++;
+        const uint q_tile = at, dout_tile = q_tile + TILE_BYTES<TILE>, base = dout_tile + TILE_BYTES<TILE>, shift = base + 512;
         await_loads();
-        if (j + 1 < tiles) load_tile(j + 1);
-        const uint q_tile = tile_of(j), dout_tile = q_tile + TILE_BYTES<TILE>, base = dout_tile + TILE_BYTES<TILE>, shift = base + 512;
-        multiply_transposed<TILE>(s, k_tile, q_tile);
-        multiply_transposed<TILE>(dp, v_tile, dout_tile);
+        multiply_transposed<TILE, ROWS>(s, k_tile, q_tile);
+        multiply_transposed<TILE, ROWS>(dp, v_tile, dout_tile);
+        load_tile(after(at));
         await_products<1>();
         hold(s);
         hold(p);
@@ -516,8 +540,7 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
 #pragma unroll
             for (int e = 4 * i; e < 4 * i + 4; e++) s[e] = exp2_fast(s[e] * scale2 - (e % 2 ? b.y : b.x));
         }
-        const int start = row.offset + (j % per_head + skipped) * TILE;
-        if (start < first + group() * 64 + 63) {
+        if (start < first + ROWS - 1) {
             // A key counts from the query on that is the first to see it.
             const int from = first + own_row() - start - lane() % 4 * 2;
 #pragma unroll
@@ -537,12 +560,13 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
         pack(ds, s);
         multiply_add<TILE>(dk_sum, ds, q_tile);
         if (STAGES == 2) await_products<0>();
+        at = after(at);
     }
     // Without queries nobody has waited for the copies yet.
     await_loads();
     await_products<0>();
     hold(dk_sum);
     hold(dv_sum);
-    store(dk_sum, scale, scale, k_tile, dk + k_at, k_stride, count);
-    store(dv_sum, 1, 1, v_tile, dv + k_at, k_stride, count);
+    store<ROWS>(dk_sum, scale, scale, k_tile, dk + k_at, k_stride, count);
+    store<ROWS>(dv_sum, 1, 1, v_tile, dv + k_at, k_stride, count);
 }

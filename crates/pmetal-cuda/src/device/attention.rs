@@ -27,7 +27,6 @@ pub(super) struct Attention {
 struct Built {
     plan: Plan,
     forward: CudaFunction,
-    delta: CudaFunction,
     dq: CudaFunction,
     dkv: CudaFunction,
 }
@@ -46,8 +45,9 @@ impl Attention {
         let Some(built) = self.built(gpu, q.dtype(), spec.head_dim)? else { return Ok(None) };
         let tokens = q.dim(0)?;
         let stats = empty((spec.heads, tokens), DType::F32, q.device())?;
-        let grid = [spec.heads, rows.rows, rows.max_q_len.div_ceil(built.plan.rows())];
-        let mut call = Launch::new(gpu, grid, built.plan.threads(), built.plan.forward_bytes());
+        let plan = built.plan;
+        let grid = [spec.heads, rows.rows, rows.max_q_len.div_ceil(plan.forward.rows())];
+        let mut call = Launch::new(gpu, grid, plan.forward.threads(), plan.forward_bytes());
         call.tensors(&[q, k, v, out], &[spec.heads, spec.kv_heads, spec.kv_heads, spec.heads], spec.head_dim)?;
         call.tables(&[&stats, &rows.table])?;
         call.numbers(&[tokens, spec.heads, spec.kv_heads])?;
@@ -75,23 +75,17 @@ impl Attention {
         let (plan, tokens) = (built.plan, q.dim(0)?);
         let [queries, keys] = [spec.heads, spec.kv_heads];
         let delta = empty((spec.heads, tokens), DType::F32, q.device())?;
-        let mut call = Launch::new(gpu, [(tokens * spec.heads).div_ceil(DELTA_PAIRS), 1, 1], DELTA_PAIRS * 32, 0);
-        call.tensors(&[dout, out], &[queries; 2], spec.head_dim)?;
-        call.tables(&[&delta])?;
-        call.numbers(&[tokens, spec.heads])?;
-        call.run(&built.delta, None)?;
-
-        let grid = [spec.heads, rows.rows, rows.max_q_len.div_ceil(plan.rows())];
-        let mut call = Launch::new(gpu, grid, plan.threads(), plan.dq_bytes());
-        call.tensors(&[q, k, v, dout], &[queries, keys, keys, queries], spec.head_dim)?;
+        let grid = [spec.heads, rows.rows, rows.max_q_len.div_ceil(plan.dq.rows())];
+        let mut call = Launch::new(gpu, grid, plan.dq.threads(), plan.dq_bytes());
+        call.tensors(&[q, k, v, dout, out], &[queries, keys, keys, queries, queries], spec.head_dim)?;
         call.tables(&[stats, &delta])?;
         call.tensors(&[dq], &[queries], spec.head_dim)?;
         call.tables(&[&rows.table])?;
         call.numbers(&[tokens, spec.heads, spec.kv_heads])?;
         call.run(&built.dq, Some(spec.scale))?;
 
-        let grid = [spec.kv_heads, rows.rows, rows.max_kv_len.div_ceil(plan.rows())];
-        let mut call = Launch::new(gpu, grid, plan.threads(), plan.dkv_bytes());
+        let grid = [spec.kv_heads, rows.rows, rows.max_kv_len.div_ceil(plan.dkv.rows())];
+        let mut call = Launch::new(gpu, grid, plan.dkv.threads(), plan.dkv_bytes());
         call.tensors(&[q, k, v, dout], &[queries, keys, keys, queries], spec.head_dim)?;
         call.tables(&[stats, &delta])?;
         call.tensors(&[dk, dv], &[keys; 2], spec.head_dim)?;
@@ -123,7 +117,6 @@ impl Attention {
         let built = Arc::new(Built {
             plan,
             forward: load("attention_forward", plan.forward_bytes())?,
-            delta: load("attention_delta", 0)?,
             dq: load("attention_dq", plan.dq_bytes())?,
             dkv: load("attention_dkv", plan.dkv_bytes())?,
         });
@@ -132,22 +125,43 @@ impl Attention {
     }
 }
 
-/// Pairs of a token and a head in a block of `attention_delta`, a warp each.
-const DELTA_PAIRS: usize = 8;
+/// How a kernel's work is cut, as its text has the host define.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// Groups of four warps in a block, each with 64 rows of its own.
+    groups: usize,
+    /// Rows of a tile that streams past: 64 or 128.
+    tile: usize,
+    /// Tiles in shared memory at a time.
+    stages: usize,
+}
 
-/// How the work is cut: what the kernel text has the host define.
+impl Cut {
+    fn rows(self) -> usize {
+        self.groups * 64
+    }
+
+    fn threads(self) -> usize {
+        self.groups * 128
+    }
+
+    fn options(self, kernel: &str) -> [String; 3] {
+        [("GROUPS", self.groups), ("TILE", self.tile), ("STAGES", self.stages)]
+            .map(|(name, value)| format!("-D{kernel}_{name}={value}"))
+    }
+}
+
+/// The cuts of the three kernels for heads of one width.
 #[derive(Clone, Copy)]
 struct Plan {
     head_dim: usize,
-    groups: usize,
-    stages: usize,
-    forward_keys: usize,
-    dq_keys: usize,
-    dkv_queries: usize,
+    forward: Cut,
+    dq: Cut,
+    dkv: Cut,
 }
 
 impl Plan {
-    /// The cut measured best where wgmma is, elsewhere one that fits the chip's shared memory.
+    /// The cuts measured best on an H100, with wgmma and without; the latter fit every chip since sm_80.
     fn of(gpu: &CudaGpu, head_dim: usize) -> Result<Option<Self>> {
         let capability = gpu.context.compute_capability().w()?;
         if capability < (8, 0) || head_dim == 0 || head_dim > 128 || !head_dim.is_multiple_of(8) {
@@ -155,34 +169,21 @@ impl Plan {
         }
         let shared = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared = usize::try_from(gpu.context.attribute(shared).w()?).unwrap_or_default();
-        let small = Self { head_dim, groups: 1, stages: 2, forward_keys: 64, dq_keys: 64, dkv_queries: 64 };
-        let plans = match capability {
-            (9, 0) => vec![Self { groups: 2, stages: 3, forward_keys: 128, ..small }],
-            _ => vec![Self { groups: 2, ..small }, small],
+        let cut = |groups, tile, stages| Cut { groups, tile, stages };
+        let all = |cut| Self { head_dim, forward: cut, dq: cut, dkv: cut };
+        let plan = match (capability, head_dim) {
+            ((9, 0), ..=64) => Self { forward: cut(1, 128, 2), dq: cut(3, 64, 3), ..all(cut(1, 64, 3)) },
+            ((9, 0), _) => Self { forward: cut(2, 128, 2), ..all(cut(2, 64, 3)) },
+            _ => all(cut(1, 64, 2)),
         };
-        let fits = |plan: &Self| plan.forward_bytes().max(plan.dq_bytes()).max(plan.dkv_bytes()) <= shared;
-        Ok(plans.into_iter().find(fits))
+        let needed = plan.forward_bytes().max(plan.dq_bytes()).max(plan.dkv_bytes());
+        Ok((needed <= shared).then_some(plan))
     }
 
     fn options(&self, dtype: &str) -> Vec<String> {
-        vec![
-            format!("-D{dtype}"),
-            format!("-DD={}", self.head_dim),
-            format!("-DGROUPS={}", self.groups),
-            format!("-DSTAGES={}", self.stages),
-            format!("-DFORWARD_KEYS={}", self.forward_keys),
-            format!("-DDQ_KEYS={}", self.dq_keys),
-            format!("-DDKV_QUERIES={}", self.dkv_queries),
-        ]
-    }
-
-    fn threads(&self) -> usize {
-        self.groups * 128
-    }
-
-    /// Rows that a block owns.
-    fn rows(&self) -> usize {
-        self.groups * 64
+        let kernels = [("FORWARD", self.forward), ("DQ", self.dq), ("DKV", self.dkv)];
+        let cuts = kernels.into_iter().flat_map(|(kernel, cut)| cut.options(kernel));
+        [format!("-D{dtype}"), format!("-DD={}", self.head_dim)].into_iter().chain(cuts).collect()
     }
 
     /// Shared memory of `rows` rows in tiles, and what begins them on a multiple of 1024 bytes.
@@ -191,15 +192,15 @@ impl Plan {
     }
 
     fn forward_bytes(&self) -> usize {
-        self.bytes(self.rows() + 4 * self.forward_keys)
+        self.bytes(self.forward.rows() + self.forward.stages * 2 * self.forward.tile)
     }
 
     fn dq_bytes(&self) -> usize {
-        self.bytes(2 * self.rows() + self.stages * 2 * self.dq_keys)
+        self.bytes(2 * self.dq.rows() + self.dq.stages * 2 * self.dq.tile)
     }
 
     fn dkv_bytes(&self) -> usize {
-        self.bytes(2 * self.rows() + self.stages * 2 * self.dkv_queries) + self.stages * 1024
+        self.bytes(2 * self.dkv.rows() + self.dkv.stages * 2 * self.dkv.tile) + self.dkv.stages * 1024
     }
 }
 
