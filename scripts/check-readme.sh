@@ -35,6 +35,7 @@ echo "Please pack three red kites for Mara." | "$pmetal" infer --model "$base" -
 "$pmetal" train --model "$base" --dataset assets/quickstart/train.jsonl --add-tokens "<|call|>,<|result|>" --max-steps 2 --output "$out/tokens"
 "$pmetal" infer --model "$base" --lora "$out/tokens" --chat --prompt "Once" --max-tokens 4
 "$pmetal" models
+"$pmetal" doctor --device cpu
 "$pmetal" completions bash > "$out/completions"
 "$pmetal" man --output "$out/man"
 echo '[[5, 6, 7], [8, 9]]' > "$out/ids.json"
