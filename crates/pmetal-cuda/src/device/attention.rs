@@ -18,6 +18,12 @@ use pmetal_metal::{AttentionRows, AttentionSpec, Error, Result, empty};
 
 use super::CudaGpu;
 
+const TEXT: &str = concat!(
+    include_str!("../../kernels/attention_tiles.cuh"),
+    "#line 1 \"attention.cu\"\n",
+    include_str!("../../kernels/attention.cu")
+);
+
 /// The kernels that were asked for, compiled.
 #[derive(Default)]
 pub(super) struct Attention {
@@ -107,7 +113,7 @@ impl Attention {
         let Some(plan) = Plan::of(gpu, head_dim)? else { return Ok(None) };
         let options = plan.options(name);
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
-        let module = gpu.compile("attention.cu", include_str!("../../kernels/attention.cu"), &options)?;
+        let module = gpu.compile("attention.cu", TEXT, &options)?;
         let load = |name, bytes: usize| {
             let function = module.load_function(name).w()?;
             let shared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
