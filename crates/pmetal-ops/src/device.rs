@@ -27,6 +27,12 @@ pub(crate) fn open_as_is(choice: DeviceChoice) -> Result<Device> {
     })
 }
 
+/// Whether every run on a GPU is to give the same bits, as it does on the CPU; to be said before the first operation. It costs the choice
+/// of the fastest way of a product, and of attention whose backward adds up in whatever order comes.
+pub fn deterministic(on: bool) {
+    pmetal_cuda::deterministic(on);
+}
+
 /// The name of a device in reports: cpu, cuda:0, metal.
 pub fn name(device: &Device) -> String {
     match device.location() {

@@ -146,6 +146,9 @@ pub struct SftOptions {
     /// Device: auto, cpu, cuda, cuda:1 and so on, metal
     #[arg(long, default_value_t, value_name = "DEVICE", help_heading = "Machine")]
     pub device: DeviceChoice,
+    /// The same bits in every run on a GPU too, as on a CPU; somewhat slower
+    #[arg(long, help_heading = "Machine")]
+    pub deterministic: bool,
 }
 
 impl SftOptions {

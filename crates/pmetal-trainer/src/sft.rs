@@ -78,6 +78,7 @@ impl Setup {
     /// Finds the model, opens its tokenizer, reads the rows, and says what will be trained on.
     pub(crate) fn new(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Self> {
         options.validate()?;
+        pmetal_ops::device::deterministic(options.deterministic);
         let device = pmetal_ops::device::open(options.device)?;
         let inputs = Inputs::locate(options, observer.downloads())?;
         let mut base = Base::open(options, &inputs)?;

@@ -12,6 +12,10 @@ const MATRIX: &str = "attention_matrix";
 /// The widest head of the plain kernels.
 const MAX_WIDTH: usize = 256;
 
+/// Threads of the plain kernels' threadgroups, and how many of these keep a large GPU busy.
+const THREADS: usize = 128;
+const ENOUGH_GROUPS: usize = 512;
+
 /// Keys of a row from which few queries share them between several threadgroups.
 const SPLIT_FROM: usize = 512;
 
@@ -36,7 +40,7 @@ pub(super) fn forward(
         return Err(Error::operand(OP, "head_dim", format!("at most {MAX_WIDTH}"), spec.head_dim));
     }
     let lse = empty((q.dim(0)?, spec.heads), DType::F32, device)?;
-    let grid = Grid { groups: [rows.max_q_len, spec.heads, rows.rows], threads: 256 };
+    let grid = Grid { groups: [rows.max_q_len, spec.heads, rows.rows], threads: THREADS };
     let splits = splits(&rows, spec);
     if splits > 1 {
         split(gpu, [q, k, v], &out, &lse, &rows, spec, splits)?;
@@ -56,10 +60,10 @@ pub(super) fn forward(
 /// Parts of the keys, so that decoding a long row keeps a GPU busy.
 fn splits(rows: &AttentionRows, spec: &AttentionSpec) -> usize {
     let groups = rows.max_q_len * spec.heads * rows.rows;
-    if rows.max_kv_len < SPLIT_FROM || groups == 0 || groups >= 256 {
+    if rows.max_kv_len < SPLIT_FROM || groups == 0 {
         return 1;
     }
-    (512 / groups).clamp(1, rows.max_kv_len / 128)
+    ENOUGH_GROUPS.div_ceil(groups).clamp(1, rows.max_kv_len / 128)
 }
 
 fn split(
@@ -74,7 +78,7 @@ fn split(
     let (tokens, heads, d) = q.dims3()?;
     let partial = empty((splits, tokens, heads, d), DType::F32, q.device())?;
     let partial_lse = empty((splits, tokens, heads), DType::F32, q.device())?;
-    let grid = Grid { groups: [rows.max_q_len * splits, heads, rows.rows], threads: 256 };
+    let grid = Grid { groups: [rows.max_q_len * splits, heads, rows.rows], threads: THREADS };
     let params = kernels::attention_plain_split::SplitParams {
         tokens: tokens as u32,
         splits: splits as u32,
@@ -114,10 +118,10 @@ pub(super) fn backward(
     }
     let (heads, kv_heads, d, scale) = (spec.heads as u32, spec.kv_heads as u32, spec.head_dim as u32, spec.scale);
     let delta = empty(stats.shape(), DType::F32, device)?;
-    let grid = Grid { groups: [rows.max_q_len, spec.heads, rows.rows], threads: 256 };
+    let grid = Grid { groups: [rows.max_q_len, spec.heads, rows.rows], threads: THREADS };
     let params = kernels::attention_plain_dq::AttentionParams { heads, kv_heads, d, scale };
     kernels::attention_plain_dq(gpu, dtype, grid, dout, q, k, v, out, stats, &rows.table, &dq, &delta, params)?;
-    let grid = Grid { groups: [rows.max_kv_len, spec.kv_heads, rows.rows], threads: 256 };
+    let grid = Grid { groups: [rows.max_kv_len, spec.kv_heads, rows.rows], threads: THREADS };
     let params = kernels::attention_plain_dkv::AttentionParams { heads, kv_heads, d, scale };
     kernels::attention_plain_dkv(gpu, dtype, grid, dout, q, k, v, stats, &delta, &rows.table, &dk, &dv, params)?;
     Ok([dq, dk, dv])
