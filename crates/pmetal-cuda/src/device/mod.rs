@@ -2,16 +2,17 @@
 
 mod attention;
 mod capture;
+mod cudnn;
 mod gemm;
 mod kernels;
 mod memory;
 mod nvrtc;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs,
     sync::{
-        Arc, LazyLock, PoisonError, RwLock,
+        Arc, LazyLock, Mutex, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
 };
@@ -25,20 +26,28 @@ use candle_core::{
 };
 use pmetal_metal::{AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, Memory, Result};
 
+use self::cudnn::Cudnn;
+
 pub use capture::{Graph, capture};
 pub use memory::is_out_of_memory;
 
-/// CUDA device `ordinal`, with a stream of its own.
+/// CUDA device `ordinal`, with a stream of its own. It is opened once: a second stream's work would not be ordered with the first one's.
 ///
 /// # Errors
 /// Without such a GPU or its driver: what is missing, and what to do.
 pub fn open(ordinal: usize) -> Result<Device> {
+    static OPEN: Mutex<BTreeMap<usize, CudaDevice>> = Mutex::new(BTreeMap::new());
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = open.get(&ordinal) {
+        return Ok(Device::Cuda(device.clone()));
+    }
     let device = CudaDevice::new_with_stream(ordinal).map_err(|error| Error::Device {
         device: format!("CUDA device {ordinal}"),
         reason: missing(ordinal, memory::driver_error(&error)).unwrap_or_else(|| error.to_string()),
     })?;
     // its workspaces are there before anything is measured or captured
     gpu(&device)?;
+    open.insert(ordinal, device.clone());
     Ok(Device::Cuda(device))
 }
 
@@ -63,7 +72,7 @@ fn missing(ordinal: usize, error: Option<DriverError>) -> Option<String> {
 static DETERMINISTIC: AtomicBool = AtomicBool::new(false);
 
 /// Whether every run is to give the same bits; to be said before the first operation. Without it the fastest way of a product is chosen by
-/// measuring, which may end differently the next time.
+/// measuring, which may end differently the next time, and cuDNN adds up gradients in the order in which they come.
 pub fn deterministic(on: bool) {
     DETERMINISTIC.store(on, Relaxed);
 }
@@ -96,6 +105,8 @@ pub(crate) struct CudaGpu {
     kernels: kernels::Kernels,
     products: gemm::Products,
     attention: attention::Attention,
+    /// Opened when it is first asked for; none where the machine has none.
+    cudnn: OnceLock<Option<Cudnn>>,
 }
 
 impl CudaGpu {
@@ -120,6 +131,7 @@ impl CudaGpu {
             kernels: Default::default(),
             products,
             attention: Default::default(),
+            cudnn: OnceLock::new(),
         })
     }
 
@@ -168,6 +180,13 @@ impl CudaGpu {
         Ok(first + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
     }
 
+    /// cuDNN, where the machine has it.
+    fn cudnn(&self) -> Option<&Cudnn> {
+        // what keeps it from being opened keeps nothing from being computed
+        let open = || Cudnn::open(self, DETERMINISTIC.load(Relaxed)).ok().flatten();
+        self.cudnn.get_or_init(open).as_ref()
+    }
+
     fn name(&self) -> String {
         format!("CUDA device {}", self.context.ordinal())
     }
@@ -191,6 +210,12 @@ impl Gpu for CudaGpu {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<Option<Tensor>> {
+        if Cudnn::pays(q.dim(0)?, rows)
+            && let Some(cudnn) = self.cudnn()
+            && let Some(stats) = cudnn.forward(self, [q, k, v], out, rows, spec)?
+        {
+            return Ok(Some(stats));
+        }
         self.attention.forward(self, [q, k, v], out, rows, spec)
     }
 
@@ -204,6 +229,13 @@ impl Gpu for CudaGpu {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<()> {
+        // what cuDNN did forward, it does backward
+        if Cudnn::pays(qkv[0].dim(0)?, rows)
+            && let Some(cudnn) = self.cudnn()
+            && cudnn.backward(self, dout, qkv, out, stats, grads, rows, spec)?
+        {
+            return Ok(());
+        }
         self.attention.backward(self, dout, qkv, out, stats, grads, rows, spec)
     }
 
@@ -235,6 +267,10 @@ impl Gpu for CudaGpu {
             features.push(format!("NVRTC {version}"));
         }
         features.push(format!("cuBLASLt {}", gemm::version()));
+        features.push(match self.cudnn() {
+            Some(cudnn) => format!("cuDNN {}", cudnn.version()),
+            None => "no cuDNN".into(),
+        });
         Facts { name: self.context.name().unwrap_or_else(|_| self.name()), driver: driver(), features }
     }
 }

@@ -12,7 +12,8 @@ use candle_core::{
         result::{self, CublasError},
         sys::{
             self, cublasComputeType_t, cublasLtMatmulAlgo_t, cublasLtMatmulDescAttributes_t,
-            cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t, cublasStatus_t, cudaDataType,
+            cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t, cublasLtReductionScheme_t,
+            cublasStatus_t, cudaDataType,
         },
     },
 };
@@ -154,14 +155,17 @@ impl Preference {
         };
         let workspace = ptr::from_ref(&WORKSPACE).cast();
         set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace, size_of::<usize>())?;
+        // parts of a sum are added in f32, never in the dtype of the result
+        let reduction = cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
         let [a, b, c] = &shape.alignment;
-        for (attribute, bytes) in [
+        for (attribute, value) in [
+            (CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction),
             (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
             (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
             (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
             (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c),
         ] {
-            set(attribute, ptr::from_ref(bytes).cast(), size_of::<u32>())?;
+            set(attribute, ptr::from_ref(value).cast(), size_of::<u32>())?;
         }
         Ok(preference)
     }
