@@ -39,6 +39,9 @@ pub struct Args {
 /// Columns of a line of the table, and of the lists of kernels below.
 const WIDTH: usize = 99;
 
+/// A compiler may have a lot to say.
+const LONGEST_REASON: usize = 4 * WIDTH;
+
 /// Examines the device, and fails where a kernel is wrong.
 pub fn run(args: &Args) -> Result<()> {
     let report = if args.json { as_json(args.device)? } else { as_table(args.device)? };
@@ -123,7 +126,8 @@ impl Table {
             None => writeln!(out, "{line}  ok"),
             Some(reason) => {
                 writeln!(out, "{line}  {}", self.style.error("WRONG"))?;
-                writeln!(out, "  {}", wrapped(reason.split_whitespace(), " ", "  "))
+                let shown = console::truncate_str(reason, LONGEST_REASON, " … (--json has all of it)");
+                writeln!(out, "  {}", wrapped(shown.split_whitespace(), " ", "  "))
             }
         }
     }
