@@ -86,6 +86,14 @@ __device__ __forceinline__ void store(const float (&c)[WIDTH / 2], float factor0
     }
 }
 
+// Two groups take turns at starting products: one is at its softmax while the other has the tensor cores. Group 0 is first.
+template <int GROUPS> __device__ __forceinline__ void await_turn() {
+    if (GROUPS == 2) asm volatile("bar.sync %0, 256;" ::"r"(3 + group()) : "memory");
+}
+template <int GROUPS> __device__ __forceinline__ void pass_turn() {
+    if (GROUPS == 2) asm volatile("bar.arrive %0, 256;" ::"r"(4 - group()) : "memory");
+}
+
 // ---- Forward ----
 // Grid: heads, rows, blocks of queries of the longest row. The last queries see most and go first.
 
@@ -125,8 +133,10 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
     // The scores of a tile are multiplied ahead of the values of the tile before, whose product then runs under the softmax.
     auto step = [&](int j, bool masked) {
         await_loads();
+        await_turn<GROUPS>();
         multiply_transposed<TILE, ROWS>(s, q_tile, tile_of(k_tiles, j));
         multiply_add<TILE>(o, p, tile_of(v_tiles, j + 1));
+        pass_turn<GROUPS>();
         load_tile(k_tiles, k, j - 1);
         load_tile(v_tiles, v, j);
         end_of_load();
@@ -159,10 +169,12 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
         weigh(j, true);
         pack(p, s);
         hold(o);
+        if (group() == 1) pass_turn<GROUPS>();
 #pragma unroll 1
         for (j--; j >= open; j--) step(j, true);
 #pragma unroll 1
         for (; j >= 0; j--) step(j, false);
+        if (group() == 0) await_turn<GROUPS>();
         await_loads();
         multiply_add<TILE>(o, p, tile_of(v_tiles, 0));
         await_products<0>();

@@ -167,7 +167,7 @@ struct Plan {
 }
 
 impl Plan {
-    /// The cuts measured best on an H100, with wgmma and without; the latter fit every chip since sm_80.
+    /// The cuts measured best on an H100 and an H200, with wgmma and without; the latter fit every chip since sm_80.
     fn of(gpu: &CudaGpu, head_dim: usize) -> Result<Option<Self>> {
         let capability = gpu.context.compute_capability().w()?;
         if capability < (8, 0) || head_dim == 0 || head_dim > 128 || !head_dim.is_multiple_of(8) {
@@ -178,8 +178,8 @@ impl Plan {
         let cut = |groups, tile, stages| Cut { groups, tile, stages };
         let all = |cut| Self { head_dim, forward: cut, dq: cut, dkv: cut };
         let plan = match (capability, head_dim) {
-            ((9, 0), ..=64) => Self { forward: cut(1, 128, 2), dq: cut(3, 64, 3), ..all(cut(1, 64, 3)) },
-            ((9, 0), _) => Self { forward: cut(2, 128, 2), ..all(cut(2, 64, 3)) },
+            ((9, 0), ..=64) => Self { forward: cut(1, 64, 2), ..all(cut(1, 64, 3)) },
+            ((9, 0), _) => Self { head_dim, forward: cut(2, 128, 2), dq: cut(1, 64, 2), dkv: cut(2, 64, 3) },
             _ => all(cut(1, 64, 2)),
         };
         let needed = plan.forward_bytes().max(plan.dq_bytes()).max(plan.dkv_bytes());
