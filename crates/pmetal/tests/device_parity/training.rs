@@ -83,13 +83,16 @@ fn steps(device: &Device, name: &str, dtype: DType, count: usize) -> Vec<StepRes
     let rows = rows();
     let step = |i: usize| {
         let batch = (0..4).map(|k| &rows[(4 * i + k) % rows.len()]).collect();
-        train_step(&*model, &arena, &[batch], i, 3e-3, i as u64 + 1, &SETTINGS).unwrap()
+        train_step(&*model, &arena, &[batch], i, 1e-3, i as u64 + 1, &SETTINGS).unwrap()
     };
     (0..count).map(step).collect()
 }
 
-/// Losses of LoRA steps, the CPU's and the device's. In f32 they differ by the order of sums; in bf16 each is off by roundings that
-/// are not the same in both, so that their distance is held against that of the CPU's bf16 losses from its f32 losses.
+/// The most that bf16 takes losses of such steps from those in f32 in transformers, PEFT and torch (`scripts/parity/half_losses.py`).
+const BF16_LOSSES: f64 = 6.3e-3;
+
+/// Losses of LoRA steps, the CPU's and the device's. In f32 they differ by the order of sums. In bf16 both are off, by roundings that
+/// are not the same.
 #[test]
 fn lora_losses_are_those_of_the_cpu() {
     on_device(|device| {
@@ -102,15 +105,16 @@ fn lora_losses_are_those_of_the_cpu() {
             let worst =
                 |a: &[StepResult], b: &[StepResult]| a.iter().zip(b).map(|(a, b)| off(a, b)).fold(0.0, f64::max);
             let (f32_error, bf16_error) = (worst(&wide, &exact), worst(&narrow, &rounded));
-            let rounding = worst(&rounded, &exact);
             eprintln!(
-                "{name}, {count} steps, loss {:.4} to {:.4}: f32 differs by {f32_error:.1e}, bf16 by {bf16_error:.1e} where bf16 on the CPU differs from f32 by {rounding:.1e}",
+                "{name}, {count} steps, loss {:.4} to {:.4}: f32 differs by {f32_error:.1e}, bf16 by {bf16_error:.1e}; from f32, bf16 is off by {:.1e} on the CPU and {:.1e} here",
                 exact[0].loss,
-                exact[count - 1].loss
+                exact[count - 1].loss,
+                worst(&rounded, &exact),
+                worst(&narrow, &exact)
             );
             assert!(wide.iter().chain(&narrow).all(|step| step.applied));
             assert!(f32_error <= 1e-4, "{name}: f32 losses differ by {f32_error}");
-            assert!(bf16_error <= 2.0 * rounding.max(2e-3), "{name}: bf16 losses differ by {bf16_error}");
+            assert!(bf16_error <= 2.0 * BF16_LOSSES, "{name}: bf16 losses differ by {bf16_error}");
         }
     });
 }
