@@ -100,6 +100,9 @@ const FLOATS: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 const ROWS: &[Size] = &[size(5, 24), size(3, 17), size(2, 1030)];
 const FEW: &[Size] = &[size(5, 24), size(4, 18)];
 const HEADS: &[Size] = &[size(41, 64), size(36, 128)];
+/// Long enough for kernels that only pay there.
+const LONG: &[Size] = &[size(800, 64), size(800, 128)];
+pub(super) const LONG_ROWS: &str = "attention on matrix units, long";
 /// 2,048 tokens of width 1,024.
 const TIMED: Size = size(2048, 1024);
 
@@ -156,6 +159,7 @@ pub(super) const ALL: &[Operation] = &[
     },
     Operation { name: "attention on matrix units", prepare: prepare::packed, ..MATRIX_ATTENTION },
     Operation { name: "attention on matrix units, cache", prepare: prepare::cached, ..MATRIX_ATTENTION },
+    Operation { name: LONG_ROWS, sizes: LONG, prepare: prepare::long, ..MATRIX_ATTENTION },
     Operation { op: "write_rows", name: "write_rows", tolerance: exact, prepare: prepare::write, ..COMMON },
     Operation { op: "elementwise", name: "sums", prepare: prepare::sums, ..COMMON },
     Operation { op: "elementwise", name: "conversions", prepare: prepare::conversions, ..COMMON },

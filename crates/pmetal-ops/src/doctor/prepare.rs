@@ -135,6 +135,12 @@ pub(super) fn packed(run: &Run, Size { rows, width }: Size) -> Result<Prepared> 
     attend(run, lengths, [rows, rows], attention_spec(rows, width))
 }
 
+/// Two rows of nearly one length.
+pub(super) fn long(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let tokens = 2 * rows - 1;
+    attend(run, Rows::packed(&[rows, rows - 1]), [tokens, tokens], attention_spec(rows, width))
+}
+
 /// Rows that go on from what a cache holds.
 pub(super) fn cached(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let queries = [rows / 4, 1, rows / 3];
