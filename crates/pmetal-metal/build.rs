@@ -116,7 +116,7 @@ impl Signature<'_> {
         let upper = name.to_uppercase();
         writeln!(
             code,
-            "/// [`{name}`] as its text declares it.\npub static {upper}: Kernel = Kernel {{\n    name: {name:?},\n    file: {file:?},\n    buffers: &["
+            "/// [`{name}`](fn@{name}) as its text declares it.\npub static {upper}: Kernel = Kernel {{\n    name: {name:?},\n    file: {file:?},\n    buffers: &["
         )?;
         for (access, kind, buffer) in &self.buffers {
             let access = match *access {

@@ -212,8 +212,8 @@ KERNEL(attention_plain)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(uint, 
     if (THREAD == 0) lse[place] = top + log(sum);
 }
 
-/// [`attention_plain`] of one of `splits` parts of each query's keys, for long caches: `partial [splits, tokens, heads, d]` and
-/// `partial_lse [splits, tokens, heads]` go to [`attention_plain_merge`]. Grid `[longest row's queries * splits, heads, rows]`.
+/// `attention_plain` of one of `splits` parts of each query's keys, for long caches: `partial [splits, tokens, heads, d]` and
+/// `partial_lse [splits, tokens, heads]` go to `attention_plain_merge`. Grid `[longest row's queries * splits, heads, rows]`.
 KERNEL(attention_plain_split)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(uint, rows, 3), WRITE(float, partial, 4),
                               WRITE(float, partial_lse, 5), PARAMS(SplitParams, 6))
 {
@@ -243,7 +243,7 @@ KERNEL(attention_plain_split)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(
     if (THREAD == 0) partial_lse[to] = first < end ? top + log(sum) : LOWEST;
 }
 
-/// Merges what [`attention_plain_split`] wrote into `out` and `lse`. One threadgroup for each of the `places` (tokens times heads).
+/// Merges what `attention_plain_split` wrote into `out` and `lse`. One threadgroup for each of the `places` (tokens times heads).
 KERNEL(attention_plain_merge)(READ(float, partial, 0), READ(float, partial_lse, 1), WRITE(T, out, 2), WRITE(float, lse, 3),
                               PARAMS(MergeParams, 4))
 {
@@ -261,8 +261,8 @@ KERNEL(attention_plain_merge)(READ(float, partial, 0), READ(float, partial_lse, 
     if (THREAD == 0) lse[GROUP_X] = top + log(sum);
 }
 
-/// The gradient of the queries, and `delta [tokens, heads]`, the sums of `dout * out` that [`attention_plain_dkv`] needs. Grid and threads as
-/// of [`attention_plain`].
+/// The gradient of the queries, and `delta [tokens, heads]`, the sums of `dout * out` that `attention_plain_dkv` needs. Grid and threads as
+/// of `attention_plain`.
 KERNEL(attention_plain_dq)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(T, out, 4), READ(float, lse, 5),
                            READ(uint, rows, 6), WRITE(T, dq, 7), WRITE(float, delta, 8), PARAMS(AttentionParams, 9))
 {

@@ -94,7 +94,7 @@ FUNCTION float4 moved_four(float4 p, THREAD_REF(float4) m, THREAD_REF(float4) v,
 }
 
 /// One step of AdamW on `state [3, n]` (values, first moments, second moments) from `grads [n]` times `grad_scale` and the clipping
-/// factor in `outcome [4]`, of [`grad_norm_finish`]; nothing where that says that a number was not finite.
+/// factor in `outcome [4]`, of `grad_norm_finish`; nothing where that says that a number was not finite.
 KERNEL(adamw)(READ(float, grads, 0), READ(float, outcome, 1), UPDATE(float, state, 2), PARAMS(AdamWParams, 3))
 {
     if (outcome[2] == 0.0f) return;
@@ -117,7 +117,7 @@ KERNEL(adamw)(READ(float, grads, 0), READ(float, outcome, 1), UPDATE(float, stat
     }
 }
 
-/// [`adamw`] that also writes the new values, rounded, to `copy [n]`.
+/// `adamw` that also writes the new values, rounded, to `copy [n]`.
 KERNEL(adamw_with_copy)(READ(float, grads, 0), READ(float, outcome, 1), UPDATE(float, state, 2), UPDATE(T, copy, 3),
                         PARAMS(AdamWParams, 4))
 {
