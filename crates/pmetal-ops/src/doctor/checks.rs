@@ -100,7 +100,7 @@ const FLOATS: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 const ROWS: &[Size] = &[size(5, 24), size(3, 17), size(2, 1030)];
 const FEW: &[Size] = &[size(5, 24), size(4, 18)];
 const HEADS: &[Size] = &[size(41, 64), size(36, 128)];
-/// Long enough for kernels that only pay there.
+/// Many tiles of whatever kernel a device has.
 const LONG: &[Size] = &[size(800, 64), size(800, 128)];
 pub(super) const LONG_ROWS: &str = "attention on matrix units, long";
 /// 2,048 tokens of width 1,024.
