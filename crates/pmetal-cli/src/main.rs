@@ -95,7 +95,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) if failure.is_closed_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
-            tell::tell_error(&failure);
+            tell::tell_error(failure.told());
             ExitCode::from(failure.exit_code())
         }
     }

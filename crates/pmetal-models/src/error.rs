@@ -201,3 +201,14 @@ impl Error {
         Self::Broken { path: path.to_path_buf(), reason: reason.to_string() }
     }
 }
+
+impl Error {
+    /// Whether the device's memory was full.
+    pub fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::Ops(error) => error.is_out_of_memory(),
+            Self::Candle(error) => pmetal_ops::device::is_out_of_memory(error),
+            _ => false,
+        }
+    }
+}

@@ -84,12 +84,17 @@ pub fn facts(device: &Device) -> Result<Option<Facts>> {
     Ok(gpu_of(device)?.map(|gpu| gpu.facts()))
 }
 
+/// Whether the tensor library failed because a GPU's memory was full.
+pub fn is_out_of_memory(error: &candle_core::Error) -> bool {
+    pmetal_cuda::is_out_of_memory(error)
+}
+
 impl Error {
     /// Whether the device's memory was full.
     pub fn is_out_of_memory(&self) -> bool {
         match self {
             Self::Gpu(GpuError::OutOfMemory { .. }) => true,
-            Self::Gpu(GpuError::Candle(error)) | Self::Candle(error) => pmetal_cuda::is_out_of_memory(error),
+            Self::Gpu(GpuError::Candle(error)) | Self::Candle(error) => is_out_of_memory(error),
             _ => false,
         }
     }

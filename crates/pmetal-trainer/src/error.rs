@@ -41,9 +41,6 @@ pub enum Error {
         /// The difference.
         reason: String,
     },
-    /// A step did not fit into the device's memory.
-    #[error("{0}; lower --batch-size or --max-seq-len, or add --gradient-checkpointing")]
-    OutOfMemory(Box<Error>),
     /// The model could not be read, run or written.
     #[error(transparent)]
     Model(#[from] pmetal_models::Error),
@@ -71,12 +68,14 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// Where memory ran out, the same with what to change.
-    pub(crate) fn with_advice(self) -> Self {
-        let full = match &self {
-            Self::Ops(error) | Self::Model(pmetal_models::Error::Ops(error)) => error.is_out_of_memory(),
+    /// Whether the device's memory was full.
+    pub fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::Ops(error) => error.is_out_of_memory(),
+            Self::Model(error) => error.is_out_of_memory(),
+            Self::Lora(error) => error.is_out_of_memory(),
+            Self::Candle(error) => pmetal_ops::device::is_out_of_memory(error),
             _ => false,
-        };
-        if full { Self::OutOfMemory(Box::new(self)) } else { self }
+        }
     }
 }

@@ -188,8 +188,7 @@ impl Run<'_> {
         let learning_rate = self.schedule.at(step);
         let started = Instant::now();
         let result =
-            train_step(self.model, self.arena, &batches, step, learning_rate, self.updates + 1, &self.settings.step);
-        let result = result.map_err(Error::with_advice)?;
+            train_step(self.model, self.arena, &batches, step, learning_rate, self.updates + 1, &self.settings.step)?;
         let seconds = started.elapsed().as_secs_f64();
         self.summary.steps += 1;
         self.summary.tokens += result.tokens;

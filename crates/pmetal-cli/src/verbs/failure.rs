@@ -66,6 +66,28 @@ impl Failure {
         matches!(self, Self::Output(error) if error.kind() == std::io::ErrorKind::BrokenPipe)
     }
 
+    /// Whether a GPU's memory was full.
+    fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::Model(error) => error.is_out_of_memory(),
+            Self::Lora(error) => error.is_out_of_memory(),
+            Self::Train(error) => error.is_out_of_memory(),
+            Self::Ops(error) => error.is_out_of_memory(),
+            Self::Candle(error) => ops::device::is_out_of_memory(error),
+            _ => false,
+        }
+    }
+
+    /// What a person is told, in a line.
+    pub fn told(&self) -> String {
+        if self.is_out_of_memory() {
+            return "the GPU's memory is full: give a step fewer or shorter rows (--batch-size, --max-seq-len), keep less of them \
+                    (--gradient-checkpointing), or use --device cpu"
+                .into();
+        }
+        self.to_string()
+    }
+
     /// 2 for bad usage, 130 after Ctrl-C, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self {
