@@ -131,6 +131,9 @@ impl Attention {
     }
 }
 
+/// The widest heads that these kernels take.
+pub(super) const WIDEST: usize = 128;
+
 /// How a kernel's work is cut, as its text has the host define.
 #[derive(Clone, Copy)]
 struct Cut {
@@ -170,7 +173,7 @@ impl Plan {
     /// The cuts measured best on an H100 and an H200, with wgmma and without; the latter fit every chip since sm_80.
     fn of(gpu: &CudaGpu, head_dim: usize) -> Result<Option<Self>> {
         let capability = gpu.context.compute_capability().w()?;
-        if capability < (8, 0) || head_dim == 0 || head_dim > 128 || !head_dim.is_multiple_of(8) {
+        if capability < (8, 0) || head_dim == 0 || head_dim > WIDEST || !head_dim.is_multiple_of(8) {
             return Ok(None);
         }
         let shared = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;

@@ -210,7 +210,7 @@ impl Gpu for CudaGpu {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<Option<Tensor>> {
-        if Cudnn::pays(q.dim(0)?, rows)
+        if Cudnn::pays(q.dim(0)?, rows, spec)
             && let Some(cudnn) = self.cudnn()
             && let Some(stats) = cudnn.forward(self, [q, k, v], out, rows, spec)?
         {
@@ -230,7 +230,7 @@ impl Gpu for CudaGpu {
         spec: &AttentionSpec,
     ) -> Result<()> {
         // what cuDNN did forward, it does backward
-        if Cudnn::pays(qkv[0].dim(0)?, rows)
+        if Cudnn::pays(qkv[0].dim(0)?, rows, spec)
             && let Some(cudnn) = self.cudnn()
             && cudnn.backward(self, dout, qkv, out, stats, grads, rows, spec)?
         {
