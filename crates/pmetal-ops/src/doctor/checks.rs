@@ -99,9 +99,9 @@ const FLOATS: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 /// Rows to a SIMD group and to a threadgroup, in fours and not.
 const ROWS: &[Size] = &[size(5, 24), size(3, 17), size(2, 1030)];
 const FEW: &[Size] = &[size(5, 24), size(4, 18)];
-const HEADS: &[Size] = &[size(41, 64), size(36, 128)];
+const HEADS: &[Size] = &[size(41, 64), size(36, 128), size(40, 256)];
 /// Many tiles of whatever kernel a device has.
-const LONG: &[Size] = &[size(800, 64), size(800, 128)];
+const LONG: &[Size] = &[size(800, 64), size(800, 128), size(500, 256)];
 pub(super) const LONG_ROWS: &str = "attention on matrix units, long";
 /// 2,048 tokens of width 1,024.
 const TIMED: Size = size(2048, 1024);
