@@ -114,13 +114,7 @@ impl Weight {
 
     /// As a tensor of `dtype`, for kernels that take one dtype; where the weight has it, and is not mapped, nothing is copied.
     pub(crate) fn tensor_in(&self, dtype: DType) -> Result<Tensor> {
-        let tensor = self.tensor()?;
-        if tensor.dtype() == dtype {
-            return Ok(tensor);
-        }
-        let converted = pmetal_metal::empty(tensor.shape(), dtype, tensor.device())?;
-        elementwise::convert_into(&tensor.contiguous()?, &converted)?;
-        Ok(converted)
+        elementwise::converted(&self.tensor()?, dtype)
     }
 
     /// As a value of the graph; a mapped weight is copied.
