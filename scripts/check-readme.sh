@@ -41,3 +41,4 @@ echo "Please pack three red kites for Mara." | "$pmetal" infer --model "$base" -
 echo '[[5, 6, 7], [8, 9]]' > "$out/ids.json"
 "$pmetal" logits --model "$base" --ids "$out/ids.json" --output "$out/logits.safetensors"
 "$pmetal" bench train --model-config "$base/config.json" --batch 2 --seq 64 --steps 2
+"$pmetal" bench generate --model "$base" --prompt-tokens 32 --tokens 16

@@ -1,12 +1,12 @@
-//! `pmetal bench train`.
+//! `pmetal bench`.
 
 use crate::common::{Space, model, refused, says, succeed};
 
 #[test]
 fn the_report_is_one_json_object() {
     let config = format!("{}/config.json", model("llama"));
-    let args = ["bench", "train", "--model-config", &config, "--batch", "2", "--seq", "16", "--steps", "2"];
-    let ran = succeed(args);
+    let sizes = ["--batch=2", "--seq=16", "--steps=2"];
+    let ran = succeed(["bench", "train", "--device", "cpu", "--model-config", &config].into_iter().chain(sizes));
     let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!((&report["device"], &report["dtype"]), (&"cpu".into(), &"f32".into()));
     for key in ["tok_s", "step_ms", "peak_bytes", "loss"] {
@@ -15,6 +15,21 @@ fn the_report_is_one_json_object() {
     // tokens over the median's time
     let tok_s = 2.0 * 16.0 / report["step_ms"].as_f64().unwrap() * 1e3;
     assert!((report["tok_s"].as_f64().unwrap() / tok_s - 1.0).abs() < 0.05, "{report}");
+}
+
+#[test]
+fn reading_and_making_tokens_are_timed_apart() {
+    let model = model("llama");
+    let sizes = ["--prompt-tokens=20", "--tokens=8", "--runs=2"];
+    let ran = succeed(["bench", "generate", "--device", "cpu", "--model", &model].into_iter().chain(sizes));
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((&report["device"], &report["prompt_tokens"]), (&"cpu".into(), &20.into()));
+    for key in ["prefill_tok_s", "decode_tok_s", "peak_bytes"] {
+        assert!(report[key].as_f64().unwrap() > 0.0, "{report}");
+    }
+    for flag in ["--prompt-tokens=0", "--tokens=1", "--runs=0"] {
+        says(&refused(2, ["bench", "generate", "--model", &model, flag]), &["at least"]);
+    }
 }
 
 #[test]
