@@ -2,6 +2,7 @@
 //! whether a kernel writes it. A file that begins with `// Matrix units of Metal.` is for Metal alone, and for the emulator.
 
 use std::{
+    collections::BTreeSet,
     env,
     error::Error,
     fmt::Write,
@@ -19,6 +20,7 @@ fn main() -> Result<()> {
     files.retain(|path| path.extension().is_some_and(|e| e == "metal"));
     files.sort();
     let mut code = String::new();
+    let mut structs = BTreeSet::new();
     // what every device compiles, then what is for Metal alone
     let mut names = [String::new(), String::new()];
     let mut texts = [String::new(), String::new()];
@@ -28,6 +30,10 @@ fn main() -> Result<()> {
         let kind = usize::from(text.starts_with("// Matrix units of Metal."));
         writeln!(texts[kind], "    ({file:?}, include_str!({:?})),", path.canonicalize()?)?;
         for kernel in kernels_of(&text).map_err(|e| format!("{}: {e}", path.display()))? {
+            // kernels of a file may share their parameters
+            if structs.insert((kernel.params.to_owned(), file.to_owned())) {
+                kernel.write_params(&mut code)?;
+            }
             kernel.write(file, &mut code)?;
             write!(names[kind], "&{}, ", kernel.name.to_uppercase())?;
         }
@@ -111,6 +117,19 @@ fn element(kind: &str) -> Result<&'static str> {
 }
 
 impl Signature<'_> {
+    fn write_params(&self, code: &mut String) -> Result<()> {
+        writeln!(
+            code,
+            "/// What kernels are told beside their buffers.\n#[allow(missing_docs)]\n#[repr(C)]\n#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]\npub struct {} {{",
+            self.params
+        )?;
+        for (kind, field) in &self.fields {
+            writeln!(code, "    pub {field}: {},", rust_type(kind)?)?;
+        }
+        writeln!(code, "}}")?;
+        Ok(())
+    }
+
     fn write(&self, file: &str, code: &mut String) -> Result<()> {
         let Self { name, params, .. } = self;
         let upper = name.to_uppercase();
@@ -130,16 +149,7 @@ impl Signature<'_> {
                 element(kind)?
             )?;
         }
-        writeln!(code, "    ],\n    params_size: size_of::<{name}::{params}>(),\n}};")?;
-        writeln!(code, "/// The parameters of [`{name}`](fn@{name}).\npub mod {name} {{")?;
-        writeln!(
-            code,
-            "    /// What the kernel is told beside its buffers.\n    #[allow(missing_docs)]\n    #[repr(C)]\n    #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]\n    pub struct {params} {{"
-        )?;
-        for (kind, field) in &self.fields {
-            writeln!(code, "        pub {field}: {},", rust_type(kind)?)?;
-        }
-        writeln!(code, "    }}\n}}")?;
+        writeln!(code, "    ],\n    params_size: size_of::<{params}>(),\n}};")?;
         for line in &self.doc {
             writeln!(code, "/// {line}")?;
         }
@@ -147,7 +157,7 @@ impl Signature<'_> {
         let list: String = self.buffers.iter().map(|(_, _, buffer)| format!("{buffer}, ")).collect();
         writeln!(
             code,
-            "#[allow(clippy::too_many_arguments)]\npub fn {name}(gpu: &dyn Gpu, dtype: DType, grid: Grid, {args}params: {name}::{params}) -> Result<()> {{"
+            "#[allow(clippy::too_many_arguments)]\npub fn {name}(gpu: &dyn Gpu, dtype: DType, grid: Grid, {args}params: {params}) -> Result<()> {{"
         )?;
         writeln!(
             code,

@@ -61,7 +61,7 @@ fn host(tensor: &Tensor) -> Result<Vec<f64>> {
 
 fn add_assign(gpu: &dyn Gpu, x: &Tensor, y: &Tensor) -> Result<()> {
     let n = x.elem_count() as u64;
-    let params = kernels::add_assign::ElementwiseParams { n, quads: n / 4 };
+    let params = kernels::ElementwiseParams { n, quads: n / 4 };
     kernels::add_assign(gpu, x.dtype(), Grid::cover(n as usize, 4), x, y, params)
 }
 
@@ -85,7 +85,7 @@ fn kernels_run_in_every_dtype_and_size() -> Result<()> {
 fn halves_are_those_of_the_cpu() -> Result<()> {
     let Some((device, gpu, _turn)) = gpu() else { return Ok(()) };
     let n = 1 << 16;
-    let params = |quads| kernels::to_f32::ElementwiseParams { n: n as u64, quads };
+    let params = |quads| kernels::ElementwiseParams { n: n as u64, quads };
     let f16s: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
     let bf16s: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
     let cases = [
@@ -109,7 +109,7 @@ fn halves_are_those_of_the_cpu() -> Result<()> {
             .map(|i| f32::from_bits(i << 16 | [0, 0x8000, 0x7fff, 0x1000, 0xffff][i as usize % 5]))
             .collect();
         let x = Tensor::from_slice(&fine, n, &device)?;
-        let params = kernels::from_f32::ElementwiseParams { n: n as u64, quads };
+        let params = kernels::ElementwiseParams { n: n as u64, quads };
         let y = empty(n, DType::F16, &device)?;
         kernels::from_f32(&*gpu, DType::F16, Grid::cover(n, 4), &x, &y, params)?;
         for (got, &x) in y.to_vec1::<f16>()?.into_iter().zip(&fine) {

@@ -110,7 +110,7 @@ fn check(case: &Case) {
     let table: Vec<u32> = case.table().iter().flatten().map(|&x| x as u32).collect();
     let rows = Tensor::from_vec(table, (case.rows.len(), 4), &Device::Cpu).unwrap();
     let (heads, kv_heads, width) = (case.heads as u32, case.kv_heads as u32, d as u32);
-    let params = kernels::attention_plain::AttentionParams { heads, kv_heads, d: width, scale: SCALE };
+    let params = kernels::AttentionParams { heads, kv_heads, d: width, scale: SCALE };
     let new = |shape: &[usize], dtype| empty(shape, dtype, &Device::Cpu).unwrap();
     let (longest, most_keys) =
         (case.rows.iter().map(|row| row.0).max().unwrap(), case.rows.iter().map(|row| row.1).max().unwrap());
@@ -133,7 +133,7 @@ fn check(case: &Case) {
     for splits in [1, 3, 40] {
         let part = new(&[splits, tokens, case.heads, d], DType::F32);
         let part_lse = new(&[splits, tokens, case.heads], DType::F32);
-        let split = kernels::attention_plain_split::SplitParams {
+        let split = kernels::SplitParams {
             tokens: tokens as u32,
             splits: splits as u32,
             heads,
@@ -144,8 +144,7 @@ fn check(case: &Case) {
         let grid = case.grid(longest * splits, case.heads);
         kernels::attention_plain_split(&gpu, dtype, grid, &q, &k, &v, &rows, &part, &part_lse, split).unwrap();
         let places = tokens * case.heads;
-        let merge =
-            kernels::attention_plain_merge::MergeParams { places: places as u32, d: width, splits: splits as u32 };
+        let merge = kernels::MergeParams { places: places as u32, d: width, splits: splits as u32 };
         let (out, lse) = (new(&q_shape, dtype), new(&[tokens, case.heads], DType::F32));
         let grid = Grid::line(places, 32);
         kernels::attention_plain_merge(&gpu, dtype, grid, &part, &part_lse, &out, &lse, merge).unwrap();
@@ -154,12 +153,12 @@ fn check(case: &Case) {
     }
 
     let (dq, delta) = (new(&q_shape, dtype), new(&[tokens, case.heads], DType::F32));
-    let params = kernels::attention_plain_dq::AttentionParams { heads, kv_heads, d: width, scale: SCALE };
+    let params = kernels::AttentionParams { heads, kv_heads, d: width, scale: SCALE };
     kernels::attention_plain_dq(&gpu, dtype, grid, &dout, &q, &k, &v, &out, &lse, &rows, &dq, &delta, params).unwrap();
     // keys of no row keep what they had
     let zeros = || Tensor::zeros(&kv_shape[..], dtype, &Device::Cpu).unwrap();
     let (dk, dv) = (zeros(), zeros());
-    let params = kernels::attention_plain_dkv::AttentionParams { heads, kv_heads, d: width, scale: SCALE };
+    let params = kernels::AttentionParams { heads, kv_heads, d: width, scale: SCALE };
     let grid = case.grid(most_keys, case.kv_heads);
     kernels::attention_plain_dkv(&gpu, dtype, grid, &dout, &q, &k, &v, &lse, &delta, &rows, &dk, &dv, params).unwrap();
     let rounding = if dtype == DType::F32 { 1e-5 } else { 1e-2 };

@@ -7,7 +7,7 @@ use pmetal_metal::{Grid, kernels};
 fn run(n: usize, dtype: DType, alpha: f32, beta: f32, old: f32) -> Vec<f32> {
     let product = Tensor::arange(0f32, n as f32, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
     let c = Tensor::full(old, n, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
-    let params = kernels::gemm_epilogue::EpilogueParams { n: n as u64, alpha, beta };
+    let params = kernels::EpilogueParams { n: n as u64, alpha, beta };
     kernels::gemm_epilogue(&Emulator::new(), dtype, Grid::cover(n, 4), &product, &c, params).unwrap();
     c.to_dtype(DType::F32).unwrap().to_vec1().unwrap()
 }

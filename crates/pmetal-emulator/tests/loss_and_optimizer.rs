@@ -60,11 +60,11 @@ fn check_loss(vocab: usize, dtype: DType, threads: usize) {
     let grid = Grid::line(4, threads);
     let vocab = vocab as u32;
     let got = tensor(&[7.0; 5], DType::F32);
-    let params = kernels::cross_entropy_loss::CrossEntropyParams { vocab, first: 1, grad_scale: 0.25 };
+    let params = kernels::CrossEntropyParams { vocab, first: 1, grad_scale: 0.25 };
     kernels::cross_entropy_loss(&gpu, dtype, grid, &logits, &labels, &got, params).unwrap();
     assert_close(&format!("loss, {what}"), &losses, &got, 1e-6);
     let got = tensor(&[7.0; 5], DType::F32);
-    let params = kernels::cross_entropy_gradient::CrossEntropyParams { vocab, first: 1, grad_scale: 0.25 };
+    let params = kernels::CrossEntropyParams { vocab, first: 1, grad_scale: 0.25 };
     kernels::cross_entropy_gradient(&gpu, dtype, grid, &logits, &labels, &got, params).unwrap();
     assert_close(&format!("loss beside the gradient, {what}"), &losses, &got, 1e-6);
     let rounding = if dtype == DType::F32 { 2e-6 } else { 2e-3 };
@@ -86,7 +86,7 @@ fn a_logit_that_is_no_number_makes_its_loss_none() {
     let logits = tensor(&[0.0, f32::NAN, 1.0, 2.0, 0.0, f32::INFINITY, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0], DType::F32);
     let labels = Tensor::new(&[0u32, 0, 0], &Device::Cpu).unwrap();
     let losses = tensor(&[0.0; 3], DType::F32);
-    let params = kernels::cross_entropy_gradient::CrossEntropyParams { vocab: 4, first: 0, grad_scale: 1.0 };
+    let params = kernels::CrossEntropyParams { vocab: 4, first: 0, grad_scale: 1.0 };
     kernels::cross_entropy_gradient(&gpu, DType::F32, Grid::line(3, 32), &logits, &labels, &losses, params).unwrap();
     let finite: Vec<bool> = wide(&losses).iter().map(|loss| loss.is_finite()).collect();
     assert_eq!(finite, [false, false, true]);
@@ -99,11 +99,12 @@ fn rows_are_gathered_and_put_back() {
     for (width, dtype) in [(1, DType::F32), (6, DType::BF16), (8, DType::BF16), (1028, DType::F16), (36, DType::F32)] {
         let x = tensor(&random(5 * width, 1, 1.0), dtype).reshape((5, width)).unwrap();
         let y = empty((3, width), dtype, &Device::Cpu).unwrap();
-        let params = kernels::gather_rows::GatherParams { width: width as u32 };
-        kernels::gather_rows(&gpu, dtype, Grid::line(3, 64), &x, &places, &y, params).unwrap();
+        let quads = if width % 4 == 0 { width as u32 / 4 } else { 0 };
+        let params = kernels::EmbeddingParams { width: width as u32, quads };
+        kernels::embedding(&gpu, dtype, Grid::line(3, 64), &x, &places, &y, params).unwrap();
         assert_eq!(wide(&y), wide(&x.index_select(&places, 0).unwrap()), "{width}");
         let back = x.zeros_like().unwrap();
-        let params = kernels::scatter_rows::GatherParams { width: width as u32 };
+        let params = kernels::ScatterParams { width: width as u32 };
         kernels::scatter_rows(&gpu, dtype, Grid::line(3, 64), &y, &places, &back, params).unwrap();
         let mask = tensor(&[1.0, 0.0, 0.0, 1.0, 1.0], dtype).reshape((5, 1)).unwrap();
         assert_eq!(wide(&back), wide(&x.broadcast_mul(&mask).unwrap()), "{width}");
@@ -117,7 +118,7 @@ fn a_sum_of_any_length() {
         let x = random(n, 3, 1.0);
         let want = 0.5 * x.iter().map(|&x| f64::from(x)).sum::<f64>();
         let y = empty(1, DType::F32, &Device::Cpu).unwrap();
-        let params = kernels::sum_scaled::SumParams { n: n as u32, scale: 0.5 };
+        let params = kernels::SumParams { n: n as u32, scale: 0.5 };
         kernels::sum_scaled(&gpu, DType::F32, Grid::line(1, 1024), &tensor(&x, DType::F32), &y, params).unwrap();
         assert_close("sum", &[want], &y, 1e-5);
     }
@@ -128,9 +129,9 @@ fn outcome(grads: &Tensor, loss: f32, max_grad_norm: f32) -> Tensor {
     let gpu = Emulator::new();
     let partials = empty(3, DType::F32, &Device::Cpu).unwrap();
     let outcome = empty(4, DType::F32, &Device::Cpu).unwrap();
-    let params = kernels::grad_norm_partials::NormParams { n: grads.elem_count() as u64 };
+    let params = kernels::NormParams { n: grads.elem_count() as u64 };
     kernels::grad_norm_partials(&gpu, DType::F32, Grid::line(3, 64), grads, &partials, params).unwrap();
-    let params = kernels::grad_norm_finish::FinishParams { partials: 3, max_grad_norm };
+    let params = kernels::FinishParams { partials: 3, max_grad_norm };
     let loss = tensor(&[loss], DType::F32);
     kernels::grad_norm_finish(&gpu, DType::F32, Grid::line(1, 32), &partials, &loss, &outcome, params).unwrap();
     outcome
@@ -156,7 +157,7 @@ fn norms_and_what_follows_from_them() {
 }
 
 /// State and copy after a step of AdamW, as torch.optim.AdamW computes it.
-fn step(state: &[f64], grads: &[f64], p: &kernels::adamw::AdamWParams, clip: f64) -> Vec<f64> {
+fn step(state: &[f64], grads: &[f64], p: &kernels::AdamWParams, clip: f64) -> Vec<f64> {
     let n = grads.len();
     let (beta1, beta2) = (1.0 - f64::from(p.weight1), f64::from(p.beta2));
     let mut after = state.to_vec();
@@ -178,7 +179,7 @@ fn adamw_moves_and_rounds_copies_unless_a_number_is_not_finite() {
         let grads = tensor(&random(n, 6, 0.1), DType::F32);
         let moments = random(2 * n, 8, 0.01).into_iter().map(f32::abs);
         let start: Vec<f32> = random(n, 7, 1.0).into_iter().chain(moments).collect();
-        let params = kernels::adamw::AdamWParams {
+        let params = kernels::AdamWParams {
             n: n as u64,
             decay: 0.99,
             weight1: 0.1,

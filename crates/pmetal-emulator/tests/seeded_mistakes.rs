@@ -22,7 +22,7 @@ fn changed(from: &str, to: &str) -> Emulator {
 fn sum_of_squares(emulator: &Emulator, n: usize) -> Result<()> {
     let grads = Tensor::from_iter((0..n).map(|i| (i % 3) as f32 + 1.0), &Device::Cpu)?;
     let partials = Tensor::zeros(2, DType::F32, &Device::Cpu)?;
-    let params = kernels::grad_norm_partials::NormParams { n: n as u64 };
+    let params = kernels::NormParams { n: n as u64 };
     kernels::grad_norm_partials(emulator, DType::F32, Grid::line(2, 128), &grads, &partials, params)?;
     let expected: usize = (0..n).map(|i| (i % 3 + 1) * (i % 3 + 1)).sum();
     assert_eq!(partials.to_vec1::<f32>()?.iter().sum::<f32>(), expected as f32);
@@ -34,7 +34,7 @@ fn adamw(emulator: &Emulator, n: usize) -> Result<()> {
     let grads = Tensor::full(-2.0f32, n, &Device::Cpu)?;
     let outcome = Tensor::new(&[0.0f32, 1.0, 1.0, 0.0], &Device::Cpu)?;
     let state = Tensor::zeros((3, n), DType::F32, &Device::Cpu)?;
-    let params = kernels::adamw::AdamWParams {
+    let params = kernels::AdamWParams {
         n: n as u64,
         decay: 1.0,
         weight1: 0.5,

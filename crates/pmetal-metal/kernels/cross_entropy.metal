@@ -7,7 +7,7 @@
 #define LOWEST -3.0e38f
 
 struct CrossEntropyParams { uint vocab; uint first; float grad_scale; };
-struct GatherParams { uint width; };
+struct ScatterParams { uint width; };
 struct SumParams { uint n; float scale; };
 
 FUNCTION float group_sum(float x, THREADGROUP_PTR(float) partial, uint lane, uint simd, uint simds)
@@ -144,28 +144,15 @@ KERNEL(cross_entropy_loss)(READ(T, logits, 0), READ(uint, labels, 1), UPDATE(flo
     if (THREAD == 0) losses[params.first + GROUP_X] = log(sum) + (top - float(logits[start + label]));
 }
 
-// Copies a row of `width`; both places are multiples of `width`.
-FUNCTION void copy_row(DEVICE_PTR(const T) x, ulong from, DEVICE_PTR(T) y, ulong to, uint width, uint id, uint threads)
-{
-    if (width % 4 == 0) {
-        for (uint i = 4 * id; i < width; i += 4 * threads) store4(y, to + i, load4(x, from + i));
-    } else {
-        for (uint i = id; i < width; i += threads) y[to + i] = x[from + i];
-    }
-}
-
-/// `y[i] = x[places[i]]`: rows of `width`, one threadgroup each.
-KERNEL(gather_rows)(READ(T, x, 0), READ(uint, places, 1), WRITE(T, y, 2), PARAMS(GatherParams, 3))
-{
-    const ulong width = params.width;
-    copy_row(x, places[GROUP_X] * width, y, GROUP_X * width, params.width, THREAD, THREADS);
-}
-
 /// `y[places[i]] = x[i]`: rows of `width`, one threadgroup each; the places differ from one another.
-KERNEL(scatter_rows)(READ(T, x, 0), READ(uint, places, 1), UPDATE(T, y, 2), PARAMS(GatherParams, 3))
+KERNEL(scatter_rows)(READ(T, x, 0), READ(uint, places, 1), UPDATE(T, y, 2), PARAMS(ScatterParams, 3))
 {
-    const ulong width = params.width;
-    copy_row(x, GROUP_X * width, y, places[GROUP_X] * width, params.width, THREAD, THREADS);
+    const ulong from = GROUP_X * ulong(params.width), to = places[GROUP_X] * ulong(params.width);
+    if (params.width % 4 == 0) {
+        for (uint i = 4 * THREAD; i < params.width; i += 4 * THREADS) store4(y, to + i, load4(x, from + i));
+    } else {
+        for (uint i = THREAD; i < params.width; i += THREADS) y[to + i] = x[from + i];
+    }
 }
 
 /// `y[0] = scale * sum(x)`, `x [n]`, always in the same order. One threadgroup.

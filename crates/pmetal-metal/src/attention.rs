@@ -28,13 +28,9 @@ pub fn attention_forward(
     let grid = Grid { groups: [rows.max_q_len.div_ceil(TILE), spec.heads, rows.rows], threads: 128 };
     let (heads, kv_heads, width) = (spec.heads as u32, spec.kv_heads as u32, width as u32);
     let (dtype, table, scale) = (q.dtype(), &rows.table, spec.scale);
-    if width <= 64 {
-        let params = kernels::attention_forward_64::MatrixAttentionParams { heads, kv_heads, width, scale };
-        kernels::attention_forward_64(gpu, dtype, grid, q, k, v, table, out, &lse, params)?;
-    } else {
-        let params = kernels::attention_forward_128::MatrixAttentionParams { heads, kv_heads, width, scale };
-        kernels::attention_forward_128(gpu, dtype, grid, q, k, v, table, out, &lse, params)?;
-    }
+    let params = kernels::MatrixAttentionParams { heads, kv_heads, width, scale };
+    let kernel = if width <= 64 { kernels::attention_forward_64 } else { kernels::attention_forward_128 };
+    kernel(gpu, dtype, grid, q, k, v, table, out, &lse, params)?;
     Ok(Some(lse))
 }
 
@@ -57,24 +53,18 @@ pub fn attention_backward(
     let (heads, kv_heads, width) = (spec.heads as u32, spec.kv_heads as u32, spec.head_dim as u32);
     let delta = empty(lse.shape(), DType::F32, q.device())?;
     let count = u32::try_from(lse.elem_count()).map_err(|_| too_many(lse))?;
-    let params = kernels::attention_delta::DeltaParams { n: count, width };
+    let params = kernels::DeltaParams { n: count, width };
     let grid = Grid::line(lse.elem_count().div_ceil(8), 256);
     kernels::attention_delta(gpu, dtype, grid, out, dout, &delta, params)?;
 
     let (table, scale) = (&rows.table, spec.scale);
     let queries = Grid { groups: [rows.max_q_len.div_ceil(TILE), spec.heads, rows.rows], threads: 128 };
     let keys = Grid { groups: [rows.max_kv_len.div_ceil(TILE), spec.kv_heads, rows.rows], threads: 256 };
-    if width <= 64 {
-        let params = kernels::attention_dq_64::MatrixAttentionParams { heads, kv_heads, width, scale };
-        kernels::attention_dq_64(gpu, dtype, queries, dout, q, k, v, lse, &delta, table, dq, params)?;
-        let params = kernels::attention_dkv_64::MatrixAttentionParams { heads, kv_heads, width, scale };
-        kernels::attention_dkv_64(gpu, dtype, keys, dout, q, k, v, lse, &delta, table, dk, dv, params)
-    } else {
-        let params = kernels::attention_dq_128::MatrixAttentionParams { heads, kv_heads, width, scale };
-        kernels::attention_dq_128(gpu, dtype, queries, dout, q, k, v, lse, &delta, table, dq, params)?;
-        let params = kernels::attention_dkv_128::MatrixAttentionParams { heads, kv_heads, width, scale };
-        kernels::attention_dkv_128(gpu, dtype, keys, dout, q, k, v, lse, &delta, table, dk, dv, params)
-    }
+    let params = kernels::MatrixAttentionParams { heads, kv_heads, width, scale };
+    let dq_kernel = if width <= 64 { kernels::attention_dq_64 } else { kernels::attention_dq_128 };
+    dq_kernel(gpu, dtype, queries, dout, q, k, v, lse, &delta, table, dq, params)?;
+    let dkv_kernel = if width <= 64 { kernels::attention_dkv_64 } else { kernels::attention_dkv_128 };
+    dkv_kernel(gpu, dtype, keys, dout, q, k, v, lse, &delta, table, dk, dv, params)
 }
 
 fn too_many(lse: &Tensor) -> Error {

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-use crate::{Call, Result};
+use crate::{Call, Error, Result};
 
 /// A GPU, or what plays one.
 pub trait Gpu: Send + Sync {
@@ -67,6 +67,42 @@ pub struct Gemm<'a> {
     pub alpha: f32,
     /// Factor of what `c` held; 0 reads nothing of it.
     pub beta: f32,
+}
+
+impl Gemm<'_> {
+    /// `[m, n, k]`.
+    ///
+    /// # Errors
+    /// Where the operands do not fit one another.
+    pub fn sizes(&self) -> Result<[usize; 3]> {
+        let of = |tensor: &Tensor, transposed: bool| -> Result<(usize, usize)> {
+            let (rows, columns) = tensor.dims2()?;
+            Ok(if transposed { (columns, rows) } else { (rows, columns) })
+        };
+        let (m, k) = of(self.a, self.a_transposed)?;
+        let (b_k, n) = of(self.b, self.b_transposed)?;
+        let dtype = self.a.dtype();
+        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
+            return Err(misfit("a", "f32, f16 or bf16".into(), self.a));
+        }
+        if b_k != k || self.b.dtype() != dtype {
+            return Err(misfit("b", format!("[{k}, n] of {dtype:?} after transposing"), self.b));
+        }
+        if self.c.dims2()? != (m, n) || ![dtype, DType::F32].contains(&self.c.dtype()) {
+            return Err(misfit("c", format!("[{m}, {n}] of {dtype:?} or F32"), self.c));
+        }
+        for (name, tensor) in [("a", self.a), ("b", self.b), ("c", self.c)] {
+            if !tensor.is_contiguous() {
+                return Err(misfit(name, "contiguous".into(), tensor));
+            }
+        }
+        Ok([m, n, k])
+    }
+}
+
+fn misfit(buffer: &'static str, expected: String, tensor: &Tensor) -> Error {
+    let got = format!("{:?} of {:?}, strides {:?}", tensor.dims(), tensor.dtype(), tensor.stride());
+    Error::Buffer { kernel: "gemm", buffer, expected, got }
 }
 
 /// The rows of an attention, on the host and on the device.

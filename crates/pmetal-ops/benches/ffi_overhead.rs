@@ -46,7 +46,7 @@ fn smallest_launch(device: &Device, x: &Tensor, y: &Tensor) -> Result<()> {
             return Ok(());
         }
     };
-    let params = kernels::add_assign_f32::ElementwiseParams { n: 1, quads: 0 };
+    let params = kernels::ElementwiseParams { n: 1, quads: 0 };
     Ok(kernels::add_assign_f32(&*gpu, DType::F32, Grid::line(1, 32), x, y, params)?)
 }
 

@@ -80,39 +80,27 @@ fn on_gpu(
     let groups = n.div_ceil(256 * 16).clamp(1, NORM_GROUPS);
     let partials = empty(groups, DType::F32, device)?;
     let outcome = empty(4, DType::F32, device)?;
-    let params = kernels::grad_norm_partials::NormParams { n: n as u64 };
+    let params = kernels::NormParams { n: n as u64 };
     kernels::grad_norm_partials(gpu, DType::F32, Grid::line(groups, 256), grads, &partials, params)?;
-    let params =
-        kernels::grad_norm_finish::FinishParams { partials: groups as u32, max_grad_norm: max_grad_norm as f32 };
+    let params = kernels::FinishParams { partials: groups as u32, max_grad_norm: max_grad_norm as f32 };
     let loss = loss.reshape(1)?;
     kernels::grad_norm_finish(gpu, DType::F32, Grid::line(1, 256), &partials, &loss, &outcome, params)?;
     let f = config.factors();
     let grid = Grid::cover(n, 4);
+    let params = kernels::AdamWParams {
+        n: n as u64,
+        decay: f.decay,
+        weight1: f.weight1,
+        beta2: f.beta2,
+        weight2: f.weight2,
+        step_size: f.step_size,
+        correction2: f.correction2,
+        eps: f.eps,
+        grad_scale: 1.0,
+    };
     if let Some(copies) = arena.copies() {
-        let params = kernels::adamw_with_copy::AdamWParams {
-            n: n as u64,
-            decay: f.decay,
-            weight1: f.weight1,
-            beta2: f.beta2,
-            weight2: f.weight2,
-            step_size: f.step_size,
-            correction2: f.correction2,
-            eps: f.eps,
-            grad_scale: 1.0,
-        };
         kernels::adamw_with_copy(gpu, copies.dtype(), grid, grads, &outcome, arena.state(), copies, params)?;
     } else {
-        let params = kernels::adamw::AdamWParams {
-            n: n as u64,
-            decay: f.decay,
-            weight1: f.weight1,
-            beta2: f.beta2,
-            weight2: f.weight2,
-            step_size: f.step_size,
-            correction2: f.correction2,
-            eps: f.eps,
-            grad_scale: 1.0,
-        };
         kernels::adamw(gpu, DType::F32, grid, grads, &outcome, arena.state(), params)?;
         arena.refresh_copies()?;
     }

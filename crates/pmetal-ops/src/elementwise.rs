@@ -31,7 +31,7 @@ pub(crate) fn add_assign(y: &Tensor, x: &Tensor) -> Result<()> {
 fn add_on_gpu(gpu: &dyn Gpu, y: &Tensor, x: &Tensor) -> Result<()> {
     let (n, quads, grid) = span(&[y, x]);
     if y.dtype() == DType::F32 {
-        let params = kernels::add_assign_f32::ElementwiseParams { n, quads };
+        let params = kernels::ElementwiseParams { n, quads };
         return Ok(kernels::add_assign_f32(gpu, x.dtype(), grid, x, y, params)?);
     }
     if x.dtype() != y.dtype() {
@@ -39,7 +39,7 @@ fn add_on_gpu(gpu: &dyn Gpu, y: &Tensor, x: &Tensor) -> Result<()> {
         add_on_gpu(gpu, &sum, x)?;
         return convert_into(&sum, y);
     }
-    let params = kernels::add_assign::ElementwiseParams { n, quads };
+    let params = kernels::ElementwiseParams { n, quads };
     Ok(kernels::add_assign(gpu, y.dtype(), grid, x, y, params)?)
 }
 
@@ -63,9 +63,9 @@ pub(crate) fn convert_into(x: &Tensor, y: &Tensor) -> Result<()> {
 fn convert_on_gpu(gpu: &dyn Gpu, x: &Tensor, y: &Tensor) -> Result<()> {
     let (n, quads, grid) = span(&[x, y]);
     let done = match (x.dtype(), y.dtype()) {
-        (from, to) if from == to => kernels::copy(gpu, to, grid, x, y, kernels::copy::ElementwiseParams { n, quads }),
-        (from, DType::F32) => kernels::to_f32(gpu, from, grid, x, y, kernels::to_f32::ElementwiseParams { n, quads }),
-        (DType::F32, to) => kernels::from_f32(gpu, to, grid, x, y, kernels::from_f32::ElementwiseParams { n, quads }),
+        (from, to) if from == to => kernels::copy(gpu, to, grid, x, y, kernels::ElementwiseParams { n, quads }),
+        (from, DType::F32) => kernels::to_f32(gpu, from, grid, x, y, kernels::ElementwiseParams { n, quads }),
+        (DType::F32, to) => kernels::from_f32(gpu, to, grid, x, y, kernels::ElementwiseParams { n, quads }),
         _ => return convert_on_gpu(gpu, &converted(x, DType::F32)?, y),
     };
     Ok(done?)
@@ -98,7 +98,7 @@ pub(crate) fn bias_add(y: &Tensor, bias: &Tensor) -> Result<()> {
             let (quads, threads) = (n.div_ceil(4), n.div_ceil(4).next_multiple_of(32).clamp(32, 256));
             let grid = Grid { groups: [quads.div_ceil(threads), rows.div_ceil(rows_per_group), 1], threads };
             let (rows_per_group, aligned) = (rows_per_group as u32, rows_in_quads(n, &[y, &bias]));
-            let params = kernels::bias_add::BiasParams { rows: rows as u32, n: n as u32, rows_per_group, aligned };
+            let params = kernels::BiasParams { rows: rows as u32, n: n as u32, rows_per_group, aligned };
             Ok(kernels::bias_add(&*gpu, y.dtype(), grid, &bias, y, params)?)
         }
         Place::Reference => Ok(y.slice_set(&y.broadcast_add(&bias)?, 0, 0)?),
@@ -121,7 +121,7 @@ pub(crate) fn bias_grad(dy: &Tensor, dbias: &Tensor) -> Result<()> {
             let (rows_per_group, groups) = row_groups(rows);
             let partial = empty((groups, n), DType::F32, dy.device())?;
             let aligned = rows_in_quads(n, &[&dy]);
-            let params = kernels::bias_grad::BiasParams { rows: rows as u32, n: n as u32, rows_per_group, aligned };
+            let params = kernels::BiasParams { rows: rows as u32, n: n as u32, rows_per_group, aligned };
             kernels::bias_grad(&*gpu, dy.dtype(), column_grid(n, groups), &dy, &partial, params)?;
             column_sums(&*gpu, &partial, dbias, true)
         }
@@ -133,7 +133,7 @@ pub(crate) fn bias_grad(dy: &Tensor, dbias: &Tensor) -> Result<()> {
 pub(crate) fn column_sums(gpu: &dyn Gpu, partial: &Tensor, out: &Tensor, accumulate: bool) -> Result<()> {
     let (rows, n) = partial.dims2()?;
     let accumulate = u32::from(accumulate);
-    let params = kernels::column_sums::ColumnSumsParams { rows: rows as u32, n: n as u32, accumulate };
+    let params = kernels::ColumnSumsParams { rows: rows as u32, n: n as u32, accumulate };
     Ok(kernels::column_sums(gpu, DType::F32, Grid::line(n.div_ceil(32), 256), partial, out, params)?)
 }
 
@@ -167,7 +167,7 @@ pub(crate) fn dropout(x: &Tensor, seed: u64, rate: f32) -> Result<Tensor> {
         Place::Gpu(gpu) => {
             let y = empty(x.shape(), x.dtype(), x.device())?;
             let (n, quads, grid) = span(&[&x, &y]);
-            let params = kernels::dropout::DropoutParams { n, quads, seed, rate, factor: 1.0 / (1.0 - rate) };
+            let params = kernels::DropoutParams { n, quads, seed, rate, factor: 1.0 / (1.0 - rate) };
             kernels::dropout(&*gpu, x.dtype(), grid, &x, &y, params)?;
             Ok(y)
         }

@@ -31,7 +31,10 @@ pub fn embedding(ids: &[u32], table: &Weight, dtype: DType, device: &Device) -> 
             let table_t = table.tensor()?;
             match place(&table_t, OP)? {
                 Place::Cpu => gather_on_cpu(ids, table, width, dtype)?,
-                Place::Gpu(gpu) => converted(&gather_on_gpu(&*gpu, ids, &table_t.contiguous()?)?, dtype)?,
+                Place::Gpu(gpu) => {
+                    let ids = upload(ids, table_t.device())?;
+                    converted(&gather_on_gpu(&*gpu, &ids, &table_t.contiguous()?)?, dtype)?
+                }
                 Place::Reference => reference(ids, &table_t)?.to_dtype(dtype)?,
             }
         }
@@ -75,25 +78,23 @@ fn threads_of_row(width: usize) -> usize {
     width.div_ceil(4).next_multiple_of(32).clamp(32, 256)
 }
 
-fn gather_on_gpu(gpu: &dyn Gpu, ids: &[u32], table: &Tensor) -> Result<Tensor> {
-    let width = table.dim(1)?;
-    let y = empty((ids.len(), width), table.dtype(), table.device())?;
+/// The rows of `table [vocab, width]` that `ids [n]` (u32) name, which are below `vocab`: `[n, width]`.
+pub(crate) fn gather_on_gpu(gpu: &dyn Gpu, ids: &Tensor, table: &Tensor) -> Result<Tensor> {
+    let (n, width) = (ids.elem_count(), table.dim(1)?);
+    let y = empty((n, width), table.dtype(), table.device())?;
     let quads = rows_in_quads(width, &[table]) * width as u32 / 4;
-    let params = kernels::embedding::EmbeddingParams { width: width as u32, quads };
-    let grid = Grid::line(ids.len(), threads_of_row(width));
-    kernels::embedding(gpu, table.dtype(), grid, table, &upload(ids, table.device())?, &y, params)?;
+    let params = kernels::EmbeddingParams { width: width as u32, quads };
+    let grid = Grid::line(n, threads_of_row(width));
+    kernels::embedding(gpu, table.dtype(), grid, table, ids, &y, params)?;
     Ok(y)
 }
 
 fn scatter_on_gpu(gpu: &dyn Gpu, dy: &Tensor, ids: &[u32], param: &Param) -> Result<()> {
     let width = dy.dim(1)?;
-    let (grad, fresh) = param.grad_target();
-    if fresh {
-        grad.zero_set()?;
-    }
+    let grad = param.grad_sum()?;
     let (unique, groups) = tokens_by_id(ids);
     let quads = rows_in_quads(width, &[dy, grad]) * width as u32 / 4;
-    let params = kernels::embedding_grad::EmbeddingGradParams { width: width as u32, quads, unique: unique as u32 };
+    let params = kernels::EmbeddingGradParams { width: width as u32, quads, unique: unique as u32 };
     let grid = Grid::line(unique, threads_of_row(width));
     Ok(kernels::embedding_grad(gpu, dy.dtype(), grid, dy, &upload(&groups, dy.device())?, grad, params)?)
 }

@@ -58,7 +58,7 @@ fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)>
 fn forward_on_gpu(gpu: &dyn Gpu, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let y = empty(gate.shape(), gate.dtype(), gate.device())?;
     let (n, quads, grid) = span(&[gate, up]);
-    kernels::swiglu(gpu, gate.dtype(), grid, gate, up, &y, kernels::swiglu::GateParams { n, quads })?;
+    kernels::swiglu(gpu, gate.dtype(), grid, gate, up, &y, kernels::GateParams { n, quads })?;
     Ok(y)
 }
 
@@ -66,7 +66,7 @@ fn backward_on_gpu(gpu: &dyn Gpu, dy: &Tensor, gate: &Tensor, up: &Tensor) -> Re
     let room = || empty(gate.shape(), gate.dtype(), gate.device());
     let (dgate, dup) = (room()?, room()?);
     let (n, quads, grid) = span(&[dy, gate, up]);
-    let params = kernels::swiglu_backward::GateParams { n, quads };
+    let params = kernels::GateParams { n, quads };
     kernels::swiglu_backward(gpu, gate.dtype(), grid, dy, gate, up, &dgate, &dup, params)?;
     Ok((dgate, dup))
 }

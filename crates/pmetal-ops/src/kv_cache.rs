@@ -56,8 +56,7 @@ fn on_gpu(gpu: &dyn Gpu, x: &Tensor, target: &Tensor, runs: &[(usize, usize)]) -
     let longest = runs.iter().map(|&(_, len)| len).max().unwrap_or(0);
     let mut grid = Grid::cover(longest * width, 16);
     grid.groups[1] = runs.len();
-    let params =
-        kernels::write_rows::WriteRowsParams { width: width as u32, aligned: rows_in_quads(width, &[x, target]) };
+    let params = kernels::WriteRowsParams { width: width as u32, aligned: rows_in_quads(width, &[x, target]) };
     Ok(kernels::write_rows(gpu, x.dtype(), grid, x, &upload(&table, x.device())?, target, params)?)
 }
 

@@ -1,20 +1,22 @@
 //! The head alone: `logits = hidden Wᵀ`, in f32 whatever the activations are.
 
 use candle_core::{DType, Tensor};
-use pmetal_metal::{Gemm, empty};
+use pmetal_metal::empty;
 
 use crate::{
-    LinearGroup, LinearMember, Result, Value, Weight, no_grad,
+    LinearGroup, LinearMember, Result, Value, Weight,
+    linear::product,
+    no_grad,
     place::{Place, place},
 };
 
 /// The logits of `hidden [n, hidden_size]` under `weight [vocab, hidden_size]`: `[n, vocab]` f32. No gradient is recorded.
 pub fn logits(hidden: &Tensor, weight: &Weight) -> Result<Tensor> {
     if let Place::Gpu(gpu) = place(hidden, "logits")? {
-        let (a, b) = (&hidden.contiguous()?, &weight.tensor_in(hidden.dtype())?);
-        let c = &empty((a.dim(0)?, b.dim(0)?), DType::F32, a.device())?;
-        gpu.gemm(&Gemm { a, a_transposed: false, b, b_transposed: true, c, alpha: 1.0, beta: 0.0 })?;
-        return Ok(c.clone());
+        let (hidden, weight) = (hidden.contiguous()?, weight.tensor_in(hidden.dtype())?);
+        let logits = empty((hidden.dim(0)?, weight.dim(0)?), DType::F32, hidden.device())?;
+        product(&*gpu, &hidden, &weight, true, &logits, 1.0, 0.0)?;
+        return Ok(logits);
     }
     // a product's result has its input's dtype
     let hidden = Value::constant(hidden.to_dtype(DType::F32)?);

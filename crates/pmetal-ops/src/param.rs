@@ -234,6 +234,15 @@ impl Param {
         (&slot.grad, !slot.written.swap(true, Ordering::Relaxed))
     }
 
+    /// The gradient (f32) for a kernel that adds to it; it starts as zeros.
+    pub(crate) fn grad_sum(&self) -> Result<&Tensor> {
+        let (grad, fresh) = self.grad_target();
+        if fresh {
+            grad.zero_set()?;
+        }
+        Ok(grad)
+    }
+
     /// The value as a slice, on the CPU.
     pub(crate) fn view(&self) -> Result<View<'_>> {
         View::of_tensor(self.value(), "param")

@@ -192,10 +192,10 @@ fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32) -> Resul
     let (y, rstd) = (empty((rows, width), x.dtype(), x.device())?, empty(rows, DType::F32, x.device())?);
     let aligned = rows_in_quads(width, &[x, &weight]);
     if width <= NARROW {
-        let params = kernels::rms_norm_narrow::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
+        let params = kernels::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
         kernels::rms_norm_narrow(gpu, x.dtype(), grid_of_narrow_rows(rows), x, &weight, &y, &rstd, params)?;
     } else {
-        let params = kernels::rms_norm::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
+        let params = kernels::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
         kernels::rms_norm(gpu, x.dtype(), grid_of_rows(rows, width), x, &weight, &y, &rstd, params)?;
     }
     Ok((y, rstd))
@@ -213,7 +213,7 @@ fn add_forward_on_gpu(
     let room = || empty((rows, width), x.dtype(), x.device());
     let (sum, y, rstd) = (room()?, room()?, empty(rows, DType::F32, x.device())?);
     let (aligned, grid) = (rows_in_quads(width, &[x, residual, &weight]), grid_of_rows(rows, width));
-    let params = kernels::add_rms_norm::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
+    let params = kernels::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
     kernels::add_rms_norm(gpu, x.dtype(), grid, x, residual, &weight, &sum, &y, &rstd, params)?;
     Ok((sum, y, rstd))
 }
@@ -230,16 +230,12 @@ fn backward_on_gpu(
     let dx = empty((rows, width), x.dtype(), x.device())?;
     let has_dsum = u32::from(dsum.is_some());
     let aligned = rows_in_quads(width, &[dy, x, &weight, dsum.unwrap_or(dy)]);
-    let (rows_u, width_u, grid) = (rows as u32, width as u32, grid_of_rows(rows, width));
+    let params = kernels::RmsNormBackwardParams { rows: rows as u32, width: width as u32, aligned, has_dsum };
     if width <= NARROW && dsum.is_none() {
-        use kernels::rms_norm_backward_narrow::RmsNormBackwardParams;
-        let params = RmsNormBackwardParams { rows: rows_u, width: width_u, aligned, has_dsum };
         let grid = grid_of_narrow_rows(rows);
         kernels::rms_norm_backward_narrow(gpu, x.dtype(), grid, dy, x, &weight, rstd, &dx, params)?;
     } else {
-        use kernels::rms_norm_backward::RmsNormBackwardParams;
-        let params = RmsNormBackwardParams { rows: rows_u, width: width_u, aligned, has_dsum };
-        let dsum = dsum.unwrap_or(dy);
+        let (grid, dsum) = (grid_of_rows(rows, width), dsum.unwrap_or(dy));
         kernels::rms_norm_backward(gpu, x.dtype(), grid, dy, x, &weight, rstd, dsum, &dx, params)?;
     }
     let dweight = needs_weight.then(|| weight_grad_on_gpu(gpu, dy, x, rstd)).transpose()?;
@@ -251,7 +247,7 @@ fn weight_grad_on_gpu(gpu: &dyn Gpu, dy: &Tensor, x: &Tensor, rstd: &Tensor) -> 
     let (rows_per_group, groups) = row_groups(rows);
     let partial = empty((groups, width), DType::F32, x.device())?;
     let dweight = empty(width, DType::F32, x.device())?;
-    let params = kernels::rms_norm_weight_grad::RmsNormWeightParams {
+    let params = kernels::RmsNormWeightParams {
         rows: rows as u32,
         width: width as u32,
         rows_per_group,

@@ -89,7 +89,7 @@ fn turned_on_gpu(gpu: &dyn Gpu, x: &Tensor, table: &RopeTable, inverse: bool) ->
     let y = empty(x.shape(), x.dtype(), x.device())?;
     let aligned = rows_in_quads(pairs, &[x]);
     let items = heads * if aligned == 1 { pairs / 4 } else { pairs };
-    let params = kernels::rope::RopeParams {
+    let params = kernels::RopeParams {
         tokens: tokens as u32,
         heads: heads as u32,
         pairs: pairs as u32,

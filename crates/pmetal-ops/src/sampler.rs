@@ -101,7 +101,7 @@ impl Sampler {
         };
         let token = empty(1, DType::U32, logits.device())?;
         let s = &self.sampling;
-        let params = kernels::sample_token::SamplerParams {
+        let params = kernels::SamplerParams {
             vocab: logits.elem_count() as u32,
             news: room.news.elem_count() as u32,
             top_k: s.top_k.min(logits.elem_count()) as u32,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use candle_core::{
-    DType, Device, Tensor,
+    Device, Tensor,
     cuda_backend::{
         WrapErr,
         cudarc::{
@@ -25,7 +25,7 @@ use candle_core::{
         },
     },
 };
-use pmetal_metal::{Error, Gemm, Result};
+use pmetal_metal::{Gemm, Result};
 
 use self::matrices::{Matrices, Shape, WORKSPACE, failed};
 use super::{CudaGpu, DETERMINISTIC};
@@ -63,7 +63,7 @@ impl Products {
 
     /// Asks for a product behind all that was asked for before.
     pub(super) fn run(&self, gpu: &CudaGpu, product: &Gemm) -> Result<()> {
-        let [m, n, k] = sizes(product)?;
+        let [m, n, k] = product.sizes()?;
         if m == 0 || n == 0 {
             return Ok(());
         }
@@ -207,37 +207,6 @@ struct Work {
 struct Plan {
     matrices: Matrices,
     algorithm: cublasLtMatmulAlgo_t,
-}
-
-/// `[m, n, k]` of a product whose operands fit each other.
-fn sizes(product: &Gemm) -> Result<[usize; 3]> {
-    let of = |tensor: &Tensor, transposed: bool| -> Result<(usize, usize)> {
-        let (rows, columns) = tensor.dims2()?;
-        Ok(if transposed { (columns, rows) } else { (rows, columns) })
-    };
-    let (m, k) = of(product.a, product.a_transposed)?;
-    let (b_k, n) = of(product.b, product.b_transposed)?;
-    let dtype = product.a.dtype();
-    if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
-        return Err(misfit("a", "f32, f16 or bf16".into(), product.a));
-    }
-    if b_k != k || product.b.dtype() != dtype {
-        return Err(misfit("b", format!("[{k}, n] of {dtype:?} after transposing"), product.b));
-    }
-    if product.c.dims2()? != (m, n) || ![dtype, DType::F32].contains(&product.c.dtype()) {
-        return Err(misfit("c", format!("[{m}, {n}] of {dtype:?} or F32"), product.c));
-    }
-    for (name, tensor) in [("a", product.a), ("b", product.b), ("c", product.c)] {
-        if !tensor.is_contiguous() {
-            return Err(misfit(name, "contiguous".into(), tensor));
-        }
-    }
-    Ok([m, n, k])
-}
-
-fn misfit(buffer: &'static str, expected: String, tensor: &Tensor) -> Error {
-    let got = format!("{:?} of {:?}, strides {:?}", tensor.dims(), tensor.dtype(), tensor.stride());
-    Error::Buffer { kernel: "gemm", buffer, expected, got }
 }
 
 /// The library's version, as in `13.0.2`.

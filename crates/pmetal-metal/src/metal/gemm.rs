@@ -4,7 +4,7 @@ use candle_core::{DType, Storage, Tensor};
 use candle_metal_kernels::{GemmDType, call_mlx_gemm};
 
 use super::Metal;
-use crate::{Error, Gemm, Grid, Result, empty, kernels};
+use crate::{Gemm, Grid, Result, empty, kernels};
 
 /// `c = alpha * op(a) · op(b) + beta * c`.
 ///
@@ -14,10 +14,7 @@ use crate::{Error, Gemm, Grid, Result, empty, kernels};
 /// reads. That costs a copy of each, twice as large.
 pub(super) fn gemm(metal: &Metal, product: &Gemm) -> Result<()> {
     let &Gemm { a, a_transposed, b, b_transposed, c, alpha, beta } = product;
-    let (m, n) = c.dims2()?;
-    let k = a.dims2().map(|(rows, columns)| if a_transposed { rows } else { columns })?;
-    check("a", a, if a_transposed { [k, m] } else { [m, k] })?;
-    check("b", b, if b_transposed { [n, k] } else { [k, n] })?;
+    let [m, n, k] = product.sizes()?;
     if m * n == 0 {
         return Ok(());
     }
@@ -38,16 +35,8 @@ pub(super) fn gemm(metal: &Metal, product: &Gemm) -> Result<()> {
         return Ok(());
     }
     let elements = m as u64 * n as u64;
-    let params = kernels::gemm_epilogue::EpilogueParams { n: elements, alpha, beta };
+    let params = kernels::EpilogueParams { n: elements, alpha, beta };
     kernels::gemm_epilogue(metal, c.dtype(), Grid::cover(m * n, 4), &target, c, params)
-}
-
-fn check(name: &'static str, tensor: &Tensor, shape: [usize; 2]) -> Result<()> {
-    if tensor.dims() == shape && tensor.is_contiguous() {
-        return Ok(());
-    }
-    let got = format!("{:?} of strides {:?}", tensor.dims(), tensor.stride());
-    Err(Error::Buffer { kernel: "gemm", buffer: name, expected: format!("{shape:?}, contiguous"), got })
 }
 
 /// `target = a · b`, all of one dtype, `target` from the start of its buffer.

@@ -45,16 +45,14 @@ pub(super) fn forward(
     if splits > 1 {
         split(gpu, [q, k, v], &out, &lse, &rows, spec, splits)?;
     } else {
-        let AttentionSpec { heads, kv_heads, head_dim, scale } = *spec;
-        let params = kernels::attention_plain::AttentionParams {
-            heads: heads as u32,
-            kv_heads: kv_heads as u32,
-            d: head_dim as u32,
-            scale,
-        };
-        kernels::attention_plain(gpu, q.dtype(), grid, q, k, v, &rows.table, &out, &lse, params)?;
+        kernels::attention_plain(gpu, q.dtype(), grid, q, k, v, &rows.table, &out, &lse, params_of(spec))?;
     }
     Ok(vec![out, lse])
+}
+
+fn params_of(spec: &AttentionSpec) -> kernels::AttentionParams {
+    let AttentionSpec { heads, kv_heads, head_dim, scale } = *spec;
+    kernels::AttentionParams { heads: heads as u32, kv_heads: kv_heads as u32, d: head_dim as u32, scale }
 }
 
 /// Parts of the keys, so that decoding a long row keeps a GPU busy.
@@ -79,7 +77,7 @@ fn split(
     let partial = empty((splits, tokens, heads, d), DType::F32, q.device())?;
     let partial_lse = empty((splits, tokens, heads), DType::F32, q.device())?;
     let grid = Grid { groups: [rows.max_q_len * splits, heads, rows.rows], threads: THREADS };
-    let params = kernels::attention_plain_split::SplitParams {
+    let params = kernels::SplitParams {
         tokens: tokens as u32,
         splits: splits as u32,
         heads: heads as u32,
@@ -88,11 +86,7 @@ fn split(
         scale: spec.scale,
     };
     kernels::attention_plain_split(gpu, q.dtype(), grid, q, k, v, &rows.table, &partial, &partial_lse, params)?;
-    let params = kernels::attention_plain_merge::MergeParams {
-        places: (tokens * heads) as u32,
-        d: d as u32,
-        splits: splits as u32,
-    };
+    let params = kernels::MergeParams { places: (tokens * heads) as u32, d: d as u32, splits: splits as u32 };
     let grid = Grid::line(tokens * heads, 128);
     Ok(kernels::attention_plain_merge(gpu, q.dtype(), grid, &partial, &partial_lse, out, lse, params)?)
 }
@@ -116,13 +110,11 @@ pub(super) fn backward(
         gpu.attention_backward(dout, [q, k, v], out, stats, [&dq, &dk, &dv], &rows, spec)?;
         return Ok([dq, dk, dv]);
     }
-    let (heads, kv_heads, d, scale) = (spec.heads as u32, spec.kv_heads as u32, spec.head_dim as u32, spec.scale);
+    let params = params_of(spec);
     let delta = empty(stats.shape(), DType::F32, device)?;
     let grid = Grid { groups: [rows.max_q_len, spec.heads, rows.rows], threads: THREADS };
-    let params = kernels::attention_plain_dq::AttentionParams { heads, kv_heads, d, scale };
     kernels::attention_plain_dq(gpu, dtype, grid, dout, q, k, v, out, stats, &rows.table, &dq, &delta, params)?;
     let grid = Grid { groups: [rows.max_kv_len, spec.kv_heads, rows.rows], threads: THREADS };
-    let params = kernels::attention_plain_dkv::AttentionParams { heads, kv_heads, d, scale };
     kernels::attention_plain_dkv(gpu, dtype, grid, dout, q, k, v, stats, &delta, &rows.table, &dk, &dv, params)?;
     Ok([dq, dk, dv])
 }

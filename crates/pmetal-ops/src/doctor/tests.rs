@@ -55,11 +55,7 @@ impl Gpu for Mac {
         let c = product.c;
         let target = Tensor::zeros(c.shape(), c.dtype(), c.device())?;
         self.emulator.gemm(&Gemm { c: &target, alpha: 1.0, beta: 0.0, ..*product })?;
-        let params = kernels::gemm_epilogue::EpilogueParams {
-            n: c.elem_count() as u64,
-            alpha: product.alpha,
-            beta: product.beta,
-        };
+        let params = kernels::EpilogueParams { n: c.elem_count() as u64, alpha: product.alpha, beta: product.beta };
         kernels::gemm_epilogue(self, c.dtype(), Grid::cover(c.elem_count(), 4), &target, c, params)
     }
 

@@ -31,7 +31,15 @@ pub(super) fn forward(
 }
 
 /// `c = alpha * a · w (or its transpose) + beta * c`.
-fn product(gpu: &dyn Gpu, a: &Tensor, w: &Tensor, transposed: bool, c: &Tensor, alpha: f32, beta: f32) -> Result<()> {
+pub(crate) fn product(
+    gpu: &dyn Gpu,
+    a: &Tensor,
+    w: &Tensor,
+    transposed: bool,
+    c: &Tensor,
+    alpha: f32,
+    beta: f32,
+) -> Result<()> {
     Ok(gpu.gemm(&Gemm { a, a_transposed: false, b: w, b_transposed: transposed, c, alpha, beta })?)
 }
 
@@ -116,11 +124,7 @@ fn member_backward(
         weight_gradient(gpu, param, dy, x)?;
     }
     if let Some(param) = member.bias.as_ref().and_then(Weight::param) {
-        let (grad, fresh) = param.grad_target();
-        if fresh {
-            grad.zero_set()?;
-        }
-        elementwise::bias_grad(dy, grad)?;
+        elementwise::bias_grad(dy, param.grad_sum()?)?;
     }
     let (Some(adapter), Some(u)) = (&member.adapter, low_rank) else { return Ok(()) };
     if let Some(param) = adapter.b.param() {

@@ -8,9 +8,7 @@ mod gpu;
 mod kernel;
 mod reference;
 
-use std::sync::Arc;
-
-use pmetal_metal::Gpu;
+use candle_core::Tensor;
 
 use crate::{
     Error, Result, Value, Weight,
@@ -18,7 +16,7 @@ use crate::{
     place::{Place, place},
 };
 
-pub(crate) use gpu::weight_gradient;
+pub(crate) use gpu::{product, weight_gradient};
 
 const OP: &str = "linear";
 
@@ -79,8 +77,19 @@ impl LinearGroup {
     pub fn forward(&self, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
         self.check(x)?;
         match place(x.tensor(), OP)? {
-            Place::Cpu => self.on_cpu(x, noise),
-            Place::Gpu(gpu) => self.on_gpu(gpu, x, noise),
+            Place::Cpu => self.by_kernels(
+                x,
+                |member, x| kernel::forward(member, x, noise),
+                move |group, x, grads, low_ranks, needs_dx| {
+                    kernel::backward(group, x, grads, low_ranks, noise, needs_dx)
+                },
+            ),
+            Place::Gpu(gpu) => self.by_kernels(x, |member, x| gpu::forward(&*gpu, member, x, noise), {
+                let gpu = gpu.clone();
+                move |group, x, grads, low_ranks, needs_dx| {
+                    gpu::backward(&*gpu, group, x, grads, low_ranks, noise, needs_dx)
+                }
+            }),
             Place::Reference => {
                 let (inputs, plan) = reference::plan(self, x, noise)?;
                 composite(&inputs.iter().collect::<Vec<_>>(), move |t| reference::run(t, &plan))
@@ -116,36 +125,30 @@ impl LinearGroup {
         self.members.iter().any(LinearMember::trainable)
     }
 
-    fn on_cpu(&self, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
+    /// The group by a device's kernels: `forward` gives a member's result and what its backward needs of the low-rank part, `backward` the
+    /// gradient of the input.
+    fn by_kernels<L: Send + 'static>(
+        &self,
+        x: &Value,
+        forward: impl Fn(&LinearMember, &Tensor) -> Result<(Tensor, L)>,
+        backward: impl FnOnce(&Self, &Tensor, Vec<Option<Tensor>>, &[L], bool) -> Result<Option<Tensor>> + Send + 'static,
+    ) -> Result<Vec<Value>> {
         let x_t = x.tensor().contiguous()?;
-        let results = self.members.iter().map(|member| kernel::forward(member, &x_t, noise));
+        let results = self.members.iter().map(|member| forward(member, &x_t));
         let (outputs, low_ranks): (Vec<_>, Vec<_>) = results.collect::<Result<Vec<_>>>()?.into_iter().unzip();
         if !recording() {
             return Ok(outputs.into_iter().map(Value::constant).collect());
         }
         let (group, needs_dx) = (self.clone(), x.requires_grad());
         Ok(Value::record_if(self.trainable(), outputs, &[x], move |grads| {
-            kernel::backward(&group, &x_t, grads, &low_ranks, noise, needs_dx).map(|dx| vec![dx])
-        }))
-    }
-
-    fn on_gpu(&self, gpu: Arc<dyn Gpu>, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
-        let x_t = x.tensor().contiguous()?;
-        let results = self.members.iter().map(|member| gpu::forward(&*gpu, member, &x_t, noise));
-        let (outputs, low_ranks): (Vec<_>, Vec<_>) = results.collect::<Result<Vec<_>>>()?.into_iter().unzip();
-        if !recording() {
-            return Ok(outputs.into_iter().map(Value::constant).collect());
-        }
-        let (group, needs_dx) = (self.clone(), x.requires_grad());
-        Ok(Value::record_if(self.trainable(), outputs, &[x], move |grads| {
-            gpu::backward(&*gpu, &group, &x_t, grads, &low_ranks, noise, needs_dx).map(|dx| vec![dx])
+            backward(&group, &x_t, grads, &low_ranks, needs_dx).map(|dx| vec![dx])
         }))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device, Tensor};
+    use candle_core::{DType, Device};
 
     use super::*;
     use crate::{

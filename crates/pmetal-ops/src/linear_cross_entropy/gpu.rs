@@ -2,10 +2,15 @@
 //! losses are f32.
 
 use candle_core::{DType, Tensor};
-use pmetal_metal::{Gemm, Gpu, Grid, empty, kernels};
+use pmetal_metal::{Gpu, Grid, empty, kernels};
 
 use super::{Found, Task};
-use crate::{Result, linear::weight_gradient, place::upload};
+use crate::{
+    Result,
+    embedding::gather_on_gpu,
+    linear::{product, weight_gradient},
+    place::upload,
+};
 
 /// Bytes of logits that exist at a time, roughly.
 const BLOCK_BYTES: usize = 512 << 20;
@@ -23,7 +28,7 @@ pub(super) fn run(gpu: &dyn Gpu, task: &Task) -> Result<Found> {
         let (places, labels) = (upload(task.counted, device)?, upload(task.classes, device)?);
         // every token is counted: blocks are ranges of what is there
         let all = n == tokens;
-        let rows = if all { hidden.clone() } else { gathered(gpu, hidden, &places)? };
+        let rows = if all { hidden.clone() } else { gather_on_gpu(gpu, &places, hidden)? };
         let drows = task.needs_hidden.then(|| empty((n, width), dtype, device)).transpose()?;
         let most = (BLOCK_BYTES / (dtype.size_in_bytes() * vocab)).clamp(8, n.max(8));
         let logits = empty((most.min(n), vocab), dtype, device)?;
@@ -31,10 +36,10 @@ pub(super) fn run(gpu: &dyn Gpu, task: &Task) -> Result<Found> {
             let len = most.min(n - first);
             let (x, logits) = (rows.narrow(0, first, len)?, logits.narrow(0, 0, len)?);
             let labels = labels.narrow(0, first, len)?;
-            product(gpu, &x, &head, true, &logits)?;
+            product(gpu, &x, &head, true, &logits, 1.0, 0.0)?;
             entropy(gpu, task, &logits, &labels, &token_losses, first)?;
             if let Some(drows) = &drows {
-                product(gpu, &logits, &head, false, &drows.narrow(0, first, len)?)?;
+                product(gpu, &logits, &head, false, &drows.narrow(0, first, len)?, 1.0, 0.0)?;
             }
             if let Some(param) = task.trained {
                 weight_gradient(gpu, param, &logits, &x)?;
@@ -47,44 +52,25 @@ pub(super) fn run(gpu: &dyn Gpu, task: &Task) -> Result<Found> {
     } else if task.needs_hidden {
         dhidden = Some(hidden.zeros_like()?);
     }
-    let params = kernels::sum_scaled::SumParams { n: n as u32, scale: task.scale };
+    let params = kernels::SumParams { n: n as u32, scale: task.scale };
     kernels::sum_scaled(gpu, DType::F32, Grid::line(1, 1024), &token_losses, &loss, params)?;
     Ok(Found { loss: loss.reshape(())?, token_losses, dhidden })
-}
-
-/// `c = a · w`, or with the transpose of `w`.
-fn product(gpu: &dyn Gpu, a: &Tensor, w: &Tensor, transposed: bool, c: &Tensor) -> Result<()> {
-    Ok(gpu.gemm(&Gemm { a, a_transposed: false, b: w, b_transposed: transposed, c, alpha: 1.0, beta: 0.0 })?)
 }
 
 /// The losses of a block; where gradients are needed, its logits become theirs.
 fn entropy(gpu: &dyn Gpu, task: &Task, logits: &Tensor, labels: &Tensor, losses: &Tensor, first: usize) -> Result<()> {
     let (rows, vocab) = logits.dims2()?;
-    let (vocab, first, grad_scale) = (vocab as u32, first as u32, task.scale);
     let grid = Grid::line(rows, if vocab >= 4096 { 1024 } else { 256 });
-    if task.needs_gradient() {
-        let params = kernels::cross_entropy_gradient::CrossEntropyParams { vocab, first, grad_scale };
-        kernels::cross_entropy_gradient(gpu, logits.dtype(), grid, logits, labels, losses, params)?;
-    } else {
-        let params = kernels::cross_entropy_loss::CrossEntropyParams { vocab, first, grad_scale };
-        kernels::cross_entropy_loss(gpu, logits.dtype(), grid, logits, labels, losses, params)?;
-    }
-    Ok(())
-}
-
-fn gathered(gpu: &dyn Gpu, x: &Tensor, places: &Tensor) -> Result<Tensor> {
-    let (n, width) = (places.elem_count(), x.dim(1)?);
-    let y = empty((n, width), x.dtype(), x.device())?;
-    let params = kernels::gather_rows::GatherParams { width: width as u32 };
-    kernels::gather_rows(gpu, x.dtype(), Grid::line(n, 256), x, places, &y, params)?;
-    Ok(y)
+    let params = kernels::CrossEntropyParams { vocab: vocab as u32, first: first as u32, grad_scale: task.scale };
+    let kernel = if task.needs_gradient() { kernels::cross_entropy_gradient } else { kernels::cross_entropy_loss };
+    Ok(kernel(gpu, logits.dtype(), grid, logits, labels, losses, params)?)
 }
 
 /// Rows at their places in a tensor like `like`, zero elsewhere.
 fn scattered(gpu: &dyn Gpu, x: &Tensor, places: &Tensor, like: &Tensor) -> Result<Tensor> {
     let (n, width) = x.dims2()?;
     let y = like.zeros_like()?;
-    let params = kernels::scatter_rows::GatherParams { width: width as u32 };
+    let params = kernels::ScatterParams { width: width as u32 };
     kernels::scatter_rows(gpu, x.dtype(), Grid::line(n, 256), x, places, &y, params)?;
     Ok(y)
 }
