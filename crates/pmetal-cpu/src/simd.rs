@@ -3,35 +3,19 @@
 //! [`simd_fn!`] writes a function whose body is compiled once per instruction set (AVX-512, AVX2, NEON, baseline)
 //! and picks one at run time. A body is a plain loop: the compiler vectorises it.
 
-use std::{any::type_name, sync::OnceLock};
+use std::sync::OnceLock;
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::Arch;
 use rayon::prelude::*;
 
 use crate::Element;
+use crate::level::Level;
 use crate::scratch::with_scratch;
 
-/// The widest instruction set of this machine, looked up once.
+/// The instruction set that loops are compiled for on this machine, looked up once.
 pub(crate) fn arch() -> Arch {
     static ARCH: OnceLock<Arch> = OnceLock::new();
-    *ARCH.get_or_init(Arch::new)
-}
-
-/// The widest instruction set of this machine, for people.
-pub fn instruction_set() -> &'static str {
-    struct Name;
-    impl WithSimd for Name {
-        type Output = &'static str;
-        fn with_simd<S: Simd>(self, _: S) -> &'static str {
-            type_name::<S>().rsplit("::").next().unwrap_or_default()
-        }
-    }
-    match arch().dispatch(Name) {
-        "V4" => "AVX-512",
-        "V3" => "AVX2",
-        "Neon" => "NEON",
-        _ => "baseline",
-    }
+    *ARCH.get_or_init(|| Level::current().arch())
 }
 
 /// How many threads kernels run on.

@@ -134,7 +134,7 @@ pub(crate) fn heed(device: &Device) -> Result<()> {
 fn subject(device: &Device) -> Result<Subject> {
     let (device, driver) = match device::facts(device)? {
         Some(facts) => (facts.name, facts.driver),
-        None => (format!("cpu {}", pmetal_cpu::instruction_set()), String::new()),
+        None => (format!("cpu {}", pmetal_cpu::Level::current()), String::new()),
     };
     Ok(Subject { device, driver, version: env!("CARGO_PKG_VERSION").into() })
 }
@@ -154,7 +154,7 @@ fn machine(device: &Device) -> Result<Machine> {
             device: name,
             name: pmetal_core::cpu_name().unwrap_or_else(|| std::env::consts::ARCH.into()),
             driver: pmetal_core::system(),
-            features: vec![pmetal_cpu::instruction_set().into(), format!("{} threads", pmetal_cpu::threads())],
+            features: vec![pmetal_cpu::Level::current().to_string(), format!("{} threads", pmetal_cpu::threads())],
             memory_total: pmetal_core::total_memory(),
             memory_live: pmetal_cpu::live_bytes() as u64,
         },
