@@ -5,6 +5,8 @@
 //! in the caches, then tiles of the result are computed in registers ([`crate::gemm_kernel`]). bf16 and f16 widen while
 //! they are packed. Every element of the result is summed along `k` in the same order whatever the blocks are.
 
+mod packed;
+
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -14,6 +16,11 @@ use crate::gemm_pack::{Operand, Part, pack_panels, pack_row_panels};
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
 use crate::simd::{arch, for_each_task, simd_fn};
+
+pub use packed::PackedWeight;
+
+/// Columns of a panel of the right operand.
+pub(crate) const PANEL: usize = 16;
 
 /// A view of a matrix in a slice.
 #[derive(Debug, Clone, Copy)]
