@@ -7,6 +7,8 @@ use std::fmt::Debug;
 
 use half::{bf16, f16};
 
+use crate::gemm::{Mat, Matrix};
+
 /// A number that tensors are made of. Rounding is to nearest, ties to even; NaN stays NaN.
 pub trait Element: Copy + Send + Sync + Default + PartialEq + Debug + 'static {
     /// Zero.
@@ -18,11 +20,9 @@ pub trait Element: Copy + Send + Sync + Default + PartialEq + Debug + 'static {
     /// Rounds to the nearest value of this type.
     fn from_f32(value: f32) -> Self;
 
-    /// The slice itself where the type is f32: kernels then accumulate in place instead of in a buffer of their own.
+    /// A matrix of any dtype out of one of this.
     #[doc(hidden)]
-    fn as_f32s_mut(_slice: &mut [Self]) -> Option<&mut [f32]> {
-        None
-    }
+    fn matrix(matrix: Mat<Self>) -> Matrix;
 }
 
 impl Element for f32 {
@@ -38,13 +38,17 @@ impl Element for f32 {
         value
     }
 
-    fn as_f32s_mut(slice: &mut [Self]) -> Option<&mut [f32]> {
-        Some(slice)
+    fn matrix(matrix: Mat<Self>) -> Matrix {
+        Matrix::F32(matrix)
     }
 }
 
 impl Element for bf16 {
     const ZERO: Self = bf16::ZERO;
+
+    fn matrix(matrix: Mat<Self>) -> Matrix {
+        Matrix::Bf16(matrix)
+    }
 
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -64,6 +68,10 @@ impl Element for bf16 {
 
 impl Element for f16 {
     const ZERO: Self = f16::ZERO;
+
+    fn matrix(matrix: Mat<Self>) -> Matrix {
+        Matrix::F16(matrix)
+    }
 
     #[inline(always)]
     fn to_f32(self) -> f32 {

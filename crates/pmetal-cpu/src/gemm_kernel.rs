@@ -30,32 +30,7 @@ pub(crate) fn tile() -> Tile {
     arch.dispatch(Ask)
 }
 
-/// The longest sum a tile computes at a time.
-pub(crate) const DEPTH: usize = 1024;
-
-/// Distance of the rows of a left panel that lies row by row. Not a power of two, so that the rows do not share places in
-/// the cache.
-pub(crate) const PITCH: usize = DEPTH + 16;
-
-/// Where a left panel of `R` rows keeps element `(i, k)`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum LeftLayout {
-    /// At `i * PITCH + k`.
-    Rows,
-    /// At `k * R + i`.
-    Interleaved,
-}
-
-/// `sum over k of a(i, k) * b[k][j]` for a panel of `R` rows and one of two vectors of columns (`[depth][2 * lanes]`).
-#[inline(always)]
-pub(crate) fn product<S: Simd, const R: usize>(simd: S, layout: LeftLayout, a: &[f32], b: &[f32]) -> [[S::f32s; 2]; R] {
-    match layout {
-        LeftLayout::Rows => product_rows::<S, R, PITCH>(simd, a, b),
-        LeftLayout::Interleaved => product_interleaved(simd, a, b),
-    }
-}
-
-/// [`product`] where the left panel is `[depth][R]`.
+/// `sum over k of a(i, k) * b[k][j]` for a left panel `[depth][R]` and two vectors of columns (`[depth][2 * lanes]`).
 #[inline(always)]
 pub(crate) fn product_interleaved<S: Simd, const R: usize>(simd: S, a: &[f32], b: &[f32]) -> [[S::f32s; 2]; R] {
     let mut sums = [[simd.splat_f32s(0.0); 2]; R];
@@ -66,7 +41,7 @@ pub(crate) fn product_interleaved<S: Simd, const R: usize>(simd: S, a: &[f32], b
     sums
 }
 
-/// [`product`] where the left panel is `[R][P]` and at most `P` deep.
+/// [`product_interleaved`] where the left panel is `[R][P]` and at most `P` deep.
 #[inline(always)]
 pub(crate) fn product_rows<S: Simd, const R: usize, const P: usize>(
     simd: S,

@@ -4,8 +4,6 @@
 //! where the operand ends. A left panel may also lie row by row, which needs no transposition where the operand does. Widening from bf16 or f16 happens here, once per element, so the inner loop is f32 only.
 
 use crate::Element;
-use crate::elementwise::convert_slice;
-use crate::gemm_kernel::PITCH;
 use crate::simd::simd_fn;
 
 /// An operand seen from its panels: element `(i, k)` of the operand is `data[i * lane_stride + k * depth_stride]`,
@@ -116,19 +114,6 @@ fn pack_columns<T: Element, const P: usize>(operand: Operand<T>, part: Part, pan
                     *y = buffer[k];
                 }
             }
-        }
-    }
-}
-
-/// Packs left panels of `width` rows row by row, [`PITCH`] apart. The depths lie side by side in memory.
-pub(crate) fn pack_row_panels<T: Element>(operand: Operand<T>, part: Part, panels: &mut [f32]) {
-    for (i, row) in panels.chunks_exact_mut(PITCH).enumerate() {
-        let row = &mut row[..part.depths];
-        if i < part.lanes {
-            let start = (part.lane + i) * operand.lane_stride + part.depth;
-            convert_slice(&operand.data[start..start + part.depths], row);
-        } else {
-            row.fill(0.0);
         }
     }
 }
