@@ -39,10 +39,12 @@ impl Decoder {
         let mut get = |name: String, shape| fetch(source, trainable, &name, &shape);
         let table = (spec.vocab_size, spec.hidden_size);
         let embedding = get(EMBEDDING.to_owned(), table.into())?;
+        // a table that is only looked up stays where it is
+        let embedding = if spec.tie_word_embeddings { embedding.packed()? } else { embedding };
         let layers = (0..spec.num_hidden_layers).map(|index| Ok(Arc::new(Layer::new(&spec, index, &mut get)?)));
         let layers = layers.collect::<Result<_>>()?;
         let norm = get(NORM.to_owned(), spec.hidden_size.into())?;
-        let head = if spec.tie_word_embeddings { None } else { Some(get(HEAD.to_owned(), table.into())?) };
+        let head = if spec.tie_word_embeddings { None } else { Some(get(HEAD.to_owned(), table.into())?.packed()?) };
         Ok(Self { spec, embedding, layers, norm, head, dtype, device: device.clone() })
     }
 

@@ -52,7 +52,7 @@ impl Layer {
         let mut group = |shapes: Vec<LinearShape>| {
             let member = |linear: LinearShape| {
                 let module = format!("{LAYERS}{index}.{}", linear.module);
-                let weight = get(format!("{module}.weight"), (linear.outputs, linear.inputs).into())?;
+                let weight = get(format!("{module}.weight"), (linear.outputs, linear.inputs).into())?.packed()?;
                 let bias = if linear.bias { Some(get(format!("{module}.bias"), linear.outputs.into())?) } else { None };
                 modules.push(module);
                 Ok(LinearMember { weight, bias, adapter: None })

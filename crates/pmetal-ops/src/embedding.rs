@@ -23,8 +23,8 @@ pub fn embedding(ids: &[u32], table: &Weight, dtype: DType, device: &Device) -> 
         return Err(Error::operand(OP, "token id", format!("below {vocab}"), id));
     }
     let y = match table {
-        // a mapped table is on the host, and stays there
-        Weight::Mapped(_) if gpu_of(&Device::Cpu)?.is_none() => {
+        // a mapped or packed table is on the host, and stays there
+        Weight::Mapped(_) | Weight::Packed(..) if gpu_of(&Device::Cpu)?.is_none() => {
             gather_on_cpu(ids, table, width, dtype)?.to_device(device)?
         }
         _ => {
@@ -64,6 +64,13 @@ pub fn embedding(ids: &[u32], table: &Weight, dtype: DType, device: &Device) -> 
 
 fn gather_on_cpu(ids: &[u32], table: &Weight, width: usize, dtype: DType) -> Result<Tensor> {
     let view = table.view()?;
+    if let View::Packed(table) = view {
+        return for_dtype!(OP, dtype, T => {
+            let mut y = room::<T>(ids.len() * width);
+            table.gather_rows(ids, &mut y);
+            tensor(y, (ids.len(), width))
+        });
+    }
     for_dtype!(OP, view.dtype(), W => for_dtype!(OP, dtype, T => gather::<W, T>(ids, view.slice::<W>()?, width)))
 }
 

@@ -7,7 +7,7 @@ use candle_core::{
     backend::BackendStorage,
 };
 use half::{bf16, f16};
-use pmetal_cpu::Element;
+use pmetal_cpu::{Element, Mat, PackedWeight, Right};
 
 use crate::{Error, Result};
 
@@ -56,10 +56,11 @@ macro_rules! for_dtype {
 }
 pub(crate) use for_dtype;
 
-/// A contiguous tensor or a mapped weight, held for the duration of a kernel.
+/// A contiguous tensor, a mapped weight or a packed one, held for the duration of a kernel.
 pub(crate) enum View<'a> {
     Tensor { storage: StorageRef<'a>, start: usize, len: usize },
     Mapped { bytes: &'a [u8], dtype: DType },
+    Packed(&'a PackedWeight),
 }
 
 impl<'a> View<'a> {
@@ -76,7 +77,19 @@ impl<'a> View<'a> {
         match self {
             Self::Tensor { storage, .. } => storage.dtype(),
             Self::Mapped { dtype, .. } => *dtype,
+            Self::Packed(_) => DType::BF16,
         }
+    }
+
+    /// A weight `[out, in]` as the right operand of a product: `Wᵀ [in, out]` where `transposed`, else `W`.
+    pub(crate) fn right(&self, out: usize, width: usize, transposed: bool) -> Result<Right<'_>> {
+        if let Self::Packed(weight) = *self {
+            return Ok(if transposed { Right::Transposed(weight) } else { Right::Weight(weight) });
+        }
+        for_dtype!("linear", self.dtype(), W => {
+            let weight = Mat::new(self.slice::<W>()?, out, width);
+            Ok(Right::plain(if transposed { weight.t() } else { weight }))
+        })
     }
 
     /// The elements, which must be of type `T`.
@@ -90,6 +103,7 @@ impl<'a> View<'a> {
                 Some(slice) if *dtype == T::DTYPE => Ok(slice),
                 _ => Err(Error::operand("cpu kernel", "mapped weight", T::DTYPE, dtype)),
             },
+            Self::Packed(_) => Err(Error::operand("cpu kernel", "weight", "row-major", "packed")),
         }
     }
 }

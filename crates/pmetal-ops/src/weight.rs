@@ -3,9 +3,15 @@
 use std::{fs::File, ops::Range, path::Path, sync::Arc};
 
 use candle_core::{DType, Device, Shape, Tensor};
+use half::bf16;
 use memmap2::Mmap;
+use pmetal_cpu::PackedWeight;
 
-use crate::{Error, Param, Result, Value, elementwise, kernel::View};
+use crate::{
+    Error, Param, Result, Value, elementwise,
+    kernel::{View, tensor},
+    place::gpu_of,
+};
 
 /// A file in memory, shared by the weights that lie in it.
 #[derive(Clone, Debug)]
@@ -72,6 +78,8 @@ pub enum Weight {
     Frozen(Tensor),
     /// Frozen, read where it lies in its file.
     Mapped(MappedWeight),
+    /// Frozen, in the layout of the CPU's kernels. As a tensor it is bf16.
+    Packed(Arc<PackedWeight>, Shape),
     /// Trained in full.
     Trainable(Param),
 }
@@ -82,6 +90,7 @@ impl Weight {
         match self {
             Self::Frozen(t) => t.shape(),
             Self::Mapped(m) => &m.shape,
+            Self::Packed(_, shape) => shape,
             Self::Trainable(p) => p.value().shape(),
         }
     }
@@ -91,6 +100,7 @@ impl Weight {
         match self {
             Self::Frozen(t) => t.dtype(),
             Self::Mapped(m) => m.dtype,
+            Self::Packed(..) => DType::BF16,
             Self::Trainable(p) => p.value().dtype(),
         }
     }
@@ -103,11 +113,31 @@ impl Weight {
         }
     }
 
-    /// As a tensor; a mapped weight is copied.
+    /// The weight in the layout in which the CPU's products read it, where it is a frozen matrix of bf16 on the CPU; else as it is. The plain
+    /// copy goes, and the pages of a mapped file.
+    pub fn packed(self) -> Result<Self> {
+        let (&[out, width], DType::BF16) = (self.shape().dims(), self.dtype()) else { return Ok(self) };
+        let on_cpu = match &self {
+            Self::Frozen(t) => t.device().is_cpu() && t.is_contiguous(),
+            Self::Mapped(_) => true,
+            _ => false,
+        };
+        if !on_cpu || gpu_of(&Device::Cpu)?.is_some() {
+            return Ok(self);
+        }
+        let packed = PackedWeight::new(self.view()?.slice::<bf16>()?, out, width);
+        if let Self::Mapped(m) = &self {
+            m.file.release(m.range.clone());
+        }
+        Ok(Self::Packed(Arc::new(packed), self.shape().clone()))
+    }
+
+    /// As a tensor; a mapped or packed weight is copied.
     pub fn tensor(&self) -> Result<Tensor> {
         match self {
             Self::Frozen(t) => Ok(t.clone()),
             Self::Mapped(m) => Ok(Tensor::from_raw_buffer(m.bytes(), m.dtype, m.shape.dims(), &Device::Cpu)?),
+            Self::Packed(weight, shape) => tensor(weight.unpack(), shape.clone()),
             Self::Trainable(p) => Ok(p.value().clone()),
         }
     }
@@ -117,7 +147,7 @@ impl Weight {
         elementwise::converted(&self.tensor()?, dtype)
     }
 
-    /// As a value of the graph; a mapped weight is copied.
+    /// As a value of the graph; a mapped or packed weight is copied.
     pub fn value(&self) -> Result<Value> {
         match self {
             Self::Trainable(p) => Ok(Value::param(p)),
@@ -130,12 +160,16 @@ impl Weight {
         match self {
             Self::Frozen(t) => View::of_tensor(t, "weight"),
             Self::Mapped(m) => Ok(View::Mapped { bytes: m.bytes(), dtype: m.dtype }),
+            Self::Packed(weight, _) => Ok(View::Packed(weight)),
             Self::Trainable(p) => p.view(),
         }
     }
 
     /// Bytes it holds in memory or keeps mapped.
     pub fn size_in_bytes(&self) -> usize {
+        if let Self::Packed(weight, _) = self {
+            return weight.size_in_bytes();
+        }
         self.shape().elem_count() * self.dtype().size_in_bytes()
     }
 }

@@ -6,7 +6,11 @@ use pulp::{Simd, WithSimd};
 use crate::Element;
 use crate::gemm::driver::{PITCH, Slice};
 use crate::gemm::right::{Right, bf16_panels, f32_panels};
-use crate::gemm::{PANEL, avx512_bf16};
+use crate::gemm::PANEL;
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::avx512_bf16;
+#[cfg(target_arch = "aarch64")]
+use crate::gemm::neon_bf16;
 use crate::gemm_kernel::{product_rows, tile, tile_of};
 use crate::gemm_pack::Part;
 use crate::level::Level;
@@ -77,7 +81,13 @@ impl Unit for bf16 {
     }
 
     fn multiply(slice: &Slice<Self>, c: &mut [f32]) {
-        avx512_bf16::multiply(slice, c);
+        match Level::current() {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 | Level::Amx => avx512_bf16::multiply(slice, c),
+            #[cfg(target_arch = "aarch64")]
+            Level::NeonBf16 => neon_bf16::multiply(slice, c),
+            level => panic!("multiply: {level} has no products of bf16"),
+        }
     }
 }
 

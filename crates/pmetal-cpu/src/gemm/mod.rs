@@ -11,6 +11,8 @@ mod avx512_turn;
 mod driver;
 mod kernel;
 mod left;
+#[cfg(target_arch = "aarch64")]
+mod neon_bf16;
 mod packed;
 mod right;
 
@@ -50,6 +52,16 @@ impl<'a, T: Element> Mat<'a, T> {
         let needed = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
         assert!(data.len() >= needed, "Mat: {} elements for [{rows}, {cols}] with stride {row_stride}", data.len());
         Self { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// Rows of the view.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of the view.
+    pub fn cols(&self) -> usize {
+        self.cols
     }
 
     /// The transposed view of the same elements.

@@ -72,6 +72,15 @@ impl PackedWeight {
         }
     }
 
+    /// `y[i] = weight[ids[i]]`, converted. `y` is `[ids, inputs]`.
+    pub fn gather_rows<T: Element>(&self, ids: &[u32], y: &mut [T]) {
+        assert_eq!(y.len(), ids.len() * self.inputs, "gather_rows: y");
+        if self.inputs > 0 {
+            let rows = y.par_chunks_exact_mut(self.inputs).with_min_len(16);
+            rows.zip(ids).for_each(|(y, &id)| self.copy_row(id as usize, y));
+        }
+    }
+
     /// The weight as it was before, row-major.
     pub fn unpack(&self) -> Vec<bf16> {
         let mut weight = vec![bf16::ZERO; self.outputs * self.inputs];

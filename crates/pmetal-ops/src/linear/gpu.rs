@@ -6,8 +6,17 @@ use pmetal_metal::{Gemm, Gpu, empty};
 use super::{Adapter, LinearGroup, LinearMember, kernel::mask_seed};
 use crate::{Param, Result, Weight, elementwise};
 
-/// One member's result, and its low-rank half-product `scale * dropout(x) Aᵀ [tokens, r]`.
+/// Each member's result, and its low-rank half-product `scale * dropout(x) Aᵀ [tokens, r]`.
 pub(super) fn forward(
+    gpu: &dyn Gpu,
+    group: &LinearGroup,
+    x: &Tensor,
+    noise: Option<u64>,
+) -> Result<Vec<(Tensor, Option<Tensor>)>> {
+    group.members.iter().map(|member| member_forward(gpu, member, x, noise)).collect()
+}
+
+fn member_forward(
     gpu: &dyn Gpu,
     member: &LinearMember,
     x: &Tensor,

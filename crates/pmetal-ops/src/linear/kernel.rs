@@ -1,57 +1,92 @@
-//! The group on the CPU: f32 accumulation, weights widened tile by tile inside the product.
+//! The group on the CPU: the input is packed once for all members; adapters ride along as further terms of the sums.
+//!
+//! bf16 inputs are multiplied as bf16 where the machine has instructions for it: adapters, kept in f32, are rounded to it for the products, as the
+//! gradients that come in are. Sums are f32, and so are the gradients of parameters.
 
-use candle_core::{DType, Tensor};
-use pmetal_cpu::{Mat, matmul};
+use candle_core::Tensor;
+use pmetal_cpu::{Arithmetic, Left, Mat, matmul, multiply};
 
 use super::{Adapter, LinearGroup, LinearMember, OP};
 use crate::{
-    Result, Weight,
-    elementwise::convert_into,
+    Param, Result, Weight,
     kernel::{CpuElement, View, for_dtype, room, tensor},
 };
 
 /// `scale * dropout(x) Aᵀ`, `[tokens, r]`: what the gradient of B needs.
 pub(super) type LowRank = Option<Vec<f32>>;
 
-/// One member's result, and its low-rank half-product.
-pub(super) fn forward(member: &LinearMember, x: &Tensor, noise: Option<u64>) -> Result<(Tensor, LowRank)> {
+/// Each member's result, and its low-rank half-product.
+pub(super) fn forward(group: &LinearGroup, x: &Tensor, noise: Option<u64>) -> Result<Vec<(Tensor, LowRank)>> {
     let (tokens, width) = x.dims2()?;
-    let out = member.out_features();
     let xv = View::of_tensor(x, OP)?;
     for_dtype!(OP, x.dtype(), T => {
-        let x = xv.slice::<T>()?;
-        let mut y = room::<T>(tokens * out);
-        product(&mut y, out, Mat::new(x, tokens, width), &member.weight, true, 1.0, 0.0)?;
-        let mut low_rank = None;
-        if let Some(adapter) = &member.adapter {
-            let u = half_product(adapter, x, tokens, width, noise)?;
-            let r = u.len() / tokens.max(1);
-            product(&mut y, out, Mat::new(&u, tokens, r), &adapter.b, true, 1.0, 1.0)?;
-            low_rank = Some(u);
-        }
-        if let Some(bias) = &member.bias {
-            let view = bias.view()?;
-            for_dtype!(OP, view.dtype(), B => {
-                pmetal_cpu::bias_add(&mut y, view.slice::<B>()?, out);
-                Ok(())
-            })?;
-        }
-        Ok((tensor(y, (tokens, out))?, low_rank))
+        let x = Input { data: xv.slice::<T>()?, tokens, width };
+        let left = x.left();
+        group.members.iter().map(|member| member_forward(member, &x, &left, noise)).collect()
     })
 }
 
-fn half_product<T: CpuElement>(
-    adapter: &Adapter,
-    x: &[T],
+/// The input of a group.
+struct Input<'a, T> {
+    /// `[tokens, width]`.
+    data: &'a [T],
     tokens: usize,
     width: usize,
+}
+
+impl<T: CpuElement> Input<'_, T> {
+    fn mat(&self) -> Mat<'_, T> {
+        Mat::new(self.data, self.tokens, self.width)
+    }
+
+    fn left(&self) -> Left {
+        Left::new(self.mat(), Arithmetic::of::<T>())
+    }
+}
+
+fn member_forward<T: CpuElement>(
+    member: &LinearMember,
+    x: &Input<T>,
+    left: &Left,
     noise: Option<u64>,
-) -> Result<Vec<f32>> {
-    let dropped = dropped(adapter, x, noise);
-    let x = dropped.as_deref().unwrap_or(x);
-    let r = adapter.a.shape().dims()[0];
-    let mut u = vec![0f32; tokens * r];
-    product(&mut u, r, Mat::new(x, tokens, width), &adapter.a, true, adapter.scale, 0.0)?;
+) -> Result<(Tensor, LowRank)> {
+    let (tokens, out) = (x.tokens, member.out_features());
+    let mut y = room::<T>(tokens * out);
+    let weight = member.weight.view()?;
+    let weight = weight.right(out, x.width, true)?;
+    let mut low_rank = None;
+    match &member.adapter {
+        None => multiply(&mut y, out, &[(left, weight)], 1.0, 0.0),
+        Some(adapter) => {
+            let u = half_product(adapter, x, left, noise)?;
+            let r = rank(adapter);
+            let b = adapter.b.view()?;
+            let half = Left::new(Mat::new(&u, tokens, r), Arithmetic::of::<T>());
+            multiply(&mut y, out, &[(left, weight), (&half, b.right(out, r, true)?)], 1.0, 0.0);
+            low_rank = Some(u);
+        }
+    }
+    if let Some(bias) = &member.bias {
+        let view = bias.view()?;
+        for_dtype!(OP, view.dtype(), B => {
+            pmetal_cpu::bias_add(&mut y, view.slice::<B>()?, out);
+            Ok(())
+        })?;
+    }
+    Ok((tensor(y, (tokens, out))?, low_rank))
+}
+
+fn rank(adapter: &Adapter) -> usize {
+    adapter.a.shape().dims()[0]
+}
+
+fn half_product<T: CpuElement>(adapter: &Adapter, x: &Input<T>, left: &Left, noise: Option<u64>) -> Result<Vec<f32>> {
+    let r = rank(adapter);
+    let dropped = dropped(adapter, x.data, noise);
+    let dropped = dropped.map(|data| Input { data: &data, ..*x }.left());
+    let left = dropped.as_ref().unwrap_or(left);
+    let mut u = room::<f32>(x.tokens * r);
+    multiply(&mut u, r, &[(left, adapter.a.view()?.right(r, x.width, true)?)], adapter.scale, 0.0);
     Ok(u)
 }
 
@@ -69,25 +104,6 @@ pub(super) fn mask_seed(adapter: &Adapter, noise: Option<u64>) -> Option<u64> {
     Some(pmetal_cpu::mix(noise, &[adapter.place]))
 }
 
-/// `c = alpha * a · W (or Wᵀ) + beta * c` for a weight of any dtype.
-fn product<A: CpuElement, C: CpuElement>(
-    c: &mut [C],
-    c_row_stride: usize,
-    a: Mat<A>,
-    weight: &Weight,
-    transposed: bool,
-    alpha: f32,
-    beta: f32,
-) -> Result<()> {
-    let (rows, cols) = weight.shape().dims2()?;
-    let view = weight.view()?;
-    for_dtype!(OP, view.dtype(), W => {
-        let w = Mat::new(view.slice::<W>()?, rows, cols);
-        matmul(c, c_row_stride, a, if transposed { w.t() } else { w }, alpha, beta);
-        Ok(())
-    })
-}
-
 /// Adds the gradients of every trained weight to the arena; returns that of the input where it is needed.
 pub(super) fn backward(
     group: &LinearGroup,
@@ -98,92 +114,106 @@ pub(super) fn backward(
     needs_dx: bool,
 ) -> Result<Option<Tensor>> {
     let (tokens, width) = x.dims2()?;
-    let mut dx = needs_dx.then(|| Dx { sum: vec![0f32; tokens * width], tokens, width, fresh: true });
     let xv = View::of_tensor(x, OP)?;
     for_dtype!(OP, x.dtype(), T => {
-        let x = xv.slice::<T>()?;
+        let x = Input { data: xv.slice::<T>()?, tokens, width };
+        let mut ways = Vec::with_capacity(group.members.len());
         for ((member, dy), low_rank) in group.members.iter().zip(grads).zip(low_ranks) {
-            let Some(dy) = dy else { continue };
-            let dy = dy.contiguous()?;
-            let dyv = View::of_tensor(&dy, OP)?;
-            member_backward(member, x, dyv.slice::<T>()?, low_rank, noise, tokens, dx.as_mut())?;
+            if let Some(dy) = dy {
+                ways.push(Way::new(member, &x, &dy.contiguous()?, low_rank.as_deref(), noise)?);
+            }
         }
-        Ok(())
-    })?;
-    let Some(dx) = dx else { return Ok(None) };
-    let wide = tensor(dx.sum, (tokens, width))?;
-    if x.dtype() == DType::F32 {
-        return Ok(Some(wide));
-    }
-    let rounded = Tensor::zeros((tokens, width), x.dtype(), x.device())?;
-    convert_into(&wide, &rounded)?;
-    Ok(Some(rounded))
+        if !needs_dx {
+            return Ok(None);
+        }
+        Ok(Some(tensor(input_gradient(&ways, &x, noise)?, (tokens, width))?))
+    })
 }
 
-/// The input's gradient, summed over the members in f32 and rounded once.
-struct Dx {
-    sum: Vec<f32>,
-    tokens: usize,
-    width: usize,
-    fresh: bool,
+/// A member on the way back: its incoming gradient, and that of the low-rank half, ready to be multiplied.
+struct Way<'a> {
+    member: &'a LinearMember,
+    dy: Left,
+    du: Option<(&'a Adapter, Left)>,
 }
 
-impl Dx {
-    /// `sum += dy · weight`.
-    fn add<A: CpuElement>(&mut self, dy: Mat<A>, weight: &Weight) -> Result<()> {
-        let beta = if self.fresh { 0.0 } else { 1.0 };
-        self.fresh = false;
-        product(&mut self.sum, self.width, dy, weight, false, 1.0, beta)
-    }
-
-    /// `sum += mask * (du · A)` for an input that went through dropout.
-    fn add_dropped(&mut self, du: Mat<f32>, adapter: &Adapter, seed: u64) -> Result<()> {
-        let mut through = vec![0f32; self.tokens * self.width];
-        product(&mut through, self.width, du, &adapter.a, false, 1.0, 0.0)?;
-        let mut masked = vec![0f32; through.len()];
-        pmetal_cpu::dropout(&through, &mut masked, seed, adapter.dropout);
-        pmetal_cpu::add_assign(&mut self.sum, &masked);
-        self.fresh = false;
-        Ok(())
+impl<'a> Way<'a> {
+    /// Packs the gradient and adds to those of the member's trained weights.
+    fn new<T: CpuElement>(
+        member: &'a LinearMember,
+        x: &Input<T>,
+        dy: &Tensor,
+        low_rank: Option<&[f32]>,
+        noise: Option<u64>,
+    ) -> Result<Self> {
+        let (tokens, out, arithmetic) = (x.tokens, member.out_features(), Arithmetic::of::<T>());
+        let dyv = View::of_tensor(dy, OP)?;
+        let grad = dyv.slice::<T>()?;
+        let grad_mat = Mat::new(grad, tokens, out);
+        let dy = Left::new(grad_mat, arithmetic);
+        if let Some(param) = member.weight.param() {
+            param.accumulate_grad(|g| matmul(g, x.width, grad_mat.t(), x.mat(), 1.0, 1.0))?;
+        }
+        if let Some(param) = member.bias.as_ref().and_then(Weight::param) {
+            param.accumulate_grad(|g| pmetal_cpu::bias_grad(grad, out, g))?;
+        }
+        let (Some(adapter), Some(u)) = (&member.adapter, low_rank) else { return Ok(Self { member, dy, du: None }) };
+        let r = rank(adapter);
+        if let Some(param) = adapter.b.param() {
+            gradient_of_b(param, Mat::new(u, tokens, r), grad_mat)?;
+        }
+        let mut du = room::<f32>(tokens * r);
+        multiply(&mut du, r, &[(&dy, adapter.b.view()?.right(out, r, false)?)], adapter.scale, 0.0);
+        let du_mat = Mat::new(&du, tokens, r);
+        if let Some(param) = adapter.a.param() {
+            let dropped = dropped(adapter, x.data, noise);
+            let seen = Mat::new(dropped.as_deref().unwrap_or(x.data), tokens, x.width);
+            let left = Left::new(du_mat.t(), arithmetic);
+            param.accumulate_grad(|g| multiply(g, x.width, &[(&left, pmetal_cpu::Right::plain(seen))], 1.0, 1.0))?;
+        }
+        let du = Left::new(du_mat, arithmetic);
+        Ok(Self { member, dy, du: Some((adapter, du)) })
     }
 }
 
-fn member_backward<T: CpuElement>(
-    member: &LinearMember,
-    x: &[T],
-    dy: &[T],
-    low_rank: &LowRank,
-    noise: Option<u64>,
-    tokens: usize,
-    mut dx: Option<&mut Dx>,
-) -> Result<()> {
-    let (out, width) = (member.out_features(), member.in_features());
-    let dy_mat = || Mat::new(dy, tokens, out);
-    if let Some(dx) = dx.as_deref_mut() {
-        dx.add(dy_mat(), &member.weight)?;
+/// Adds `dyᵀ u` to the gradient of `B [out, r]`. The product is formed the other way round, `[r, out]`: few rows are packed, and the many
+/// columns are read where they lie.
+fn gradient_of_b<T: CpuElement>(param: &Param, u: Mat<f32>, dy: Mat<T>) -> Result<()> {
+    let (r, out) = (u.cols(), dy.cols());
+    let mut turned = room::<f32>(r * out);
+    let left = Left::new(u.t(), Arithmetic::of::<T>());
+    multiply(&mut turned, out, &[(&left, pmetal_cpu::Right::plain(dy))], 1.0, 0.0);
+    param.accumulate_grad(|g| {
+        for (i, row) in turned.chunks_exact(out).enumerate() {
+            g.iter_mut().skip(i).step_by(r).zip(row).for_each(|(g, x)| *g += x);
+        }
+    })
+}
+
+/// The input's gradient, `sum of dy W + du A`, in one sum rounded once; what went through dropout is added behind its mask.
+fn input_gradient<T: CpuElement>(ways: &[Way], x: &Input<T>, noise: Option<u64>) -> Result<Vec<T>> {
+    let (tokens, width) = (x.tokens, x.width);
+    let weights = ways.iter().map(|way| way.member.weight.view()).collect::<Result<Vec<_>>>()?;
+    let halves: Vec<_> = ways.iter().filter_map(|way| way.du.as_ref()).collect();
+    let (masked, plain): (Vec<_>, Vec<_>) =
+        halves.into_iter().partition(|(adapter, _)| mask_seed(adapter, noise).is_some());
+    let factors = plain.iter().map(|(adapter, _)| adapter.a.view()).collect::<Result<Vec<_>>>()?;
+    let mut terms = Vec::with_capacity(weights.len() + factors.len());
+    for (way, weight) in ways.iter().zip(&weights) {
+        terms.push((&way.dy, weight.right(way.member.out_features(), width, false)?));
     }
-    if let Some(param) = member.weight.param() {
-        param.accumulate_grad(|g| matmul(g, width, dy_mat().t(), Mat::new(x, tokens, width), 1.0, 1.0))?;
+    for ((adapter, du), a) in plain.iter().zip(&factors) {
+        terms.push((du, a.right(rank(adapter), width, false)?));
     }
-    if let Some(param) = member.bias.as_ref().and_then(Weight::param) {
-        param.accumulate_grad(|g| pmetal_cpu::bias_grad(dy, out, g))?;
+    let mut dx = room::<T>(tokens * width);
+    multiply(&mut dx, width, &terms, 1.0, 0.0);
+    for (adapter, du) in masked {
+        let Some(seed) = mask_seed(adapter, noise) else { continue };
+        let mut through = room::<f32>(tokens * width);
+        multiply(&mut through, width, &[(du, adapter.a.view()?.right(rank(adapter), width, false)?)], 1.0, 0.0);
+        let mut seen = room::<f32>(through.len());
+        pmetal_cpu::dropout(&through, &mut seen, seed, adapter.dropout);
+        pmetal_cpu::add_assign_mixed(&mut dx, &seen);
     }
-    let (Some(adapter), Some(u)) = (&member.adapter, low_rank) else { return Ok(()) };
-    let r = adapter.a.shape().dims()[0];
-    if let Some(param) = adapter.b.param() {
-        param.accumulate_grad(|g| matmul(g, r, dy_mat().t(), Mat::new(u, tokens, r), 1.0, 1.0))?;
-    }
-    let mut du = vec![0f32; tokens * r];
-    product(&mut du, r, dy_mat(), &adapter.b, false, adapter.scale, 0.0)?;
-    let du_mat = || Mat::new(&du, tokens, r);
-    if let Some(param) = adapter.a.param() {
-        let dropped = dropped(adapter, x, noise);
-        let x = dropped.as_deref().unwrap_or(x);
-        param.accumulate_grad(|g| matmul(g, width, du_mat().t(), Mat::new(x, tokens, width), 1.0, 1.0))?;
-    }
-    match (dx, mask_seed(adapter, noise)) {
-        (Some(dx), None) => dx.add(du_mat(), &adapter.a),
-        (Some(dx), Some(seed)) => dx.add_dropped(du_mat(), adapter, seed),
-        (None, _) => Ok(()),
-    }
+    Ok(dx)
 }

@@ -79,12 +79,12 @@ impl LinearGroup {
         match place(x.tensor(), OP)? {
             Place::Cpu => self.by_kernels(
                 x,
-                |member, x| kernel::forward(member, x, noise),
+                |group, x| kernel::forward(group, x, noise),
                 move |group, x, grads, low_ranks, needs_dx| {
                     kernel::backward(group, x, grads, low_ranks, noise, needs_dx)
                 },
             ),
-            Place::Gpu(gpu) => self.by_kernels(x, |member, x| gpu::forward(&*gpu, member, x, noise), {
+            Place::Gpu(gpu) => self.by_kernels(x, |group, x| gpu::forward(&*gpu, group, x, noise), {
                 let gpu = gpu.clone();
                 move |group, x, grads, low_ranks, needs_dx| {
                     gpu::backward(&*gpu, group, x, grads, low_ranks, noise, needs_dx)
@@ -125,17 +125,16 @@ impl LinearGroup {
         self.members.iter().any(LinearMember::trainable)
     }
 
-    /// The group by a device's kernels: `forward` gives a member's result and what its backward needs of the low-rank part, `backward` the
+    /// The group by a device's kernels: `forward` gives each member's result and what its backward needs of the low-rank part, `backward` the
     /// gradient of the input.
     fn by_kernels<L: Send + 'static>(
         &self,
         x: &Value,
-        forward: impl Fn(&LinearMember, &Tensor) -> Result<(Tensor, L)>,
+        forward: impl FnOnce(&Self, &Tensor) -> Result<Vec<(Tensor, L)>>,
         backward: impl FnOnce(&Self, &Tensor, Vec<Option<Tensor>>, &[L], bool) -> Result<Option<Tensor>> + Send + 'static,
     ) -> Result<Vec<Value>> {
         let x_t = x.tensor().contiguous()?;
-        let results = self.members.iter().map(|member| forward(member, &x_t));
-        let (outputs, low_ranks): (Vec<_>, Vec<_>) = results.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let (outputs, low_ranks): (Vec<_>, Vec<_>) = forward(self, &x_t)?.into_iter().unzip();
         if !recording() {
             return Ok(outputs.into_iter().map(Value::constant).collect());
         }

@@ -1,7 +1,7 @@
 //! The head and the loss on the CPU, a block of tokens at a time.
 
 use candle_core::{Device, Tensor};
-use pmetal_cpu::{Mat, cross_entropy_losses, cross_entropy_rows, matmul};
+use pmetal_cpu::{Arithmetic, Left, Mat, cross_entropy_losses, cross_entropy_rows, matmul, multiply};
 
 use super::{Found, OP, Task};
 use crate::{
@@ -15,26 +15,26 @@ const BLOCK_BYTES: usize = 16 << 20;
 pub(super) fn run(task: &Task) -> Result<Found> {
     let (hv, wv) = (View::of_tensor(task.hidden, OP)?, task.weight.view()?);
     let (vocab, width) = task.weight.shape().dims2()?;
-    let (losses, dhidden) = for_dtype!(OP, task.hidden.dtype(), T => for_dtype!(OP, wv.dtype(), W => {
-        let blocks = Blocks { task, hidden: hv.slice::<T>()?, weight: wv.slice::<W>()?, width, vocab };
+    let (losses, dhidden) = for_dtype!(OP, task.hidden.dtype(), T => {
+        let blocks = Blocks { task, hidden: hv.slice::<T>()?, weight: &wv, width, vocab };
         let (losses, dhidden) = blocks.all()?;
         Ok((losses, dhidden.map(|d| tensor(d, task.hidden.shape().clone())).transpose()?))
-    }))?;
+    })?;
     let sum: f64 = losses.iter().map(|&l| f64::from(l)).sum();
     let loss = Tensor::new((sum * f64::from(task.scale)) as f32, &Device::Cpu)?;
     let counted = losses.len();
     Ok(Found { loss, token_losses: tensor(losses, counted)?, dhidden })
 }
 
-struct Blocks<'a, T, W> {
+struct Blocks<'a, T> {
     task: &'a Task<'a>,
     hidden: &'a [T],
-    weight: &'a [W],
+    weight: &'a View<'a>,
     width: usize,
     vocab: usize,
 }
 
-impl<T: CpuElement, W: CpuElement> Blocks<'_, T, W> {
+impl<T: CpuElement> Blocks<'_, T> {
     /// The counted tokens' losses, and the gradient of `hidden` where it is needed; that of a trained weight goes to its arena.
     fn all(&self) -> Result<(Vec<f32>, Option<Vec<T>>)> {
         let Task { counted, classes, scale, needs_hidden, trained, .. } = *self.task;
@@ -50,7 +50,9 @@ impl<T: CpuElement, W: CpuElement> Blocks<'_, T, W> {
             self.gather(block, hidden);
             let labels: Vec<i64> = classes.iter().map(|&class| i64::from(class)).collect();
             let logits = &mut logits[..n * self.vocab];
-            matmul(logits, self.vocab, Mat::new(hidden, n, self.width), self.head().t(), 1.0, 0.0);
+            let arithmetic = Arithmetic::of::<T>();
+            let rows = Left::new(Mat::new(&*hidden, n, self.width), arithmetic);
+            multiply(logits, self.vocab, &[(&rows, self.weight.right(self.vocab, self.width, true)?)], 1.0, 0.0);
             if self.task.needs_gradient() {
                 cross_entropy_rows(logits, self.vocab, &labels, scale, losses);
             } else {
@@ -58,7 +60,9 @@ impl<T: CpuElement, W: CpuElement> Blocks<'_, T, W> {
             }
             if let Some(dhidden) = &mut dhidden {
                 let gradient = &mut gradient[..n * self.width];
-                matmul(gradient, self.width, Mat::new(logits, n, self.vocab), self.head(), 1.0, 0.0);
+                let rows = Left::new(Mat::new(&*logits, n, self.vocab), arithmetic);
+                let weight = self.weight.right(self.vocab, self.width, false)?;
+                multiply(gradient, self.width, &[(&rows, weight)], 1.0, 0.0);
                 for (&t, row) in block.iter().zip(gradient.chunks_exact(self.width)) {
                     dhidden[t as usize * self.width..][..self.width].copy_from_slice(row);
                 }
@@ -71,10 +75,6 @@ impl<T: CpuElement, W: CpuElement> Blocks<'_, T, W> {
             }
         }
         Ok((losses, dhidden))
-    }
-
-    fn head(&self) -> Mat<'_, W> {
-        Mat::new(self.weight, self.vocab, self.width)
     }
 
     fn gather(&self, tokens: &[u32], into: &mut [T]) {
