@@ -4,13 +4,9 @@ use half::bf16;
 use pulp::{Simd, WithSimd};
 
 use crate::Element;
+use crate::gemm::PANEL;
 use crate::gemm::driver::{PITCH, Slice};
 use crate::gemm::right::{Right, bf16_panels, f32_panels};
-use crate::gemm::PANEL;
-#[cfg(target_arch = "x86_64")]
-use crate::gemm::avx512_bf16;
-#[cfg(target_arch = "aarch64")]
-use crate::gemm::neon_bf16;
 use crate::gemm_kernel::{product_rows, tile, tile_of};
 use crate::gemm_pack::Part;
 use crate::level::Level;
@@ -83,9 +79,9 @@ impl Unit for bf16 {
     fn multiply(slice: &Slice<Self>, c: &mut [f32]) {
         match Level::current() {
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512Bf16 | Level::Amx => avx512_bf16::multiply(slice, c),
+            Level::Avx512Bf16 | Level::Amx => super::avx512_bf16::multiply(slice, c),
             #[cfg(target_arch = "aarch64")]
-            Level::NeonBf16 => neon_bf16::multiply(slice, c),
+            Level::NeonBf16 => super::neon_bf16::multiply(slice, c),
             level => panic!("multiply: {level} has no products of bf16"),
         }
     }

@@ -5,8 +5,8 @@ use std::arch::asm;
 
 use half::bf16;
 
-use super::driver::{PITCH, Slice};
 use super::PANEL;
+use super::driver::{PITCH, Slice};
 
 /// Rows of a tile: 24 sums, a vector of each row and two of the right operand fill the registers.
 const ROWS: usize = 6;
