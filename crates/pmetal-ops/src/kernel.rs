@@ -7,6 +7,7 @@ use candle_core::{
     backend::BackendStorage,
 };
 use half::{bf16, f16};
+pub(crate) use pmetal_cpu::room;
 use pmetal_cpu::{Element, Mat, PackedWeight, Right};
 
 use crate::{Error, Result};
@@ -153,9 +154,4 @@ impl<T: CpuElement, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Call<F, R, T> {
 /// A CPU tensor around freshly computed elements.
 pub(crate) fn tensor<T: CpuElement, S: Into<Shape>>(data: Vec<T>, shape: S) -> Result<Tensor> {
     Ok(Tensor::from_vec(data, shape.into(), &Device::Cpu)?)
-}
-
-/// Zeroed room for a kernel's result.
-pub(crate) fn room<T: CpuElement>(len: usize) -> Vec<T> {
-    vec![<T as Element>::ZERO; len]
 }

@@ -1,7 +1,7 @@
 //! The head and the loss on the CPU, a block of tokens at a time.
 
 use candle_core::{Device, Tensor};
-use pmetal_cpu::{Arithmetic, Left, Mat, cross_entropy_losses, cross_entropy_rows, matmul, multiply};
+use pmetal_cpu::{Arithmetic, Element, Left, Mat, cross_entropy_losses, cross_entropy_rows, matmul, multiply};
 
 use super::{Found, OP, Task};
 use crate::{
@@ -40,7 +40,7 @@ impl<T: CpuElement> Blocks<'_, T> {
         let Task { counted, classes, scale, needs_hidden, trained, .. } = *self.task;
         let rows = (BLOCK_BYTES / (4 * self.vocab)).clamp(8, 1024);
         let mut losses = vec![0f32; counted.len()];
-        let mut dhidden = needs_hidden.then(|| room::<T>(self.hidden.len()));
+        let mut dhidden = needs_hidden.then(|| vec![<T as Element>::ZERO; self.hidden.len()]);
         let mut logits = vec![0f32; rows.min(counted.len()) * self.vocab];
         let mut hidden = room::<T>(rows.min(counted.len()) * self.width);
         let mut gradient = if needs_hidden { room::<T>(hidden.len()) } else { Vec::new() };
