@@ -6,9 +6,9 @@ use half::bf16;
 
 use super::driver::{PITCH, Slice};
 
-/// Rows of a tile: 24 sums, two vectors of the right operand and one of the left fill the registers.
-const ROWS: usize = 12;
-/// Panels of a tile.
+/// Sums of a tile, in rows of one or two panels: with the operands they fill the registers.
+const SUMS: usize = 24;
+/// The most panels of a tile.
 const PANELS: usize = 2;
 /// Columns of a panel.
 const PANEL: usize = 16;
@@ -24,7 +24,11 @@ pub(super) fn multiply(slice: &Slice<bf16>, c: &mut [f32]) {
 unsafe fn tiles(slice: &Slice<bf16>, c: &mut [f32]) {
     let stride = slice.panels * PANEL;
     for panel in (0..slice.panels).step_by(PANELS) {
-        for row in (0..slice.rows).step_by(ROWS) {
+        let panels = (slice.panels - panel).min(PANELS);
+        // tiles of about the same height: a low one would wait for its own sums
+        let most = SUMS / panels;
+        let height = slice.rows.div_ceil(slice.rows.div_ceil(most));
+        for row in (0..slice.rows).step_by(height) {
             // SAFETY: row and panel lie inside the slice, whose sizes the caller checked.
             unsafe {
                 let tile = Tile {
@@ -36,7 +40,7 @@ unsafe fn tiles(slice: &Slice<bf16>, c: &mut [f32]) {
                     stride,
                     add: slice.add,
                 };
-                tile.of_rows((slice.rows - row).min(ROWS), slice.panels - panel >= PANELS);
+                tile.of_rows((slice.rows - row).min(height), panels);
             }
         }
     }
@@ -56,7 +60,7 @@ struct Tile {
 /// Calls `run::<R, G>` for a number of rows that is known when the program runs.
 macro_rules! rows {
     ($self:ident, $rows:expr, $panels:literal: $($n:literal)*) => {
-        match $rows { $($n => unsafe { $self.run::<$n, $panels>() },)* _ => unreachable!("a tile has at most {ROWS} rows") }
+        match $rows { $($n => unsafe { $self.run::<$n, $panels>() },)* _ => unreachable!("a tile has at most {SUMS} sums") }
     };
 }
 
@@ -64,12 +68,12 @@ impl Tile {
     /// # Safety
     /// As for [`Tile::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn of_rows(&self, rows: usize, two: bool) {
+    unsafe fn of_rows(&self, rows: usize, panels: usize) {
         // SAFETY: the caller's promise.
-        if two {
+        if panels == 2 {
             rows!(self, rows, 2: 1 2 3 4 5 6 7 8 9 10 11 12)
         } else {
-            rows!(self, rows, 1: 1 2 3 4 5 6 7 8 9 10 11 12)
+            rows!(self, rows, 1: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24)
         }
     }
 

@@ -7,7 +7,7 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
 #[cfg(target_arch = "x86_64")]
-mod avx512_turn;
+mod avx512_pack;
 mod driver;
 mod kernel;
 mod left;
@@ -26,6 +26,7 @@ use half::{bf16, f16};
 
 use crate::Element;
 use crate::gemm_pack::Operand;
+use crate::level::Level;
 use crate::simd::simd_fn;
 
 /// Columns of a panel of bf16.
@@ -85,6 +86,12 @@ pub enum Matrix<'a> {
     F32(Mat<'a, f32>),
     Bf16(Mat<'a, bf16>),
     F16(Mat<'a, f16>),
+}
+
+/// Whether panels of bf16 are packed by vectors: those files of AVX-512 may be called.
+#[cfg(target_arch = "x86_64")]
+fn packs_by_vectors() -> bool {
+    matches!(Level::current(), Level::Avx512Bf16 | Level::Amx)
 }
 
 impl Matrix<'_> {

@@ -24,12 +24,7 @@ impl PackedWeight {
         let mut data = vec![bf16::ZERO; outputs.div_ceil(PANEL) * panel_len(inputs)];
         if inputs > 0 {
             data.par_chunks_exact_mut(panel_len(inputs)).enumerate().for_each(|(p, panel)| {
-                let rows = &weight[p * PANEL * inputs..weight.len().min((p + 1) * PANEL * inputs)];
-                for (n, row) in rows.chunks_exact(inputs).enumerate() {
-                    for (k, pair) in row.chunks(2).enumerate() {
-                        panel[(k * PANEL + n) * 2..][..pair.len()].copy_from_slice(pair);
-                    }
-                }
+                pack_panel(&weight[p * PANEL * inputs..weight.len().min((p + 1) * PANEL * inputs)], inputs, panel);
             });
         }
         Self { data, outputs, inputs }
@@ -95,6 +90,21 @@ impl PackedWeight {
 impl std::fmt::Debug for PackedWeight {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         write!(f, "PackedWeight [{}, {}]", self.outputs, self.inputs)
+    }
+}
+
+/// Packs up to sixteen rows into a panel of zeros.
+fn pack_panel(rows: &[bf16], inputs: usize, panel: &mut [bf16]) {
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if super::packs_by_vectors() && rows.len() == PANEL * inputs {
+        done = inputs / 32 * 32;
+        super::avx512_pack::pack_rows(rows, inputs, done, panel);
+    }
+    for (n, row) in rows.chunks_exact(inputs).enumerate() {
+        for (k, pair) in row[done..].chunks(2).enumerate() {
+            panel[((done / 2 + k) * PANEL + n) * 2..][..pair.len()].copy_from_slice(pair);
+        }
     }
 }
 

@@ -6,7 +6,6 @@ use crate::Element;
 use crate::gemm::{Mat, Matrix, PANEL, PackedWeight};
 use crate::gemm_pack::{Part, pack_panels};
 #[cfg(target_arch = "x86_64")]
-use crate::level::Level;
 use crate::simd::simd_fn;
 
 /// A right operand `[depth, columns]`.
@@ -120,7 +119,9 @@ pub(crate) fn bf16_panels(right: &Right, part: Part, panels: &mut [bf16]) {
 
 fn pack_pairs<T: Element>(m: Mat<T>, part: Part, panels: &mut [bf16]) {
     let depths = part.depths.min(m.rows - part.depth);
-    for (i, panel) in panels.chunks_exact_mut(part.depths * PANEL).enumerate() {
+    let panel_len = part.depths * PANEL;
+    let done = panels_by_vectors(m, part, depths, panels);
+    for (i, panel) in panels.chunks_exact_mut(panel_len).enumerate().skip(done) {
         let first = part.lane + i * PANEL;
         let lanes = PANEL.min((part.lane + part.lanes).saturating_sub(first));
         if lanes < PANEL || depths < part.depths {
@@ -129,6 +130,46 @@ fn pack_pairs<T: Element>(m: Mat<T>, part: Part, panels: &mut [bf16]) {
         let data = &m.data[(part.depth * m.row_stride + first * m.col_stride).min(m.data.len())..];
         pack_panel(data, m.row_stride, m.col_stride, depths, lanes, panel);
     }
+}
+
+/// Packs the first panels by vectors, as far as they are whole; how many that were.
+#[cfg(target_arch = "x86_64")]
+fn panels_by_vectors<T: Element>(m: Mat<T>, part: Part, depths: usize, panels: &mut [bf16]) -> usize {
+    use super::avx512_pack::{interleave, pack_rows};
+    if !super::packs_by_vectors() || depths < part.depths {
+        return 0;
+    }
+    let data = &m.data[part.depth * m.row_stride + part.lane * m.col_stride..];
+    let panel_len = depths * PANEL;
+    match T::matrix(Mat { data, ..m }) {
+        Matrix::F32(m) if m.col_stride == 1 => pairs_of_panels(part, panels, panel_len, |lane, panels| {
+            interleave(&m.data[lane..], m.row_stride, depths, panel_len, panels);
+        }),
+        Matrix::Bf16(m) if m.col_stride == 1 => pairs_of_panels(part, panels, panel_len, |lane, panels| {
+            interleave(&m.data[lane..], m.row_stride, depths, panel_len, panels);
+        }),
+        Matrix::F32(m) if m.row_stride == 1 && depths.is_multiple_of(32) => {
+            let whole = panels.chunks_exact_mut(panel_len).take(part.lanes / PANEL).enumerate();
+            whole.map(|(i, panel)| pack_rows(&m.data[i * PANEL * m.col_stride..], m.col_stride, depths, panel)).count()
+        }
+        Matrix::Bf16(m) if m.row_stride == 1 && depths.is_multiple_of(32) => {
+            let whole = panels.chunks_exact_mut(panel_len).take(part.lanes / PANEL).enumerate();
+            whole.map(|(i, panel)| pack_rows(&m.data[i * PANEL * m.col_stride..], m.col_stride, depths, panel)).count()
+        }
+        _ => 0,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn panels_by_vectors<T: Element>(_: Mat<T>, _: Part, _: usize, _: &mut [bf16]) -> usize {
+    0
+}
+
+/// Calls `pack(first lane, two panels)` for every whole pair of panels; how many panels that were.
+#[cfg(target_arch = "x86_64")]
+fn pairs_of_panels(part: Part, panels: &mut [bf16], panel_len: usize, pack: impl Fn(usize, &mut [bf16])) -> usize {
+    let pairs = panels.chunks_exact_mut(2 * panel_len).take(part.lanes / (2 * PANEL)).enumerate();
+    2 * pairs.map(|(i, panels)| pack(i * 2 * PANEL, panels)).count()
 }
 
 simd_fn! {
@@ -162,8 +203,8 @@ simd_fn! {
 /// Panels of inputs, with pairs of outputs.
 fn turn(weight: &PackedWeight, part: Part, panels: &mut [bf16]) {
     #[cfg(target_arch = "x86_64")]
-    if matches!(Level::current(), Level::Avx512Bf16 | Level::Amx) {
-        return super::avx512_turn::turn(weight, part, panels);
+    if super::packs_by_vectors() {
+        return super::avx512_pack::turn(weight, part, panels);
     }
     turn_one_by_one(weight, part, panels);
 }
