@@ -60,7 +60,17 @@ struct Tile {
     add: bool,
 }
 
-type Sums<const R: usize> = [[float32x4_t; VECTORS]; R];
+/// Adds the products of lane `$lane` of the rows with a pair of depths of a panel. A macro, so that the sums stay in registers.
+macro_rules! add_pair {
+    ($sums:ident, $left:ident, $b:expr, $lane:literal) => {
+        for v in 0..VECTORS {
+            let right = vld1q_u16($b.add(8 * v));
+            for (sums, &left) in $sums.iter_mut().zip(&$left) {
+                sums[v] = dot::<$lane>(sums[v], right, left);
+            }
+        }
+    };
+}
 
 impl Tile {
     /// # Safety
@@ -70,17 +80,17 @@ impl Tile {
     unsafe fn run<const R: usize>(&self) {
         // SAFETY: every address is inside the operands, by the caller's promise.
         unsafe {
-            let mut sums: Sums<R> = [[vdupq_n_f32(0.0); VECTORS]; R];
+            let mut sums = [[vdupq_n_f32(0.0); VECTORS]; R];
             let (mut a, mut b) = (self.a, self.b);
             for _ in 0..self.pairs / PAIRS {
                 let mut left = [vdupq_n_u16(0); R];
                 for (r, left) in left.iter_mut().enumerate() {
                     *left = vld1q_u16(a.add(r * PITCH));
                 }
-                add_pair::<R, 0>(&mut sums, &left, b);
-                add_pair::<R, 1>(&mut sums, &left, b.add(2 * PANEL));
-                add_pair::<R, 2>(&mut sums, &left, b.add(4 * PANEL));
-                add_pair::<R, 3>(&mut sums, &left, b.add(6 * PANEL));
+                add_pair!(sums, left, b, 0);
+                add_pair!(sums, left, b.add(2 * PANEL), 1);
+                add_pair!(sums, left, b.add(4 * PANEL), 2);
+                add_pair!(sums, left, b.add(6 * PANEL), 3);
                 a = a.add(2 * PAIRS);
                 b = b.add(2 * PAIRS * PANEL);
             }
@@ -89,7 +99,7 @@ impl Tile {
                 for (r, left) in left.iter_mut().enumerate() {
                     *left = vreinterpretq_u16_u32(vdupq_n_u32(a.add(r * PITCH).cast::<u32>().read_unaligned()));
                 }
-                add_pair::<R, 0>(&mut sums, &left, b);
+                add_pair!(sums, left, b, 0);
                 a = a.add(2);
                 b = b.add(2 * PANEL);
             }
@@ -103,28 +113,20 @@ impl Tile {
     }
 }
 
-/// `sums[r] += left[r][LANE] * b` for one pair of depths of a panel.
-///
-/// # Safety
-/// The machine has `bfdot`; `b` points to `2 * PANEL` numbers.
+/// `sum + right * left[LANE]`, pair by pair.
 #[target_feature(enable = "neon,bf16")]
 #[inline]
-unsafe fn add_pair<const R: usize, const LANE: usize>(sums: &mut Sums<R>, left: &[uint16x8_t; R], b: *const u16) {
-    for v in 0..VECTORS {
-        // SAFETY: inside the panel, by the caller's promise.
-        let right = unsafe { vld1q_u16(b.add(8 * v)) };
-        for (sums, &left) in sums.iter_mut().zip(left) {
-            // SAFETY: the instruction reads and writes these registers alone. The compiler has no stable intrinsic for it.
-            unsafe {
-                asm!(
-                    "bfdot {sum:v}.4s, {right:v}.8h, {left:v}.2h[{lane}]",
-                    sum = inout(vreg) sums[v],
-                    right = in(vreg) right,
-                    left = in(vreg) left,
-                    lane = const LANE,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-        }
+fn dot<const LANE: usize>(mut sum: float32x4_t, right: uint16x8_t, left: uint16x8_t) -> float32x4_t {
+    // SAFETY: the instruction reads and writes these registers alone. The compiler has no stable intrinsic for it.
+    unsafe {
+        asm!(
+            "bfdot {sum:v}.4s, {right:v}.8h, {left:v}.2h[{lane}]",
+            sum = inout(vreg) sum,
+            right = in(vreg) right,
+            left = in(vreg) left,
+            lane = const LANE,
+            options(pure, nomem, nostack, preserves_flags),
+        );
     }
+    sum
 }

@@ -5,7 +5,6 @@ use half::bf16;
 use crate::Element;
 use crate::gemm::{Mat, Matrix, PANEL, PackedWeight};
 use crate::gemm_pack::{Part, pack_panels};
-#[cfg(target_arch = "x86_64")]
 use crate::simd::simd_fn;
 
 /// A right operand `[depth, columns]`.
