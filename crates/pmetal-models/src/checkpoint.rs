@@ -184,7 +184,8 @@ impl Checkpoint {
         dtypes.all(|dtype| dtype == Some(first)).then_some(first)
     }
 
-    /// Bytes of the weights computed with in `dtype` on the CPU: of those that stay in their mapped files, and of those that are copied.
+    /// Bytes of the weights computed with in `dtype` on the CPU: of those that stay in their mapped files, and of those that are copied, as
+    /// matrices of bf16 are when they are packed.
     pub fn weight_bytes(&self, dtype: DType) -> (u64, u64) {
         let half = self.common_dtype().filter(|&stored| stored != DType::F32);
         let (mut mapped, mut copied) = (0, 0);
@@ -194,11 +195,11 @@ impl Checkpoint {
                 Weights::Folder(folder) => folder.get(&name).and_then(|entry| entry.dtype()),
                 Weights::Gguf { .. } => None,
             };
-            match stored {
-                Some(stored) if shape.rank() > 1 && (stored != DType::F32 || stored == dtype) => {
-                    mapped += numbers * stored.size_in_bytes() as u64;
-                }
-                _ => copied += numbers * half.unwrap_or(dtype).size_in_bytes() as u64,
+            let stays = |stored| matches!(stored, DType::BF16 | DType::F16) || stored == dtype;
+            match stored.filter(|&stored| shape.rank() > 1 && stays(stored)) {
+                Some(DType::BF16) if name != EMBEDDING || self.spec.tie_word_embeddings => copied += numbers * 2,
+                Some(stored) => mapped += numbers * stored.size_in_bytes() as u64,
+                None => copied += numbers * half.unwrap_or(dtype).size_in_bytes() as u64,
             }
         }
         (mapped, copied)

@@ -7,6 +7,7 @@ use crate::Element;
 use crate::gemm::Mat;
 use crate::gemm::driver::{PITCH, slice_len};
 use crate::gemm::kernel::{Arithmetic, Unit};
+use crate::room::room;
 use crate::simd::simd_fn;
 
 /// A left operand `[rows, depth]` in the layout of the kernels.
@@ -70,7 +71,7 @@ impl Left {
 fn packed<T: Element, E: Unit>(m: Mat<T>) -> Vec<E> {
     let len = slice_len(m.cols).max(1);
     let slices = m.cols.div_ceil(len);
-    let mut rows = vec![E::ZERO; (slices * m.rows + SPARE_ROWS) * PITCH];
+    let mut rows = room::<E>((slices * m.rows + SPARE_ROWS) * PITCH);
     if m.rows == 0 {
         return rows;
     }

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Bytes of logits that exist at a time, roughly.
-const BLOCK_BYTES: usize = 16 << 20;
+const BLOCK_BYTES: usize = 64 << 20;
 
 pub(super) fn run(task: &Task) -> Result<Found> {
     let (hv, wv) = (View::of_tensor(task.hidden, OP)?, task.weight.view()?);
