@@ -60,7 +60,11 @@ struct Tile {
 /// Calls `run::<R, G>` for a number of rows that is known when the program runs.
 macro_rules! rows {
     ($self:ident, $rows:expr, $panels:literal: $($n:literal)*) => {
-        match $rows { $($n => unsafe { $self.run::<$n, $panels>() },)* _ => unreachable!("a tile has at most {SUMS} sums") }
+        match $rows {
+            // SAFETY: the promise of the caller.
+            $($n => unsafe { $self.run::<$n, $panels>() },)*
+            _ => unreachable!("a tile has at most {SUMS} sums"),
+        }
     };
 }
 
@@ -69,7 +73,6 @@ impl Tile {
     /// As for [`Tile::run`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn of_rows(&self, rows: usize, panels: usize) {
-        // SAFETY: the caller's promise.
         if panels == 2 {
             rows!(self, rows, 2: 1 2 3 4 5 6 7 8 9 10 11 12)
         } else {

@@ -26,7 +26,6 @@ use half::{bf16, f16};
 
 use crate::Element;
 use crate::gemm_pack::Operand;
-use crate::level::Level;
 use crate::simd::simd_fn;
 
 /// Columns of a panel of bf16.
@@ -91,6 +90,7 @@ pub enum Matrix<'a> {
 /// Whether panels of bf16 are packed by vectors: those files of AVX-512 may be called.
 #[cfg(target_arch = "x86_64")]
 fn packs_by_vectors() -> bool {
+    use crate::level::Level;
     matches!(Level::current(), Level::Avx512Bf16 | Level::Amx)
 }
 

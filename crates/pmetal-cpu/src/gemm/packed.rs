@@ -95,17 +95,28 @@ impl std::fmt::Debug for PackedWeight {
 
 /// Packs up to sixteen rows into a panel of zeros.
 fn pack_panel(rows: &[bf16], inputs: usize, panel: &mut [bf16]) {
-    let mut done = 0;
-    #[cfg(target_arch = "x86_64")]
-    if super::packs_by_vectors() && rows.len() == PANEL * inputs {
-        done = inputs / 32 * 32;
-        super::avx512_pack::pack_rows(rows, inputs, done, panel);
-    }
+    let done = pack_by_vectors(rows, inputs, panel);
     for (n, row) in rows.chunks_exact(inputs).enumerate() {
         for (k, pair) in row[done..].chunks(2).enumerate() {
             panel[((done / 2 + k) * PANEL + n) * 2..][..pair.len()].copy_from_slice(pair);
         }
     }
+}
+
+/// Packs the first inputs of a whole panel by vectors; how many that were.
+#[cfg(target_arch = "x86_64")]
+fn pack_by_vectors(rows: &[bf16], inputs: usize, panel: &mut [bf16]) -> usize {
+    if !super::packs_by_vectors() || rows.len() < PANEL * inputs {
+        return 0;
+    }
+    let done = inputs / 32 * 32;
+    super::avx512_pack::pack_rows(rows, inputs, done, panel);
+    done
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn pack_by_vectors(_: &[bf16], _: usize, _: &mut [bf16]) -> usize {
+    0
 }
 
 fn panel_len(inputs: usize) -> usize {
