@@ -12,6 +12,7 @@ use crate::{
     Arena, Result,
     kernel::{View, with_slice_mut},
     place::{Place, place},
+    profile,
 };
 
 const OP: &str = "adamw";
@@ -36,6 +37,7 @@ impl StepOutcome {
 ///
 /// Where `loss` (an f32 scalar) or the norm is not finite, nothing is updated. The host does not wait for anything.
 pub fn adamw(arena: &Arena, config: &AdamW, max_grad_norm: f64, loss: &Tensor) -> Result<StepOutcome> {
+    let _span = profile::span(OP);
     let grads = arena.grads()?;
     let outcome = match place(grads, OP)? {
         Place::Gpu(gpu) => on_gpu(&*gpu, arena, grads, config, max_grad_norm, loss)?,

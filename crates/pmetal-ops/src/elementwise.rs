@@ -7,12 +7,14 @@ use crate::{
     Error, Result,
     kernel::{View, for_dtype, room, tensor, with_slice_mut},
     place::{Place, place, upload},
+    profile,
 };
 
 const OP: &str = "elementwise";
 
 /// `y += x` in place; both contiguous, of one shape, float dtypes that may differ.
 pub(crate) fn add_assign(y: &Tensor, x: &Tensor) -> Result<()> {
+    let _span = profile::backward_span("add_assign");
     same_shape("add_assign", y, x)?;
     match place(y, OP)? {
         Place::Cpu => {

@@ -9,6 +9,7 @@ use crate::{
     elementwise::{converted, rows_in_quads},
     kernel::{CpuElement, View, for_dtype, room, tensor},
     place::{Place, gpu_of, place, upload},
+    profile,
 };
 
 const OP: &str = "embedding";
@@ -18,6 +19,7 @@ const OP: &str = "embedding";
 /// # Errors
 /// Where an id is not below the vocabulary's size.
 pub fn embedding(ids: &[u32], table: &Weight, dtype: DType, device: &Device) -> Result<Value> {
+    let _span = profile::span(OP);
     let (vocab, width) = table.shape().dims2()?;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
         return Err(Error::operand(OP, "token id", format!("below {vocab}"), id));

@@ -11,12 +11,14 @@ use crate::{
     elementwise::span,
     kernel::{View, for_dtype, room, tensor},
     place::{Place, place},
+    profile,
 };
 
 const OP: &str = "swiglu";
 
 /// `silu(gate) * up`, operands of one shape and dtype.
 pub fn swiglu(gate: &Value, up: &Value) -> Result<Value> {
+    let _span = profile::span(OP);
     if gate.tensor().shape() != up.tensor().shape() || gate.tensor().dtype() != up.tensor().dtype() {
         return Err(Error::operand(OP, "up", gate.tensor().dims(), up.tensor().dims()));
     }

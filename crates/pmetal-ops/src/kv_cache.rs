@@ -8,6 +8,7 @@ use crate::{
     elementwise::{convert_into, rows_in_quads},
     kernel::{View, for_dtype, with_slice_mut},
     place::{Place, place, upload},
+    profile,
 };
 
 const OP: &str = "write_rows";
@@ -18,6 +19,7 @@ const OP: &str = "write_rows";
 /// # Errors
 /// Where a run lies outside the target, or the runs do not use up `x`.
 pub fn write_rows(x: &Tensor, target: &Tensor, runs: &[(usize, usize)]) -> Result<()> {
+    let _span = profile::span(OP);
     check(x, target, runs)?;
     let x = x.contiguous()?;
     match place(target, OP)? {

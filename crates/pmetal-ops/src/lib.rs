@@ -35,6 +35,7 @@ mod linear_cross_entropy;
 mod logits;
 mod param;
 mod place;
+pub mod profile;
 mod rms_norm;
 mod rope;
 mod sampler;

@@ -13,12 +13,14 @@ use crate::{
     elementwise::{column_grid, column_sums, converted, row_groups, rows_in_quads},
     kernel::{View, for_dtype, room, tensor},
     place::{Place, place},
+    profile,
 };
 
 const OP: &str = "rms_norm";
 
 /// The norm of `x [rows, width]` with `weight [width]` (any float dtype).
 pub fn rms_norm(x: &Value, weight: &Value, eps: f64) -> Result<Value> {
+    let _span = profile::span(OP);
     let width = check(x, weight)?;
     let place = place_of_rows(x.tensor(), width)?;
     let (x_t, weight_t) = (x.tensor().contiguous()?, weight.tensor().contiguous()?);
@@ -39,6 +41,7 @@ pub fn rms_norm(x: &Value, weight: &Value, eps: f64) -> Result<Value> {
 
 /// `sum = x + residual` and its norm, both `[rows, width]`: returns `(sum, norm)`.
 pub fn add_rms_norm(x: &Value, residual: &Value, weight: &Value, eps: f64) -> Result<(Value, Value)> {
+    let _span = profile::span("add_rms_norm");
     let width = check(x, weight)?;
     if x.tensor().shape() != residual.tensor().shape() || x.tensor().dtype() != residual.tensor().dtype() {
         return Err(Error::operand(OP, "residual", x.tensor().dims(), residual.tensor().dims()));

@@ -14,6 +14,7 @@ use crate::{
     elementwise::rows_in_quads,
     kernel::{for_dtype, with_slice_mut},
     place::{Place, place, upload},
+    profile,
 };
 
 const OP: &str = "rope";
@@ -63,6 +64,7 @@ impl RopeTable {
 
 /// Turns `x [tokens, heads, head_dim]` by the angles of its tokens.
 pub fn rope(x: &Value, table: &RopeTable) -> Result<Value> {
+    let _span = profile::span(OP);
     let (tokens, _, head_dim) = x.tensor().dims3()?;
     if table.0.half * 2 != head_dim || table.0.data.len() != 2 * tokens * table.0.half {
         return Err(Error::operand(OP, "table", [tokens, head_dim / 2], [table.0.data.len() / 2, table.0.half]));

@@ -14,7 +14,7 @@ use pmetal_metal::{Gpu, Grid, empty, kernels};
 use crate::{
     Result,
     place::{Place, place, upload},
-    random,
+    profile, random,
 };
 
 const OP: &str = "sampler";
@@ -81,6 +81,7 @@ impl Sampler {
     /// # Errors
     /// Where the device fails.
     pub fn sample(&mut self, logits: &Tensor) -> Result<Option<u32>> {
+        let _span = profile::span("sample");
         let logits = logits.to_dtype(DType::F32)?.flatten_all()?.contiguous()?;
         let likelihood = self.sampling.likelihood(self.step);
         let token = match place(&logits, OP)? {

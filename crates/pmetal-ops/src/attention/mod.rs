@@ -18,6 +18,7 @@ use crate::{
     Error, Result,
     autograd::{Value, composite, keep, one, only},
     place::{Place, place, upload},
+    profile,
 };
 
 const OP: &str = "attention";
@@ -64,6 +65,11 @@ impl Rows {
         &self.0.segments
     }
 
+    /// How many keys all queries together see.
+    fn pairs(&self) -> usize {
+        self.segments().iter().map(|s| s.q_len * s.kv_len - s.q_len * s.q_len.saturating_sub(1) / 2).sum()
+    }
+
     /// The rows as kernels of a GPU read them.
     fn on(&self, device: &Device) -> Result<AttentionRows> {
         if let Some(sent) = self.0.sent.get().filter(|sent| sent.table.device().same_device(device)) {
@@ -102,6 +108,7 @@ impl Rows {
 
 /// Attention of `q [tokens, heads, head_dim]` over `k` and `v [kv_tokens, kv_heads, head_dim]`; returns `[tokens, heads, head_dim]`.
 pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSpec) -> Result<Value> {
+    let _span = profile::span(OP);
     check(q.tensor(), k.tensor(), v.tensor(), rows, &spec)?;
     let rows = rows.clone();
     let place = place(q.tensor(), OP)?;
@@ -109,6 +116,9 @@ pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSp
         return Ok(one(composite(&[q, k, v], move |t| Ok(vec![reference(&t[0], &t[1], &t[2], &rows, &spec)?]))?));
     }
     let (q_t, k_t, v_t) = (q.tensor().contiguous()?, k.tensor().contiguous()?, v.tensor().contiguous()?);
+    // a product of every query with the keys it sees: scores and values here, those again and their gradients on the way back
+    let product = 2.0 * (rows.pairs() * spec.heads * spec.head_dim) as f64;
+    profile::work(|| 2.0 * product);
     let compute = || match &place {
         Place::Gpu(gpu) => gpu::forward(&**gpu, &q_t, &k_t, &v_t, &rows, &spec),
         _ => cpu::forward(&q_t, &k_t, &v_t, &rows, &spec),
@@ -119,6 +129,7 @@ pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSp
     };
     let saved = out.clone();
     Ok(one(Value::record(vec![out], &[q, k, v], move |grads| {
+        profile::work(|| 5.0 * product);
         let dout = only(grads, OP)?.contiguous()?;
         let qkv = [&q_t, &k_t, &v_t];
         let [dq, dk, dv] = match &place {

@@ -6,7 +6,7 @@ use std::{
 use candle_core::{Tensor, TensorId};
 
 use super::{Node, Source, Value, with_recording};
-use crate::{Error, Result, elementwise};
+use crate::{Error, Result, elementwise, profile::backward_span};
 
 /// A gradient on its way, and whether it may be added to in place.
 struct Grad {
@@ -53,7 +53,9 @@ pub fn gradients(roots: Vec<(Value, Tensor)>, wrt: &[&Value]) -> Result<Vec<Opti
         }
         let recorded = node.recorded.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(recorded) = recorded else { continue };
+        let span = backward_span(recorded.op);
         let input_grads = with_recording(false, || (recorded.backward)(grads))?;
+        drop(span);
         let mut uses: HashMap<TensorId, usize> = HashMap::new();
         for grad in input_grads.iter().flatten() {
             *uses.entry(grad.id()).or_default() += 1;

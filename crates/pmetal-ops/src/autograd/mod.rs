@@ -23,7 +23,7 @@ pub use checkpoint::{Policy, checkpoint, keep};
 pub use composite::composite;
 pub use engine::{backward, gradients};
 
-use crate::{Param, Result};
+use crate::{Param, Result, profile};
 
 /// Turns the gradients of a node's outputs into those of its inputs. `None` stands for zero on both sides.
 ///
@@ -54,6 +54,7 @@ struct Node {
 }
 
 struct Recorded {
+    op: profile::Op,
     inputs: Vec<Source>,
     backward: BackwardFn,
 }
@@ -113,8 +114,11 @@ impl Value {
         inputs: &[&Value],
         backward: impl FnOnce(Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> + Send + 'static,
     ) -> Vec<Self> {
-        let recorded =
-            Recorded { inputs: inputs.iter().map(|v| v.source.clone()).collect(), backward: Box::new(backward) };
+        let recorded = Recorded {
+            op: profile::current(),
+            inputs: inputs.iter().map(|v| v.source.clone()).collect(),
+            backward: Box::new(backward),
+        };
         let node = Arc::new(Node { id: next_id(), outputs: outputs.len(), recorded: Mutex::new(Some(recorded)) });
         outputs
             .into_iter()

@@ -14,6 +14,7 @@ use crate::{
     Error, Result, Value, Weight,
     autograd::{composite, recording},
     place::{Place, place},
+    profile,
 };
 
 pub(crate) use gpu::{product, weight_gradient};
@@ -57,6 +58,11 @@ impl LinearMember {
         self.weight.shape().dims().get(1).copied().unwrap_or(0)
     }
 
+    /// Width of the low-rank update, 0 where there is none.
+    fn rank(&self) -> usize {
+        self.adapter.as_ref().map_or(0, |adapter| adapter.a.shape().dims().first().copied().unwrap_or(0))
+    }
+
     fn trainable(&self) -> bool {
         let adapter = self.adapter.iter().flat_map(|a| [&a.a, &a.b]);
         std::iter::once(&self.weight).chain(&self.bias).chain(adapter).any(|w| w.param().is_some())
@@ -76,6 +82,9 @@ impl LinearGroup {
     /// `noise` seeds the adapters' dropout; without it (evaluation, generation) there is none.
     pub fn forward(&self, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
         self.check(x)?;
+        let (tokens, width) = x.tensor().dims2()?;
+        let _span = profile::span((OP, [width, self.members.iter().map(LinearMember::out_features).sum()]));
+        profile::work(|| self.flops(tokens));
         match place(x.tensor(), OP)? {
             Place::Cpu => self.by_kernels(
                 x,
@@ -121,6 +130,25 @@ impl LinearGroup {
         Ok(())
     }
 
+    /// Floating-point operations of the products forward.
+    fn flops(&self, tokens: usize) -> f64 {
+        let of_member =
+            |m: &LinearMember| m.in_features() * m.out_features() + m.rank() * (m.in_features() + m.out_features());
+        2.0 * (tokens * self.members.iter().map(of_member).sum::<usize>()) as f64
+    }
+
+    /// The same backward, for an input of `elements`: gradients of trained weights, of low-rank halves, and of the input where it is needed.
+    fn backward_flops(&self, elements: usize, needs_dx: bool) -> f64 {
+        let of_member = |m: &LinearMember| {
+            let (outputs, rank) = (m.out_features(), m.rank());
+            let dx = if needs_dx { m.in_features() * (outputs + rank) } else { 0 };
+            let dw = if m.weight.param().is_some() { m.in_features() * outputs } else { 0 };
+            dx + dw + rank * (m.in_features() + 2 * outputs)
+        };
+        let width = self.members.first().map_or(1, LinearMember::in_features).max(1);
+        2.0 * (elements / width * self.members.iter().map(of_member).sum::<usize>()) as f64
+    }
+
     fn trainable(&self) -> bool {
         self.members.iter().any(LinearMember::trainable)
     }
@@ -140,6 +168,7 @@ impl LinearGroup {
         }
         let (group, needs_dx) = (self.clone(), x.requires_grad());
         Ok(Value::record_if(self.trainable(), outputs, &[x], move |grads| {
+            profile::work(|| group.backward_flops(x_t.elem_count(), needs_dx));
             backward(&group, &x_t, grads, &low_ranks, needs_dx).map(|dx| vec![dx])
         }))
     }

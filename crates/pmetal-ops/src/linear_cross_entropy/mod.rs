@@ -12,6 +12,7 @@ use crate::{
     Error, Result, Value, Weight,
     autograd::{composite, one, only, recording},
     place::{Place, place, upload},
+    profile,
 };
 
 const OP: &str = "linear_cross_entropy";
@@ -31,6 +32,7 @@ pub struct CrossEntropy {
 /// # Errors
 /// Where shapes do not fit or a label is not below the vocabulary's size.
 pub fn linear_cross_entropy(hidden: &Value, weight: &Weight, labels: &[i64], scale: f32) -> Result<CrossEntropy> {
+    let _span = profile::span(OP);
     let (tokens, width) = hidden.tensor().dims2()?;
     let (vocab, weight_width) = weight.shape().dims2()?;
     if width != weight_width || labels.len() != tokens {
@@ -51,6 +53,8 @@ pub fn linear_cross_entropy(hidden: &Value, weight: &Weight, labels: &[i64], sca
         needs_hidden: hidden.requires_grad(),
         trained: weight.param().filter(|_| recording()),
     };
+    let products = 1 + usize::from(task.needs_hidden) + usize::from(task.trained.is_some());
+    profile::work(|| 2.0 * (products * counted.len() * vocab * width) as f64);
     let found = match place(&hidden_t, OP)? {
         Place::Cpu => cpu::run(&task)?,
         Place::Gpu(gpu) => gpu::run(&*gpu, &task)?,
