@@ -41,6 +41,7 @@ pub use element::Element;
 pub use elementwise::{add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout};
 pub use embedding::{gather_rows, scatter_add_rows};
 pub use gemm::{Arithmetic, Left, Mat, PackedWeight, Right, matmul, multiply};
+pub use gemv::{FewRows, MAX_ROWS, few_rows};
 pub use level::Level;
 pub use norm::{add_rms_norm_forward, rms_norm_backward, rms_norm_forward};
 pub use optimizer::{AdamW, Factors, adamw, sum_of_squares};

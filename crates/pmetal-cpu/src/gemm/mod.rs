@@ -26,7 +26,7 @@ use half::{bf16, f16};
 
 use crate::Element;
 use crate::gemm_pack::Operand;
-use crate::simd::simd_fn;
+use crate::gemv::{FewRows, MAX_ROWS, few_rows};
 
 /// Columns of a panel of bf16.
 pub(crate) const PANEL: usize = 16;
@@ -118,27 +118,13 @@ pub fn matmul<A: Element, B: Element, C: Element>(
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     assert_eq!(k, b.rows, "matmul: A is [{m}, {k}], B is [{}, {n}]", b.rows);
-    if m > 0 && m <= crate::gemv::MAX_ROWS && b.row_stride == 1 && b.col_stride >= k {
+    if m > 0 && m <= MAX_ROWS && b.row_stride == 1 && b.col_stride >= k {
         assert!(c_row_stride >= n && c.len() >= (m - 1) * c_row_stride + n, "matmul: C is too small for [{m}, {n}]");
-        return crate::gemv::few_rows(c, c_row_stride, a, b, alpha, beta);
+        let product = FewRows { c, c_row_stride, right: Right::plain(b), low_rank: None };
+        return few_rows(a, &mut [product], alpha, beta);
     }
     // operands of f32 are not rounded unasked
     let arithmetic =
         if Arithmetic::of::<A>() == Arithmetic::of::<B>() { Arithmetic::of::<A>() } else { Arithmetic::F32 };
     multiply(c, c_row_stride, &[(&Left::new(a, arithmetic), Right::plain(b))], alpha, beta);
-}
-
-simd_fn! {
-    /// `c = round(sums + beta * c)`.
-    pub(crate) fn finish_row['a; C](c: &'a mut [C], sums: &'a [f32], beta: f32) -> () {
-        if beta == 0.0 {
-            for (c, &sum) in c.iter_mut().zip(sums) {
-                *c = C::from_f32(sum);
-            }
-        } else {
-            for (c, &sum) in c.iter_mut().zip(sums) {
-                *c = C::from_f32(beta.mul_add(c.to_f32(), sum));
-            }
-        }
-    }
 }
