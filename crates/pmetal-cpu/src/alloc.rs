@@ -1,33 +1,34 @@
-//! A global allocator that keeps large blocks for reuse and counts what lives.
+//! A global allocator that keeps the memory of large blocks and counts what lives.
 //!
 //! Tensors on the CPU are vectors that come and go with every operation. The system's allocator gives large blocks back
-//! to the kernel at once, so that each new tensor is page faults first; here freed blocks of a mebibyte and more wait in
-//! lists, one per size class, for the next request.
+//! to the kernel at once, so that each new tensor is page faults first. Here blocks of 64 KiB and more come from one range of
+//! addresses, in huge pages where the system has them; what is freed there joins its free neighbours and serves the next requests.
+
+mod heap;
+#[cfg_attr(not(all(unix, target_pointer_width = "64")), path = "alloc/no_range.rs")]
+mod range;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::{Cell, UnsafeCell};
 use std::hint::spin_loop;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
 
-/// Blocks from this size on are kept.
-const SMALLEST: usize = 1 << 20;
-/// Size classes per power of two: rounding up to one wastes at most an eighth.
-const STEPS: usize = 8;
-const CLASSES: usize = (usize::BITS as usize - 20) * STEPS;
-/// Every kept block has this alignment; requests for more go to the system.
-const ALIGNMENT: usize = 64;
+use heap::Heap;
+use range::{Range, UNIT};
+
+/// Blocks from this size on are the pool's.
+const SMALLEST: usize = 64 << 10;
 
 /// The allocator, to be installed with `#[global_allocator]`.
 ///
-/// Blocks in use and blocks kept together stay within five quarters of the most that was ever in use at a time: a request
-/// that would go beyond gives kept blocks back to the system first.
+/// Memory in use and memory kept together stay within five quarters of the most that was ever in use at a time: before more is
+/// taken from the system, what is kept beyond that goes back to it.
 pub struct PoolAllocator;
 
 static LIVE: AtomicIsize = AtomicIsize::new(0);
 static PEAK: AtomicIsize = AtomicIsize::new(0);
-static KEPT: AtomicUsize = AtomicUsize::new(0);
-static LISTS: [List; CLASSES] = [const { List::new() }; CLASSES];
+static POOL: Locked<Pool> = Locked::new(Pool { heap: Heap::new(&mut []), range: None, started: false, most: 0 });
 
 /// Bytes in use, as requested, up to 64 KiB a thread; zero while [`PoolAllocator`] is not the program's allocator.
 pub fn live_bytes() -> usize {
@@ -45,94 +46,96 @@ pub fn reset_peak() {
     PEAK.store(LIVE.load(Ordering::Relaxed), Ordering::Relaxed);
 }
 
-/// Gives every kept block back to the system.
-pub fn trim() {
-    release_until(|| false);
-}
-
-/// Frees kept blocks, the largest first, until `enough` or none is left.
-fn release_until(enough: impl Fn() -> bool) {
-    for (class, list) in LISTS.iter().enumerate().rev() {
-        while !enough() {
-            let Some(block) = list.pop() else { break };
-            KEPT.fetch_sub(class_size(class), Ordering::Relaxed);
-            // SAFETY: blocks in the list of a class were allocated with the layout of the class and belong to nobody.
-            unsafe { System.dealloc(block, class_layout(class)) };
-        }
-    }
-}
-
-/// The freed blocks of one size, linked through their first word. The lock is held for a few instructions, and no code of
-/// the standard library runs inside an allocator that might allocate itself.
-struct List {
+/// A value behind a lock that is held for a microsecond: no code of the standard library runs inside an allocator that might
+/// allocate itself.
+struct Locked<T> {
     locked: AtomicBool,
-    head: UnsafeCell<*mut u8>,
+    value: UnsafeCell<T>,
 }
 
-// SAFETY: `head` and the links are only touched between `lock` and its release.
-unsafe impl Sync for List {}
+// SAFETY: the value is only touched by the thread that holds the lock.
+unsafe impl<T: Send> Sync for Locked<T> {}
 
-impl List {
-    const fn new() -> Self {
-        Self { locked: AtomicBool::new(false), head: UnsafeCell::new(ptr::null_mut()) }
+impl<T> Locked<T> {
+    const fn new(value: T) -> Self {
+        Self { locked: AtomicBool::new(false), value: UnsafeCell::new(value) }
     }
 
-    fn with_head<R>(&self, f: impl FnOnce(&mut *mut u8) -> R) -> R {
+    fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> R {
+        let mut tries = 0u32;
         while self.locked.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
-            spin_loop();
+            tries = tries.wrapping_add(1);
+            // the holder may wait for this very core
+            if tries.is_multiple_of(256) { std::thread::yield_now() } else { spin_loop() }
         }
         // SAFETY: the lock is held, so this is the only reference.
-        let result = f(unsafe { &mut *self.head.get() });
+        let result = f(unsafe { &mut *self.value.get() });
         self.locked.store(false, Ordering::Release);
         result
     }
+}
 
-    fn pop(&self) -> Option<*mut u8> {
-        self.with_head(|head| {
-            let block = *head;
-            if block.is_null() {
-                return None;
+struct Pool {
+    heap: Heap<'static>,
+    /// None before the start, and where the system has none.
+    range: Option<Range>,
+    started: bool,
+    /// The most units that were in use at a time.
+    most: u32,
+}
+
+impl Pool {
+    /// A block of so many units, and whether it reads as zeros; none where the system has to serve it.
+    fn take(&mut self, units: u32) -> Option<(*mut u8, bool)> {
+        if !self.started {
+            self.started = true;
+            if let Some((range, table)) = Range::reserve() {
+                (self.range, self.heap) = (Some(range), Heap::new(table));
             }
-            // SAFETY: a block in the list is ours, at least a word long and aligned; `push` wrote its link.
-            *head = unsafe { block.cast::<*mut u8>().read() };
-            Some(block)
-        })
+        }
+        let range = self.range.as_mut()?;
+        let found = match self.heap.take(units) {
+            Some(found) => found,
+            None => {
+                let end = self.heap.end_with(units)?;
+                keep_within(&mut self.heap, range, units, self.most);
+                if !range.extend_to(end as usize * UNIT) {
+                    return None;
+                }
+                self.heap.grow(units)
+            }
+        };
+        self.most = self.most.max(self.heap.usage().0);
+        Some((range.address(found.0), found.1))
     }
 
-    /// # Safety
-    /// `block` belongs to the caller, who gives it up, and has the size of this list's class.
-    unsafe fn push(&self, block: *mut u8) {
-        self.with_head(|head| {
-            // SAFETY: the caller gives the block up; it is longer than a word and aligned.
-            unsafe { block.cast::<*mut u8>().write(*head) };
-            *head = block;
-        });
+    /// The unit that a block of the pool begins with; none where the system served it.
+    fn unit_at(&self, block: *const u8) -> Option<u32> {
+        self.range.as_ref()?.unit_at(block)
     }
 }
 
-/// The class that serves a request, or none where the system does.
-fn class_of(layout: Layout) -> Option<usize> {
-    let size = layout.size();
-    if size < SMALLEST || layout.align() > ALIGNMENT {
-        return None;
+/// Gives memory back to the system until so many units more stay within five quarters of the most that were in use.
+fn keep_within(heap: &mut Heap, range: &Range, units: u32, most: u32) {
+    loop {
+        let (taken, dirty) = heap.usage();
+        let most = most.max(taken + units);
+        if taken + units + dirty <= most + most / 4 {
+            return;
+        }
+        let Some((first, len)) = heap.long_dirty_run() else { return };
+        // SAFETY: the run is free, and the heap's runs are usable.
+        if !unsafe { range.renew(first as usize * UNIT, len as usize * UNIT) } {
+            return;
+        }
+        heap.cleaned(first);
     }
-    let octave = size.ilog2() as usize;
-    let step = (1usize << octave) / STEPS;
-    let steps = (size - (1 << octave)).div_ceil(step);
-    let class = (octave - SMALLEST.ilog2() as usize) * STEPS + steps;
-    (class < CLASSES - STEPS).then_some(class)
 }
 
-/// Bytes of the blocks of a class.
-fn class_size(class: usize) -> usize {
-    let octave = SMALLEST << (class / STEPS);
-    octave + octave / STEPS * (class % STEPS)
-}
-
-fn class_layout(class: usize) -> Layout {
-    // SAFETY: the alignment is a power of two, and sizes of classes that `class_of` returns are far below the limit:
-    // a `Layout` of at least seven eighths of them existed.
-    unsafe { Layout::from_size_align_unchecked(class_size(class), ALIGNMENT) }
+/// The units of a block that the pool serves; none where the system does.
+fn units_of(layout: Layout) -> Option<u32> {
+    let pooled = layout.size() >= SMALLEST && layout.align() <= UNIT;
+    u32::try_from(layout.size().div_ceil(UNIT)).ok().filter(|_| pooled)
 }
 
 /// Bytes a thread counts by itself before it tells: counters that all threads write to for every small block would cost more than the
@@ -157,34 +160,34 @@ fn count(bytes: isize) {
 }
 
 impl PoolAllocator {
-    /// A block for the request, and whether it is one that was used before.
-    fn take(layout: Layout, fresh: impl Fn(Layout) -> *mut u8) -> (*mut u8, bool) {
-        let Some(class) = class_of(layout) else {
-            return (fresh(layout), false);
-        };
-        if let Some(block) = LISTS[class].pop() {
-            KEPT.fetch_sub(class_size(class), Ordering::Relaxed);
-            return (block, true);
-        }
-        let wanted = live_bytes() + class_size(class);
-        let most = peak_bytes().max(wanted);
-        let most = most + most / 4;
-        release_until(|| wanted + KEPT.load(Ordering::Relaxed) <= most);
-        let mut block = fresh(class_layout(class));
-        if block.is_null() {
-            trim();
-            block = fresh(class_layout(class));
-        }
-        (block, false)
+    /// A block of the pool, and whether it reads as zeros.
+    fn pooled(layout: Layout) -> Option<(*mut u8, bool)> {
+        let units = units_of(layout)?;
+        POOL.with(|pool| pool.take(units))
+    }
+
+    /// Shortens a block of the pool where it lies, or says that it has to move.
+    fn fits_in_place(block: *mut u8, layout: Layout, new_layout: Layout) -> bool {
+        let (Some(_), Some(units)) = (units_of(layout), units_of(new_layout)) else { return false };
+        POOL.with(|pool| {
+            let Some(first) = pool.unit_at(block).filter(|&first| units <= pool.heap.len_of(first)) else {
+                return false;
+            };
+            pool.heap.shorten(first, units);
+            true
+        })
     }
 }
 
-// SAFETY: blocks come from `System` with the layout asked for or, for a class, with at least its size and alignment, and
-// go back with the layout they came with, because the class is a function of the layout that the caller repeats.
+// SAFETY: the pool's blocks begin with a unit, whose alignment no pooled layout exceeds, are at least as long as asked for, apart from each
+// other and usable until they are given back; all others are `System`'s. Where a block came from is told by its address.
 unsafe impl GlobalAlloc for PoolAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the size is not zero, by the caller's promise.
-        let (block, _) = Self::take(layout, |layout| unsafe { System.alloc(layout) });
+        let block = match Self::pooled(layout) {
+            Some((block, _)) => block,
+            // SAFETY: the size is not zero, by the caller's promise.
+            None => unsafe { System.alloc(layout) },
+        };
         if !block.is_null() {
             count(layout.size() as isize);
         }
@@ -192,12 +195,16 @@ unsafe impl GlobalAlloc for PoolAllocator {
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: as in `alloc`.
-        let (block, used) = Self::take(layout, |layout| unsafe { System.alloc_zeroed(layout) });
-        if used {
-            // SAFETY: the block is at least as long as the request.
-            unsafe { block.write_bytes(0, layout.size()) };
-        }
+        let block = match Self::pooled(layout) {
+            Some((block, true)) => block,
+            Some((block, false)) => {
+                // SAFETY: the block is at least as long as the request.
+                unsafe { block.write_bytes(0, layout.size()) };
+                block
+            }
+            // SAFETY: as in `alloc`.
+            None => unsafe { System.alloc_zeroed(layout) },
+        };
         if !block.is_null() {
             count(layout.size() as isize);
         }
@@ -206,22 +213,18 @@ unsafe impl GlobalAlloc for PoolAllocator {
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         count(-(layout.size() as isize));
-        match class_of(layout) {
-            // SAFETY: the caller gives the block up; it came from `take` with the same layout, hence the same class.
-            Some(class) => unsafe {
-                KEPT.fetch_add(class_size(class), Ordering::Relaxed);
-                LISTS[class].push(block);
-            },
-            // SAFETY: it came from `System` with this layout.
-            None => unsafe { System.dealloc(block, layout) },
+        let given = units_of(layout).is_some()
+            && POOL.with(|pool| pool.unit_at(block).map(|first| pool.heap.give(first)).is_some());
+        if !given {
+            // SAFETY: the caller gives the block up; it is none of the pool's, hence came from `System` with this layout.
+            unsafe { System.dealloc(block, layout) };
         }
     }
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         // SAFETY: the caller promises that the new size, rounded up to the alignment, does not overflow.
         let new_layout = unsafe { Layout::from_size_align_unchecked(new_size, layout.align()) };
-        let (old, new) = (class_of(layout), class_of(new_layout));
-        if old.is_none() && new.is_none() {
+        if units_of(layout).is_none() && units_of(new_layout).is_none() {
             // SAFETY: the block came from `System` with this layout.
             let moved = unsafe { System.realloc(block, layout, new_size) };
             if !moved.is_null() {
@@ -229,7 +232,7 @@ unsafe impl GlobalAlloc for PoolAllocator {
             }
             return moved;
         }
-        if old == new {
+        if Self::fits_in_place(block, layout, new_layout) {
             count(new_size as isize - layout.size() as isize);
             return block;
         }

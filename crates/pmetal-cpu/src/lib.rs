@@ -33,7 +33,7 @@ mod shared;
 mod simd;
 
 pub use activation::{swiglu_backward, swiglu_forward};
-pub use alloc::{PoolAllocator, live_bytes, peak_bytes, reset_peak, trim};
+pub use alloc::{PoolAllocator, live_bytes, peak_bytes, reset_peak};
 pub use attention::{AttentionShape, Segment, attention_forward};
 pub use attention_backward::attention_backward;
 pub use cross_entropy::{cross_entropy_losses, cross_entropy_rows};

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use pmetal_cpu::{PoolAllocator, live_bytes, peak_bytes, reset_peak, trim};
+use pmetal_cpu::{PoolAllocator, live_bytes, peak_bytes, reset_peak};
 
 #[global_allocator]
 static ALLOCATOR: PoolAllocator = PoolAllocator;
@@ -40,13 +40,23 @@ fn a_freed_block_comes_back_and_zeroed_when_asked() {
     block[0] = 1;
     let address = block.as_ptr() as usize;
     drop(block);
-    // The same class: classes of this size are half a mebibyte apart.
-    let zeroed = vec![0u8; 8 * MIB - MIB / 4];
+    let zeroed = vec![0u8; 8 * MIB];
     assert_eq!(zeroed.as_ptr() as usize, address, "the kept block serves the next request");
     assert!(zeroed.iter().all(|&x| x == 0));
-    drop(zeroed);
-    trim();
-    assert!(vec![0u8; 8 * MIB].iter().all(|&x| x == 0));
+}
+
+#[test]
+fn blocks_of_other_sizes_share_what_a_freed_one_left() {
+    let _guard = alone();
+    let block = vec![1u8; 32 * MIB];
+    let place = block.as_ptr_range();
+    drop(block);
+    let parts: Vec<Vec<u8>> = (1..6).map(|n| vec![n as u8; n * MIB + 12_345 * n]).collect();
+    assert!(parts.iter().all(|part| place.contains(&part.as_ptr())));
+    assert!(parts.iter().zip(1u8..).all(|(part, n)| part.iter().all(|&x| x == n)));
+    drop(parts);
+    let whole = vec![2u8; 32 * MIB];
+    assert_eq!(whole.as_ptr(), place.start);
 }
 
 #[test]
@@ -57,6 +67,9 @@ fn growing_keeps_the_contents_across_classes() {
         values.push(i);
     }
     assert!(values.iter().enumerate().all(|(i, &x)| x == i as u32));
+    values.truncate(50_000);
+    values.shrink_to_fit();
+    assert_eq!(values, (0..50_000).collect::<Vec<_>>());
     values.truncate(10);
     values.shrink_to_fit();
     assert_eq!(values, (0..10).collect::<Vec<_>>());
