@@ -4,6 +4,11 @@
 use std::time::{Duration, Instant};
 
 use criterion::Criterion;
+use pmetal_cpu::{Element, PoolAllocator};
+
+/// The command's: buffers that kernels make are used again, as they are in a run.
+#[global_allocator]
+static ALLOCATOR: PoolAllocator = PoolAllocator;
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -54,6 +59,45 @@ pub const TRAINING: [Shape; 2] = [
         vocab: 49_152,
     },
 ];
+
+/// Linear layers that share their input: its width, and those of the results.
+pub struct Group {
+    pub name: &'static str,
+    pub inputs: usize,
+    pub outputs: Vec<usize>,
+}
+
+impl Shape {
+    /// The linear layers of a decoder layer.
+    pub fn groups(&self) -> [Group; 4] {
+        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let group = |name, inputs, outputs: &[usize]| Group { name, inputs, outputs: outputs.to_vec() };
+        [
+            group("q/k/v", self.hidden, &[queries, keys, keys]),
+            group("o", queries, &[self.hidden]),
+            group("gate/up", self.hidden, &[self.mlp, self.mlp]),
+            group("down", self.mlp, &[self.hidden]),
+        ]
+    }
+}
+
+/// Checks some elements of the product `c [rows, columns]`, each against `element(i, j)` and its depth.
+#[track_caller]
+pub fn assert_product<T: Element>(
+    name: &str,
+    c: &[T],
+    columns: usize,
+    depth: usize,
+    element: impl Fn(usize, usize) -> f64,
+) {
+    let rows = c.len() / columns;
+    for i in [0, rows / 3, rows - 1] {
+        for j in [0, 1, columns / 2, columns - 1] {
+            let tolerance = rounding::<T>(1.0 / 128.0);
+            assert_close(name, &c[i * columns + j..][..1], &[element(i, j)], tolerance, (depth as f64).sqrt() / 2.0);
+        }
+    }
+}
 
 /// What a call computes or moves.
 pub enum Work {
