@@ -62,6 +62,8 @@ impl Level {
             Self::Avx512 => avx512().is_some(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => avx512().is_some() && std::arch::is_x86_feature_detected!("avx512bf16"),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx => Self::Avx512Bf16.is_present() && crate::gemm::amx::is_present(),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => neon().is_some(),
             #[cfg(target_arch = "aarch64")]

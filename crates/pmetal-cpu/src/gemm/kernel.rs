@@ -78,8 +78,10 @@ impl Unit for bf16 {
 
     fn multiply(slice: &Slice<Self>, c: &mut [f32]) {
         match Level::current() {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Level::Amx => super::amx::multiply(slice, c),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512Bf16 | Level::Amx => super::avx512_bf16::multiply(slice, c),
+            Level::Avx512Bf16 => super::avx512_bf16::multiply(slice, c),
             #[cfg(target_arch = "aarch64")]
             Level::NeonBf16 => super::neon_bf16::multiply(slice, c),
             level => panic!("multiply: {level} has no products of bf16"),

@@ -24,7 +24,7 @@ pub(crate) enum Rows {
 }
 
 /// Rows behind the last one: a kernel may read a whole tile and use a part of it.
-const SPARE_ROWS: usize = 12;
+const SPARE_ROWS: usize = 31;
 
 /// Rows that one task packs.
 const TASK_ROWS: usize = 64;

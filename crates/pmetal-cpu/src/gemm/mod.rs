@@ -4,6 +4,8 @@
 //! order in which the inner loop reads them ([`Left`], [`PackedWeight`], or per task), and tiles of the result are computed in registers.
 //! Every element of the result is summed along the depth in the same order whatever the tasks are.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
 #[cfg(target_arch = "x86_64")]
@@ -21,6 +23,8 @@ pub use kernel::Arithmetic;
 pub use left::Left;
 pub use packed::PackedWeight;
 pub use right::Right;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use {avx512_pack::transposed, right::bf16_panels};
 
 use half::{bf16, f16};
 
