@@ -10,9 +10,7 @@
 mod activation;
 mod alloc;
 mod attention;
-mod attention_backward;
 mod attention_decode;
-mod attention_tiles;
 mod cross_entropy;
 mod element;
 mod elementwise;
@@ -34,8 +32,7 @@ mod simd;
 
 pub use activation::{swiglu_backward, swiglu_forward};
 pub use alloc::{PoolAllocator, live_bytes, peak_bytes, reset_peak};
-pub use attention::{AttentionShape, Segment, attention_forward};
-pub use attention_backward::attention_backward;
+pub use attention::{AttentionShape, Segment, attention_backward, attention_forward};
 pub use cross_entropy::{cross_entropy_losses, cross_entropy_rows};
 pub use element::Element;
 pub use elementwise::{add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout};

@@ -166,7 +166,7 @@ unsafe fn block(source: &[bf16], panel_len: usize, low: &mut [bf16], high: Optio
 /// The transpose of sixteen vectors of sixteen 32-bit lanes.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn transposed(x: [__m512i; 16]) -> [__m512i; 16] {
+pub(crate) fn transposed(x: [__m512i; 16]) -> [__m512i; 16] {
     let mut a = [_mm512_setzero_si512(); 16];
     for i in 0..8 {
         a[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
