@@ -33,6 +33,36 @@ fn reading_and_making_tokens_are_timed_apart() {
 }
 
 #[test]
+fn a_profile_accounts_for_all_of_the_time() {
+    let accounted = |rows: &serde_json::Value, ops: &[&str]| {
+        let rows = rows.as_array().unwrap();
+        let shares: f64 = rows.iter().map(|row| row["share"].as_f64().unwrap()).sum();
+        assert!((shares - 1.0).abs() < 0.01, "{rows:?}");
+        for op in ops {
+            let row = rows.iter().find(|row| row["op"] == *op).unwrap_or_else(|| panic!("{op} in {rows:?}"));
+            assert!(row["calls"].as_f64() > Some(0.0), "{row}");
+        }
+    };
+    let config = format!("{}/config.json", model("llama"));
+    let sizes = ["--batch=2", "--seq=16", "--steps=2", "--profile"];
+    let ran = succeed(["bench", "train", "--device", "cpu", "--model-config", &config].into_iter().chain(sizes));
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    accounted(
+        &report["profile"],
+        &["attention", "rope", "add_rms_norm", "gated_activation", "linear_cross_entropy", "adamw"],
+    );
+    says(&ran.stderr, &["OPERATIONS OF A STEP", "backward", "elsewhere"]);
+
+    let sizes = ["--prompt-tokens=20", "--tokens=8", "--runs=1", "--profile"];
+    let ran = succeed(["bench", "generate", "--device", "cpu", "--model", &model("llama")].into_iter().chain(sizes));
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    for part in ["prefill", "decode"] {
+        accounted(&report["profile"][part], &["attention", "embedding", "sample", "write_rows"]);
+    }
+    says(&ran.stderr, &["OPERATIONS OF THE PROMPT", "OPERATIONS OF A TOKEN"]);
+}
+
+#[test]
 fn sizes_of_nothing_and_configurations_of_nothing() {
     let space = Space::new();
     let config = format!("{}/config.json", model("llama"));
