@@ -1,7 +1,7 @@
 //! A global allocator that keeps the memory of large blocks and counts what lives.
 //!
 //! Tensors on the CPU are vectors that come and go with every operation. The system's allocator gives large blocks back
-//! to the kernel at once, so that each new tensor is page faults first. Here blocks of 64 KiB and more come from one range of
+//! to the kernel at once, so that each new tensor is page faults first. Here blocks of 16 KiB and more come from one range of
 //! addresses, in huge pages where the system has them; what is freed there joins its free neighbours and serves the next requests.
 
 mod heap;
@@ -18,7 +18,7 @@ use heap::Heap;
 use range::{Range, UNIT};
 
 /// Blocks from this size on are the pool's.
-const SMALLEST: usize = 64 << 10;
+const SMALLEST: usize = UNIT;
 
 /// The allocator, to be installed with `#[global_allocator]`.
 ///
