@@ -25,8 +25,6 @@ pub use packed::PackedWeight;
 pub use right::Right;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use {avx512_pack::transposed, right::bf16_panels};
-#[cfg(target_arch = "x86_64")]
-pub(crate) use {avx512_pack::transposed, right::bf16_panels};
 
 use half::{bf16, f16};
 
