@@ -318,7 +318,7 @@ mod tests {
                 let passing = [place(&mut heap, len(48)).unwrap(), place(&mut heap, len(18)).unwrap()];
                 most = most.max(heap.usage().0);
                 heap.give(first);
-                passing.map(|run| heap.give(run.0));
+                passing.into_iter().for_each(|run| heap.give(run.0));
             }
         }
         assert_eq!(weights.len(), 40);
