@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -38,7 +39,7 @@ def main():
     parser = argparse.ArgumentParser(prog="scripts/bench-cpu")
     parser.add_argument("--only", choices=[*TRAINING, "generate"])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    parser.add_argument("--threads", type=int, default=cores(), help="of the peers; PMetal takes all cores unless RAYON_NUM_THREADS says less")
     parser.add_argument("--json", type=Path, help="also write every run's figures here")
     for needed in ("--pmetal", "--llama-bench", "--model"):
         parser.add_argument(needed, required=True, help=argparse.SUPPRESS)
@@ -124,20 +125,15 @@ def in_turn(args, title, programs, figures):
 
 def run(command, variables):
     """What a program printed as JSON, and the bytes of its largest resident set."""
-    environment = {**os.environ, **variables}
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    # both pipes are read while it runs, and then the system is asked about this child alone
-    from threading import Thread
-
-    errors = []
-    reader = Thread(target=lambda: errors.append(child.stderr.read()))
-    reader.start()
-    output = child.stdout.read()
-    reader.join()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
-        sys.exit(f"bench-cpu: {' '.join(command)} failed:\n{errors[0][-2000:]}")
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=errors, text=True)
+        output = child.stdout.read()
+        # not child.wait(): the system is asked about the memory of this child alone
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode != 0:
+            errors.seek(0)
+            sys.exit(f"bench-cpu: {' '.join(command)} failed:\n{errors.read()[-2000:]}")
     unit = 1 if platform.system() == "Darwin" else 1024
     return json.loads(output), usage.ru_maxrss * unit
 
@@ -150,13 +146,21 @@ def machine_limits():
     return dict(found)
 
 
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def cpu_name():
+    """The CPU as the system names it, with what tells its generation and its widest products."""
     try:
         with open("/proc/cpuinfo") as file:
-            names = re.findall(r"^model name\s*: (.*)$", file.read(), re.MULTILINE)
+            fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", file.read(), re.MULTILINE))
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        fields = {}
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    wide = [flag for flag in fields.get("flags", "").split() if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")]
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')}; {', '.join(wide)})"
 
 
 def median(runs, key):
@@ -164,13 +168,15 @@ def median(runs, key):
 
 
 def at_least(what, ours, peer, bar):
+    """A row of the table; `bar` may be None."""
     ratio = ours / peer
-    return (what, ours, peer, ratio, "" if bar is None else f">= {bar}", "" if bar is None else "yes" if ratio >= bar else "no")
+    return (what, ours, peer, ratio, *(("", "") if bar is None else (f">= {bar}", "yes" if ratio >= bar else "no")))
 
 
 def at_most(what, ours, peer, bar):
+    """A row of the table; `bar` may be None."""
     ratio = ours / peer
-    return (what, ours, peer, ratio, "" if bar is None else f"<= {bar}", "" if bar is None else "yes" if ratio <= bar else "no")
+    return (what, ours, peer, ratio, *(("", "") if bar is None else (f"<= {bar}", "yes" if ratio <= bar else "no")))
 
 
 def print_table(rows):
