@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-use crate::math::exp;
-use crate::simd::{LANES, fold2, simd_fn, sum_lanes};
+use crate::Element;
+use crate::vector::{Body, Step, Term, Vector, run, sweep, total};
 
 /// Replaces every row of logits by its gradient and writes its loss.
 ///
@@ -13,12 +13,44 @@ use crate::simd::{LANES, fold2, simd_fn, sum_lanes};
 pub fn cross_entropy_rows(logits: &mut [f32], vocab: usize, labels: &[i64], grad_scale: f32, losses: &mut [f32]) {
     check("cross_entropy_rows", logits.len(), vocab, labels, losses.len());
     logits.par_chunks_exact_mut(vocab).zip(labels).zip(losses).for_each(|((row, &label), loss)| {
-        if label < 0 {
+        let Ok(label) = usize::try_from(label) else {
             row.fill(0.0);
             *loss = 0.0;
-        } else {
-            *loss = gradient(row, label as usize, grad_scale);
-        }
+            return;
+        };
+        let found = run(Statistics { row });
+        *loss = found.loss(row[label]);
+        run(InPlace { row, max: found.max, factor: grad_scale / found.sum });
+        row[label] -= grad_scale;
+    });
+}
+
+/// The gradient of every row in a dtype of its own, and its loss; the logits stay as they are.
+///
+/// `grads` is `[rows, vocab]`; else as in [`cross_entropy_rows`].
+pub fn cross_entropy_gradients<G: Element>(
+    logits: &[f32],
+    vocab: usize,
+    labels: &[i64],
+    grad_scale: f32,
+    losses: &mut [f32],
+    grads: &mut [G],
+) {
+    check("cross_entropy_gradients", logits.len(), vocab, labels, losses.len());
+    assert_eq!(logits.len(), grads.len(), "cross_entropy_gradients: grads");
+    let rows = logits.par_chunks_exact(vocab).zip(grads.par_chunks_exact_mut(vocab));
+    rows.zip(labels).zip(losses).for_each(|(((row, grads), &label), loss)| {
+        let Ok(label) = usize::try_from(label) else {
+            grads.fill(G::ZERO);
+            *loss = 0.0;
+            return;
+        };
+        let found = run(Statistics { row });
+        *loss = found.loss(row[label]);
+        let factor = grad_scale / found.sum;
+        run(Gradient { row, max: found.max, factor, grads });
+        // rounded once, as every other element
+        grads[label] = G::from_f32((row[label] - found.max).exp() * factor - grad_scale);
     });
 }
 
@@ -26,48 +58,126 @@ pub fn cross_entropy_rows(logits: &mut [f32], vocab: usize, labels: &[i64], grad
 pub fn cross_entropy_losses(logits: &[f32], vocab: usize, labels: &[i64], losses: &mut [f32]) {
     check("cross_entropy_losses", logits.len(), vocab, labels, losses.len());
     logits.par_chunks_exact(vocab).zip(labels).zip(losses).for_each(|((row, &label), loss)| {
-        *loss = if label < 0 { 0.0 } else { loss_of(row, label as usize) };
+        *loss = usize::try_from(label).map_or(0.0, |label| run(Statistics { row }).loss(row[label]));
     });
 }
 
-simd_fn! {
-    fn gradient['a;](row: &'a mut [f32], label: usize, grad_scale: f32) -> f32 {
-        let max = maximum(row);
-        let target = row[label];
-        let mut sums = [0.0f32; LANES];
-        for chunk in row.chunks_mut(LANES) {
-            for (sum, x) in sums.iter_mut().zip(chunk) {
-                *x = exp(*x - max);
-                *sum += *x;
-            }
+/// What a softmax needs to know of a row.
+struct Found {
+    /// The largest number.
+    max: f32,
+    /// The sum of `e^(x - max)`.
+    sum: f32,
+}
+
+impl Found {
+    /// `-ln p` of the element that is `target`.
+    fn loss(&self, target: f32) -> f32 {
+        self.sum.ln() + (self.max - target)
+    }
+}
+
+/// Elements whose maximum is found before their exponentials are summed: they stay in the first cache in between, so that a row is read
+/// once from where it lies.
+const BLOCK: usize = 2048;
+
+struct Statistics<'a> {
+    row: &'a [f32],
+}
+
+impl Body for Statistics<'_> {
+    type Output = Found;
+
+    #[inline(always)]
+    fn run<V: Vector>(self) -> Found {
+        // not minus infinity, from which nothing can be subtracted
+        let (mut max, mut sum) = (f32::MIN, 0.0);
+        for x in self.row.chunks(BLOCK) {
+            let larger = Vector::max(max, largest::<V>(x));
+            sum = sum * (max - larger).exp() + total::<V>(x.len(), &mut Exponentials { x, max: larger });
+            max = larger;
         }
-        let sum = sum_lanes(sums);
-        let factor = grad_scale / sum;
-        row.iter_mut().for_each(|x| *x *= factor);
-        row[label] -= grad_scale;
-        sum.ln() + (max - target)
+        Found { max, sum }
     }
 }
 
-simd_fn! {
-    fn loss_of['a;](row: &'a [f32], label: usize) -> f32 {
-        let max = maximum(row);
-        let sum = fold2(row, row, |sum, x, _| sum + exp(x - max));
-        sum.ln() + (max - row[label])
-    }
-}
-
-/// The largest number of a row, any NaN aside (the sum of exponentials brings it back).
+/// The largest number, any NaN aside (the sum of exponentials brings it back).
 #[inline(always)]
-fn maximum(row: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (chunks, tail) = row.as_chunks::<LANES>();
+fn largest<V: Vector>(x: &[f32]) -> f32 {
+    let mut largest = <[V; 4]>::splat(f32::NEG_INFINITY);
+    let chunks = x.chunks_exact(4 * V::LANES);
+    let rest = chunks.remainder();
     for chunk in chunks {
-        for lane in 0..LANES {
-            lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
-        }
+        largest = largest.max(Vector::load(chunk));
     }
-    lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max })
+    let mut largest = largest.largest();
+    for &x in rest {
+        largest = Vector::max(largest, x);
+    }
+    largest
+}
+
+struct Exponentials<'a> {
+    x: &'a [f32],
+    max: f32,
+}
+
+impl Term for Exponentials<'_> {
+    #[inline(always)]
+    fn add_to<V: Vector>(&mut self, at: usize, sum: V) -> V {
+        sum.add(V::load(&self.x[at..]).sub(V::splat(self.max)).exp())
+    }
+}
+
+struct Gradient<'a, G> {
+    row: &'a [f32],
+    max: f32,
+    factor: f32,
+    grads: &'a mut [G],
+}
+
+impl<G: Element> Body for Gradient<'_, G> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(mut self) {
+        sweep::<V>(self.row.len(), &mut self);
+    }
+}
+
+impl<G: Element> Step for Gradient<'_, G> {
+    #[inline(always)]
+    fn step<V: Vector>(&mut self, at: usize) {
+        probability(V::load(&self.row[at..]), self.max, self.factor).store(&mut self.grads[at..]);
+    }
+}
+
+struct InPlace<'a> {
+    row: &'a mut [f32],
+    max: f32,
+    factor: f32,
+}
+
+impl Body for InPlace<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(mut self) {
+        sweep::<V>(self.row.len(), &mut self);
+    }
+}
+
+impl Step for InPlace<'_> {
+    #[inline(always)]
+    fn step<V: Vector>(&mut self, at: usize) {
+        probability(V::load(&self.row[at..]), self.max, self.factor).store(&mut self.row[at..]);
+    }
+}
+
+/// `e^(x - max) * factor`.
+#[inline(always)]
+fn probability<V: Vector>(x: V, max: f32, factor: f32) -> V {
+    x.sub(V::splat(max)).exp().mul(V::splat(factor))
 }
 
 fn check(name: &str, len: usize, vocab: usize, labels: &[i64], losses: usize) {

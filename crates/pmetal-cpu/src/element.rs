@@ -3,6 +3,8 @@
 //! The conversions use integer operations and selects instead of branches and calls, so that a loop over a slice
 //! becomes vector code for whatever unit the loop is compiled for.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 use std::fmt::Debug;
 
 use half::{bf16, f16};
@@ -23,6 +25,30 @@ pub trait Element: Copy + Send + Sync + Default + PartialEq + Debug + 'static {
     /// A matrix of any dtype out of one of this.
     #[doc(hidden)]
     fn matrix(matrix: Mat<Self>) -> Matrix;
+
+    /// Sixteen of them, widened.
+    ///
+    /// # Safety
+    /// There are sixteen, and the machine has AVX-512 with bf16.
+    #[cfg(target_arch = "x86_64")]
+    #[doc(hidden)]
+    unsafe fn load_16(from: *const Self) -> __m512;
+
+    /// Rounds sixteen numbers, and writes them.
+    ///
+    /// # Safety
+    /// There is room for sixteen, and the machine has AVX-512 with bf16.
+    #[cfg(target_arch = "x86_64")]
+    #[doc(hidden)]
+    unsafe fn store_16(to: *mut Self, numbers: __m512);
+
+    /// Rounds sixteen numbers to this type.
+    ///
+    /// # Safety
+    /// The machine has AVX-512 with bf16.
+    #[cfg(target_arch = "x86_64")]
+    #[doc(hidden)]
+    unsafe fn rounded_16(numbers: __m512) -> __m512;
 }
 
 impl Element for f32 {
@@ -40,6 +66,26 @@ impl Element for f32 {
 
     fn matrix(matrix: Mat<Self>) -> Matrix {
         Matrix::F32(matrix)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_16(from: *const Self) -> __m512 {
+        // SAFETY: the caller's promises.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn store_16(to: *mut Self, numbers: __m512) {
+        // SAFETY: the caller's promises.
+        unsafe { _mm512_storeu_ps(to, numbers) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn rounded_16(numbers: __m512) -> __m512 {
+        numbers
     }
 }
 
@@ -63,6 +109,30 @@ impl Element for bf16 {
         let nan = (bits >> 16) | 0x40;
         let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
         bf16::from_bits(if is_nan { nan } else { rounded } as u16)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_16(from: *const Self) -> __m512 {
+        // SAFETY: the caller's promises.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())))) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn store_16(to: *mut Self, numbers: __m512) {
+        // SAFETY: the caller's promises.
+        unsafe { _mm256_storeu_si256(to.cast(), std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(numbers))) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn rounded_16(numbers: __m512) -> __m512 {
+        // SAFETY: the caller's promises.
+        unsafe {
+            let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(numbers));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+        }
     }
 }
 
@@ -102,6 +172,27 @@ impl Element for f16 {
         let large = if magnitude > 0x7f80_0000 { nan } else { infinity };
         let result = if magnitude >= ((127 + 16) << 23) { large } else { finite };
         f16::from_bits((result | ((bits >> 16) & 0x8000)) as u16)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_16(from: *const Self) -> __m512 {
+        // SAFETY: the caller's promises.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn store_16(to: *mut Self, numbers: __m512) {
+        // SAFETY: the caller's promises.
+        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(numbers)) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn rounded_16(numbers: __m512) -> __m512 {
+        // SAFETY: the caller's promises.
+        unsafe { _mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(numbers)) }
     }
 }
 

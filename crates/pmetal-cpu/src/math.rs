@@ -28,12 +28,6 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x < -104.0 { 0.0 } else { result }
 }
 
-/// `1 / (1 + e^-x)`.
-#[inline(always)]
-pub(crate) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,12 +54,5 @@ mod tests {
         assert!(exp(f32::NAN).is_nan());
         let subnormal = exp(-95.0);
         assert!((f64::from(subnormal) - (-95.0f64).exp()).abs() < 1.5e-45);
-    }
-
-    #[test]
-    fn sigmoid_saturates() {
-        assert_eq!(sigmoid(-200.0), 0.0);
-        assert_eq!(sigmoid(200.0), 1.0);
-        assert_eq!(sigmoid(0.0), 0.5);
     }
 }

@@ -6,7 +6,9 @@
 use rayon::prelude::*;
 
 use crate::Element;
-use crate::simd::{column_sums, fold2, fold3, rows_per_task, simd_fn};
+use crate::norm_row::{GROUP, Gradient, Normed, WeightGradient, add_squares, dot, factor, group, invert, squares};
+use crate::simd::{column_sums, rows_per_task};
+use crate::vector::{Body, Vector, run, sweep};
 
 /// Normalises every row. `x`, `y` are `[rows, width]`, `weight` is `[width]`; `rstd` (`[rows]`) is kept for the backward.
 pub fn rms_norm_forward<T: Element, W: Element>(
@@ -20,13 +22,43 @@ pub fn rms_norm_forward<T: Element, W: Element>(
     check("rms_norm_forward", x.len(), width, weight.len(), rstd.len());
     assert_eq!(x.len(), y.len(), "rms_norm_forward: y");
     let rows = rows_per_task(width);
+    let forward = |x, y, rstd| run(Forward { x, weight, eps, y, rstd });
     if rstd.len() <= rows {
-        return forward(x, weight, eps, width, y, rstd);
+        return forward(x, y, rstd);
     }
     x.par_chunks(rows * width)
         .zip(y.par_chunks_mut(rows * width))
         .zip(rstd.par_chunks_mut(rows))
-        .for_each(|((x, y), rstd)| forward(x, weight, eps, width, y, rstd));
+        .for_each(|((x, y), rstd)| forward(x, y, rstd));
+}
+
+struct Forward<'a, T, W> {
+    x: &'a [T],
+    weight: &'a [W],
+    eps: f32,
+    y: &'a mut [T],
+    rstd: &'a mut [f32],
+}
+
+impl<T: Element, W: Element> Body for Forward<'_, T, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Self { weight, eps, .. } = self;
+        let width = weight.len();
+        let rows = group(width);
+        let groups = self.x.chunks(rows * width).zip(self.y.chunks_mut(rows * width)).zip(self.rstd.chunks_mut(rows));
+        for ((x, y), rstd) in groups {
+            for (x, sum) in x.chunks_exact(width).zip(&mut *rstd) {
+                *sum = squares::<V, T>(x);
+            }
+            invert(rstd, width, eps);
+            for ((x, y), &mut rstd) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(rstd) {
+                sweep::<V>(width, &mut Normed { x, weight, rstd, y });
+            }
+        }
+    }
 }
 
 /// `sum = x + residual`, rounded to the dtype, and `y = rms_norm(sum)`. Shapes as in [`rms_norm_forward`].
@@ -46,37 +78,46 @@ pub fn add_rms_norm_forward<T: Element, W: Element>(
         assert_eq!(x.len(), len, "add_rms_norm_forward: {name}");
     }
     let rows = rows_per_task(width);
-    let run = |x: &[T], residual: &[T], sum: &mut [T], y: &mut [T], rstd: &mut [f32]| {
-        add(x, residual, sum);
-        forward(sum, weight, eps, width, y, rstd);
-    };
+    let forward = |x, residual, sum, y, rstd| run(AddForward { x, residual, weight, eps, sum, y, rstd });
     if rstd.len() <= rows {
-        return run(x, residual, sum, y, rstd);
+        return forward(x, residual, sum, y, rstd);
     }
     let inputs = x.par_chunks(rows * width).zip(residual.par_chunks(rows * width));
     let outputs = sum.par_chunks_mut(rows * width).zip(y.par_chunks_mut(rows * width));
     inputs
         .zip(outputs)
         .zip(rstd.par_chunks_mut(rows))
-        .for_each(|(((x, residual), (sum, y)), rstd)| run(x, residual, sum, y, rstd));
+        .for_each(|(((x, residual), (sum, y)), rstd)| forward(x, residual, sum, y, rstd));
 }
 
-simd_fn! {
-    fn add['a; T](x: &'a [T], residual: &'a [T], sum: &'a mut [T]) -> () {
-        for ((sum, x), r) in sum.iter_mut().zip(x).zip(residual) {
-            *sum = T::from_f32(x.to_f32() + r.to_f32());
-        }
-    }
+struct AddForward<'a, T, W> {
+    x: &'a [T],
+    residual: &'a [T],
+    weight: &'a [W],
+    eps: f32,
+    sum: &'a mut [T],
+    y: &'a mut [T],
+    rstd: &'a mut [f32],
 }
 
-simd_fn! {
-    fn forward['a; T, W](x: &'a [T], weight: &'a [W], eps: f32, width: usize, y: &'a mut [T], rstd: &'a mut [f32]) -> () {
-        for ((x, y), rstd) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(rstd) {
-            let squares = fold2(x, x, |sum, a, _| a.mul_add(a, sum));
-            let scale = 1.0 / (squares / width as f32 + eps).sqrt();
-            *rstd = scale;
-            for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                *y = T::from_f32(T::from_f32(x.to_f32() * scale).to_f32() * w.to_f32());
+impl<T: Element, W: Element> Body for AddForward<'_, T, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Self { weight, eps, .. } = self;
+        let width = weight.len();
+        let rows = group(width);
+        let inputs = self.x.chunks(rows * width).zip(self.residual.chunks(rows * width));
+        let outputs = self.sum.chunks_mut(rows * width).zip(self.y.chunks_mut(rows * width));
+        for (((x, residual), (sum, y)), rstd) in inputs.zip(outputs).zip(self.rstd.chunks_mut(rows)) {
+            let inputs = x.chunks_exact(width).zip(residual.chunks_exact(width));
+            for (((x, residual), sum), squares) in inputs.zip(sum.chunks_exact_mut(width)).zip(&mut *rstd) {
+                *squares = add_squares::<V, T>(x, residual, sum);
+            }
+            invert(rstd, width, eps);
+            for ((x, y), &mut rstd) in sum.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(rstd) {
+                sweep::<V>(width, &mut Normed { x, weight, rstd, y });
             }
         }
     }
@@ -103,51 +144,73 @@ pub fn rms_norm_backward<T: Element, W: Element>(
     assert!(dsum.is_none_or(|dsum| dsum.len() == x.len()), "rms_norm_backward: dsum");
     if let Some(dweight) = dweight {
         assert_eq!(dweight.len(), width, "rms_norm_backward: dweight");
-        column_sums(rstd.len(), dweight, |row, rows, partial| {
+        column_sums(rstd.len(), dweight, |row, rows, sums| {
             let range = row * width..(row + rows) * width;
-            weight_gradient(&dy[range.clone()], &x[range], &rstd[row..row + rows], partial);
+            run(WeightRows { dy: &dy[range.clone()], x: &x[range], rstd: &rstd[row..row + rows], sums });
         });
     }
     let rows = rows_per_task(width);
-    let run = |(i, dx): (usize, &mut [T])| {
+    let backward = |(i, dx): (usize, &mut [T])| {
         let range = i * rows * width..i * rows * width + dx.len();
         let rstd = &rstd[i * rows..i * rows + dx.len() / width];
-        backward(&dy[range.clone()], &x[range.clone()], weight, rstd, width, dx);
-        if let Some(dsum) = dsum {
-            crate::elementwise::add_slice(dx, &dsum[range]);
-        }
+        let dsum = dsum.map(|dsum| &dsum[range.clone()]);
+        run(Backward { dy: &dy[range.clone()], x: &x[range], weight, rstd, dsum, dx });
     };
     if rstd.len() <= rows {
-        return run((0, dx));
+        return backward((0, dx));
     }
-    dx.par_chunks_mut(rows * width).enumerate().for_each(run);
+    dx.par_chunks_mut(rows * width).enumerate().for_each(backward);
 }
 
-simd_fn! {
-    fn backward['a; T, W](
-        dy: &'a [T], x: &'a [T], weight: &'a [W], rstd: &'a [f32], width: usize, dx: &'a mut [T],
-    ) -> () {
-        let rows = dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(dx.chunks_exact_mut(width)).zip(rstd);
-        for (((dy, x), dx), &scale) in rows {
-            let sum = fold3(dy, x, weight, |sum, dy, x, w| (dy * w).mul_add(x, sum));
-            // mean(g n) * rstd * rstd, the factor of x.
-            let factor = sum / width as f32 * scale * scale * scale;
-            for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(weight) {
-                let g = dy.to_f32() * w.to_f32();
-                *dx = T::from_f32(g * scale - x.to_f32() * factor);
+struct Backward<'a, T, W> {
+    dy: &'a [T],
+    x: &'a [T],
+    weight: &'a [W],
+    rstd: &'a [f32],
+    dsum: Option<&'a [T]>,
+    dx: &'a mut [T],
+}
+
+impl<T: Element, W: Element> Body for Backward<'_, T, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Self { weight, dsum, .. } = self;
+        let width = weight.len();
+        let rows = group(width);
+        let mut factors = [0.0; GROUP];
+        let inputs = self.dy.chunks(rows * width).zip(self.x.chunks(rows * width)).zip(self.rstd.chunks(rows));
+        for (i, (((dy, x), rstd), dx)) in inputs.zip(self.dx.chunks_mut(rows * width)).enumerate() {
+            let pairs = dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(rstd);
+            for (((dy, x), &rstd), kept) in pairs.clone().zip(&mut factors) {
+                *kept = factor(dot::<V, T, W>(dy, x, weight), width, rstd);
+            }
+            let results = dx.chunks_exact_mut(width).zip(factors);
+            for (row, (((dy, x), &rstd), (dx, factor))) in pairs.zip(results).enumerate() {
+                let first = (i * rows + row) * width;
+                let dsum = dsum.map(|dsum| &dsum[first..first + width]);
+                sweep::<V>(width, &mut Gradient { dy, x, weight, rstd, factor, dsum, dx });
             }
         }
     }
 }
 
-simd_fn! {
-    fn weight_gradient['a; T](dy: &'a [T], x: &'a [T], rstd: &'a [f32], sums: &'a mut [f32]) -> () {
-        let width = sums.len();
-        for ((dy, x), &scale) in dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(rstd) {
-            for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {
-                // The factor that the weight saw: rounded, as in the forward.
-                *sum += dy.to_f32() * T::from_f32(x.to_f32() * scale).to_f32();
-            }
+struct WeightRows<'a, T> {
+    dy: &'a [T],
+    x: &'a [T],
+    rstd: &'a [f32],
+    sums: &'a mut [f32],
+}
+
+impl<T: Element> Body for WeightRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let width = self.sums.len();
+        for ((dy, x), &rstd) in self.dy.chunks_exact(width).zip(self.x.chunks_exact(width)).zip(self.rstd) {
+            sweep::<V>(width, &mut WeightGradient { dy, x, rstd, sums: &mut *self.sums });
         }
     }
 }

@@ -105,12 +105,13 @@ pub fn sum_of_squares(x: &[f32]) -> f64 {
 
 simd_fn! {
     fn squares['a;](x: &'a [f32]) -> f64 {
-        let mut sums = [0.0f64; 16];
-        for chunk in x.chunks(16) {
+        let mut sums = [0.0f64; 32];
+        let (chunks, tail) = x.as_chunks::<32>();
+        for chunk in chunks {
             for (sum, &x) in sums.iter_mut().zip(chunk) {
                 *sum += f64::from(x) * f64::from(x);
             }
         }
-        sums.iter().sum()
+        sums.iter().sum::<f64>() + tail.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
     }
 }

@@ -5,8 +5,8 @@ mod common;
 use common::{assert_close, numbers, rounding, same_on_any_threads, wide};
 use half::{bf16, f16};
 use pmetal_cpu::{
-    Element, add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout, gather_rows, rope, scatter_add_rows,
-    swiglu_backward, swiglu_forward, uniform,
+    Element, add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout, gather_rows, geglu_backward,
+    geglu_forward, rope, rope_into, scatter_add_rows, swiglu_backward, swiglu_forward, uniform,
 };
 
 fn check_rope<T: Element>(tokens: usize, heads: usize, head_dim: usize) {
@@ -18,6 +18,9 @@ fn check_rope<T: Element>(tokens: usize, heads: usize, head_dim: usize) {
     for inverse in [false, true] {
         let mut y = x.clone();
         rope(&mut y, heads, head_dim, &cos, &sin, inverse);
+        let mut copy = vec![T::ZERO; x.len()];
+        rope_into(&x, heads, head_dim, &cos, &sin, inverse, &mut copy);
+        assert!(copy == y, "both agree");
         let mut expected = wide(&x);
         for (i, head) in expected.chunks_mut(head_dim).enumerate() {
             for pair in 0..half {
@@ -35,32 +38,49 @@ fn check_rope<T: Element>(tokens: usize, heads: usize, head_dim: usize) {
 fn rope_turns_half_split_pairs_both_ways() {
     check_rope::<f32>(3, 2, 6);
     check_rope::<bf16>(2, 3, 64);
+    check_rope::<bf16>(70, 3, 192);
     check_rope::<f16>(300, 4, 16);
 }
 
-fn check_swiglu<T: Element>(n: usize) {
+/// A kernel of a gate, and that of its gradients, against the gate's function.
+struct Gate<T> {
+    forward: fn(&[T], &[T], &mut [T]),
+    backward: fn(&[T], &[T], &[T], &mut [T], &mut [T]),
+    function: fn(f64) -> f64,
+    /// Below this, a slope is what two larger terms leave of each other.
+    floor: f64,
+}
+
+fn check_gate<T: Element>(n: usize, kernels: Gate<T>) {
     let spread = |x: Vec<T>| -> Vec<T> { x.iter().map(|x| T::from_f32(x.to_f32() * 12.0)).collect() };
     let (gate, up, dy) = (spread(numbers::<T>(n, 1)), numbers::<T>(n, 2), numbers::<T>(n, 3));
     let (mut y, mut dgate, mut dup) = (up.clone(), up.clone(), up.clone());
-    swiglu_forward(&gate, &up, &mut y);
-    swiglu_backward(&dy, &gate, &up, &mut dgate, &mut dup);
-    let silu = |g: f64| g / (1.0 + (-g).exp());
+    (kernels.forward)(&gate, &up, &mut y);
+    (kernels.backward)(&dy, &gate, &up, &mut dgate, &mut dup);
+    let function = kernels.function;
     let (g, u, d) = (wide(&gate), wide(&up), wide(&dy));
     let h = 1e-6;
     let expected = |f: &dyn Fn(usize) -> f64| (0..n).map(f).collect::<Vec<f64>>();
     let tolerance = rounding::<T>(2e-6);
-    assert_close("y", &y, &expected(&|i| silu(g[i]) * u[i]), tolerance, 1e-2);
-    assert_close("dup", &dup, &expected(&|i| silu(g[i]) * d[i]), tolerance, 1e-2);
-    let slope = |g: f64| (silu(g + h) - silu(g - h)) / (2.0 * h);
-    assert_close("dgate", &dgate, &expected(&|i| slope(g[i]) * u[i] * d[i]), tolerance, 1e-2);
+    assert_close("y", &y, &expected(&|i| function(g[i]) * u[i]), tolerance, 1e-2);
+    assert_close("dup", &dup, &expected(&|i| function(g[i]) * d[i]), tolerance, 1e-2);
+    let slope = |g: f64| (function(g + h) - function(g - h)) / (2.0 * h);
+    assert_close("dgate", &dgate, &expected(&|i| slope(g[i]) * u[i] * d[i]), tolerance, kernels.floor);
+}
+
+fn check_gates<T: Element>(n: usize) {
+    let silu = |g: f64| g / (1.0 + (-g).exp());
+    check_gate::<T>(n, Gate { forward: swiglu_forward, backward: swiglu_backward, function: silu, floor: 1e-2 });
+    let gelu = |g: f64| g * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044_715 * g.powi(3))).tanh()) / 2.0;
+    check_gate::<T>(n, Gate { forward: geglu_forward, backward: geglu_backward, function: gelu, floor: 0.1 });
 }
 
 #[test]
-fn gated_activation_and_its_slope() {
+fn gated_activations_and_their_slopes() {
     for n in [1, 17, 1000, 40_000] {
-        check_swiglu::<f32>(n);
-        check_swiglu::<bf16>(n);
-        check_swiglu::<f16>(n);
+        check_gates::<f32>(n);
+        check_gates::<bf16>(n);
+        check_gates::<f16>(n);
     }
 }
 

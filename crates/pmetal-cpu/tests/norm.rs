@@ -4,7 +4,10 @@ mod common;
 
 use common::{assert_close, numbers, rounding, same_on_any_threads, wide};
 use half::{bf16, f16};
-use pmetal_cpu::{Element, add_rms_norm_forward, rms_norm_backward, rms_norm_forward};
+use pmetal_cpu::{
+    Element, HeadAngles, add_rms_norm_forward, rms_norm_backward, rms_norm_forward, rms_norm_rope_backward,
+    rms_norm_rope_forward, uniform,
+};
 
 const EPS: f32 = 1e-3;
 
@@ -71,6 +74,49 @@ fn values_and_gradients() {
     check::<f32, bf16>(50, 64);
 }
 
+/// The gradient of a rotation is the rotation back, so the norm's own formulas serve for the pair.
+fn check_heads<T: Element, W: Element>(tokens: usize, heads: usize, width: usize) {
+    let (rows, half) = (tokens * heads, width / 2);
+    let turns: Vec<f64> = (0..tokens * half).map(|i| f64::from(uniform(9, i as u64)) * 6.0).collect();
+    let cos: Vec<f32> = turns.iter().map(|a| a.cos() as f32).collect();
+    let sin: Vec<f32> = turns.iter().map(|a| a.sin() as f32).collect();
+    let turned = |row: usize, x: &[f64], sign: f64| -> Vec<f64> {
+        let angle = |i: usize| sign * turns[row / heads * half + i % half];
+        let pair = |i: usize| if i < half { -x[i + half] } else { x[i - half] };
+        (0..width).map(|i| x[i] * angle(i).cos() + pair(i) * angle(i).sin()).collect()
+    };
+    let angles = HeadAngles { cos: &cos, sin: &sin, heads };
+    let (x, dy, weight) = (numbers::<T>(rows * width, 1), numbers::<T>(rows * width, 2), numbers::<W>(width, 3));
+    let (mut y, mut rstd) = (vec![T::ZERO; rows * width], vec![0.0; rows]);
+    rms_norm_rope_forward(&x, &weight, EPS, angles, &mut y, &mut rstd);
+    let (mut dx, mut dweight) = (vec![T::ZERO; rows * width], vec![0.5; width]);
+    rms_norm_rope_backward(&dy, &x, &weight, &rstd, angles, &mut dx, Some(&mut dweight));
+
+    let weights = wide(&weight);
+    let (mut expected, mut expected_dx, mut expected_dw) = (Vec::new(), Vec::new(), vec![0.5; width]);
+    for (i, (x, dy)) in wide(&x).chunks(width).zip(wide(&dy).chunks(width)).enumerate() {
+        expected.extend(turned(i, &row::<T>(x, &weights, true), 1.0));
+        let dnormed = turned(i, dy, -1.0);
+        expected_dx.extend(gradients(&dnormed, x, &weights).0);
+        // the factor that the weight saw: rounded
+        let factors = row::<T>(x, &vec![1.0; width], true);
+        expected_dw.iter_mut().zip(dnormed).zip(factors).for_each(|((sum, dn), n)| *sum += dn * n);
+    }
+    assert_close("y", &y, &expected, 2.0 * rounding::<T>(1e-6), 0.5);
+    assert_close("dx", &dx, &expected_dx, rounding::<T>(2e-6), 2.0);
+    assert_close("dweight", &dweight, &expected_dw, rounding::<T>(4e-6), 2.0);
+}
+
+#[test]
+fn heads_are_normalised_and_turned() {
+    for (heads, width) in [(1, 2), (3, 10), (2, 64), (5, 128), (1, 134)] {
+        check_heads::<f32, f32>(3, heads, width);
+        check_heads::<bf16, bf16>(3, heads, width);
+        check_heads::<f16, f32>(2, heads, width);
+    }
+    check_heads::<bf16, bf16>(90, 2, 96);
+}
+
 #[test]
 fn threads_do_not_matter() {
     let (rows, width) = (300, 256);
@@ -81,6 +127,14 @@ fn threads_do_not_matter() {
         rms_norm_forward(&x, &weight, EPS, width, &mut y, &mut rstd);
         let (mut dx, mut dweight) = (x.clone(), vec![0.0; width]);
         rms_norm_backward(&y, &x, &weight, &rstd, width, None, &mut dx, Some(&mut dweight));
-        (y, rstd, dx, dweight)
+        let (heads, half) = (2, 64);
+        let turns = vec![0.6f32; rows * half];
+        let angles = HeadAngles { cos: &turns, sin: &turns, heads };
+        let (mut turned, mut head_rstd) = (x.clone(), vec![0.0; rows * heads]);
+        rms_norm_rope_forward(&x, &weight[..2 * half], EPS, angles, &mut turned, &mut head_rstd);
+        let (mut dhead, mut dhead_weight) = (x.clone(), vec![0.0; 2 * half]);
+        let dweights = Some(&mut dhead_weight[..]);
+        rms_norm_rope_backward(&turned, &x, &weight[..2 * half], &head_rstd, angles, &mut dhead, dweights);
+        ((y, rstd, dx, dweight), (turned, dhead, dhead_weight))
     });
 }

@@ -2,12 +2,13 @@
 
 mod common;
 
-use common::{assert_close, numbers, same_on_any_threads, wide};
-use pmetal_cpu::{AdamW, adamw, cross_entropy_losses, cross_entropy_rows, sum_of_squares};
+use common::{assert_close, numbers, rounding, same_on_any_threads, wide};
+use half::bf16;
+use pmetal_cpu::{AdamW, adamw, cross_entropy_gradients, cross_entropy_losses, cross_entropy_rows, sum_of_squares};
 
 #[test]
 fn cross_entropy_and_its_gradient() {
-    for vocab in [1, 7, 64, 1003] {
+    for vocab in [1, 7, 64, 1003, 5000] {
         let rows = 5;
         let logits: Vec<f32> = numbers::<f32>(rows * vocab, 1).iter().map(|x| x * 30.0 + 200.0).collect();
         let labels: Vec<i64> =
@@ -30,6 +31,22 @@ fn cross_entropy_and_its_gradient() {
         assert_close("losses", &losses, &expected_losses, 1e-6, 1.0);
         assert_close("losses with gradient", &again, &expected_losses, 1e-6, 1.0);
         assert_close("gradient", &gradient, &expected_gradient, 1e-6, 0.25);
+        let (mut halves, mut again) = (vec![bf16::NAN; rows * vocab], vec![f32::NAN; rows]);
+        cross_entropy_gradients(&logits, vocab, &labels, 0.25, &mut again, &mut halves);
+        assert!(again == losses, "one way to a loss");
+        assert_close("bf16 gradient", &halves, &expected_gradient, rounding::<bf16>(0.0), 1e-5);
+    }
+}
+
+#[test]
+fn classes_that_are_ruled_out_have_no_gradient() {
+    let mut logits = vec![f32::NEG_INFINITY; 5000];
+    (logits[4000], logits[4990]) = (2.0, 2.0);
+    let mut losses = [0.0];
+    cross_entropy_rows(&mut logits, 5000, &[4000], 1.0, &mut losses);
+    assert!((losses[0] - std::f32::consts::LN_2).abs() < 1e-6, "{}", losses[0]);
+    for (i, &g) in logits.iter().enumerate() {
+        assert_eq!(g, [(4000, -0.5), (4990, 0.5)].iter().find(|(at, _)| *at == i).map_or(0.0, |&(_, g)| g));
     }
 }
 

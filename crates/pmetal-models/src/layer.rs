@@ -1,7 +1,7 @@
 use candle_core::Shape;
 use pmetal_ops::{
-    AttentionSpec, LinearGroup, LinearMember, RopeTable, Rows, Value, Weight, add_rms_norm, attention, rms_norm, rope,
-    swiglu,
+    Activation, AttentionSpec, LinearGroup, LinearMember, RopeTable, Rows, Value, Weight, add_rms_norm, attention,
+    gated_activation, rms_norm_rope, rope,
 };
 
 use crate::{
@@ -94,7 +94,8 @@ impl Layer {
         let attended = self.attend(normed, pass, cache)?;
         let (stream, normed) = add_rms_norm(&attended, stream, &self.block_norms[1].value()?, self.eps)?;
         let [gate, up] = take(self.gate_up.forward(&normed, pass.noise)?)?;
-        let [mlp] = take(self.down.forward(&swiglu(&gate, &up)?, pass.noise)?)?;
+        let gated = gated_activation(Activation::Silu, &gate, &up)?;
+        let [mlp] = take(self.down.forward(&gated, pass.noise)?)?;
         Ok(add_rms_norm(&mlp, &stream, &next_norm.value()?, self.eps)?)
     }
 
@@ -106,8 +107,8 @@ impl Layer {
             Some([q, k]) => (Some(q), Some(k)),
             None => (None, None),
         };
-        let q = rope(&self.split_heads(&q, heads, q_norm)?, &pass.table)?;
-        let k = rope(&self.split_heads(&k, kv_heads, k_norm)?, &pass.table)?;
+        let q = self.turned(&q, heads, q_norm, &pass.table)?;
+        let k = self.turned(&k, kv_heads, k_norm, &pass.table)?;
         let v = v.reshape((tokens, kv_heads, head_dim))?;
         let (k, v) = match cache {
             Some((cache, q_lens)) => {
@@ -121,14 +122,13 @@ impl Layer {
         Ok(y)
     }
 
-    /// `[tokens, heads * head_dim]` as `[tokens, heads, head_dim]`, each head normalised where there is a norm.
-    fn split_heads(&self, x: &Value, heads: usize, norm: Option<&Weight>) -> Result<Value> {
-        let (tokens, head_dim) = (x.tensor().dim(0)?, self.attention.head_dim);
-        let normed = match norm {
-            Some(norm) => rms_norm(&x.reshape((tokens * heads, head_dim))?, &norm.value()?, self.eps)?,
-            None => x.clone(),
-        };
-        Ok(normed.reshape((tokens, heads, head_dim))?)
+    /// `[tokens, heads * head_dim]` as `[tokens, heads, head_dim]`, each head normalised where there is a norm, and turned.
+    fn turned(&self, x: &Value, heads: usize, norm: Option<&Weight>, table: &RopeTable) -> Result<Value> {
+        let x = x.reshape((x.tensor().dim(0)?, heads, self.attention.head_dim))?;
+        Ok(match norm {
+            Some(norm) => rms_norm_rope(&x, &norm.value()?, self.eps, table)?,
+            None => rope(&x, table)?,
+        })
     }
 
     /// The linear layers under their modules' names.

@@ -98,7 +98,7 @@ struct Saved {
 
 fn forward(x: &Tensor, weight: &Tensor, eps: f32, width: usize) -> Result<(Tensor, Tensor)> {
     let (xv, wv) = (View::of_tensor(x, OP)?, View::of_tensor(weight, OP)?);
-    let mut rstd = vec![0.0; x.elem_count() / width];
+    let mut rstd = room(x.elem_count() / width);
     for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
         let mut y = room::<T>(x.elem_count());
         pmetal_cpu::rms_norm_forward(xv.slice::<T>()?, wv.slice::<W>()?, eps, width, &mut y, &mut rstd);
@@ -115,7 +115,7 @@ fn add_forward(
     width: usize,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let (xv, rv, wv) = (View::of_tensor(x, OP)?, View::of_tensor(residual, OP)?, View::of_tensor(weight, OP)?);
-    let mut rstd = vec![0.0; x.elem_count() / width];
+    let mut rstd = room(x.elem_count() / width);
     for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
         let (mut sum, mut y) = (room::<T>(x.elem_count()), room::<T>(x.elem_count()));
         let (xs, rs, ws) = (xv.slice::<T>()?, rv.slice::<T>()?, wv.slice::<W>()?);
@@ -262,7 +262,7 @@ fn weight_grad_on_gpu(gpu: &dyn Gpu, dy: &Tensor, x: &Tensor, rstd: &Tensor) -> 
 }
 
 /// The formula in plain candle.
-fn reference(x: &Tensor, weight: &Tensor, eps: f64) -> candle_core::Result<Tensor> {
+pub(crate) fn reference(x: &Tensor, weight: &Tensor, eps: f64) -> candle_core::Result<Tensor> {
     let dtype = x.dtype();
     let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let x = x.to_dtype(wide)?;

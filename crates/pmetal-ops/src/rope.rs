@@ -12,7 +12,7 @@ use crate::{
     Error, Result,
     autograd::{Value, composite, one, only},
     elementwise::rows_in_quads,
-    kernel::{for_dtype, with_slice_mut},
+    kernel::{View, for_dtype, room, tensor},
     place::{Place, place, upload},
     profile,
 };
@@ -40,7 +40,15 @@ impl RopeTable {
         Self(Arc::new(Angles { data, half: inv_freq.len(), on_device: OnceLock::new() }))
     }
 
-    fn cos_and_sin(&self) -> (&[f32], &[f32]) {
+    /// That the table is one of `tokens` tokens and heads of `head_dim`.
+    pub(crate) fn check(&self, op: &'static str, tokens: usize, head_dim: usize) -> Result<()> {
+        if self.0.half * 2 != head_dim || self.0.data.len() != 2 * tokens * self.0.half {
+            return Err(Error::operand(op, "table", [tokens, head_dim / 2], [self.0.data.len() / 2, self.0.half]));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn cos_and_sin(&self) -> (&[f32], &[f32]) {
         self.0.data.split_at(self.0.data.len() / 2)
     }
 
@@ -66,9 +74,7 @@ impl RopeTable {
 pub fn rope(x: &Value, table: &RopeTable) -> Result<Value> {
     let _span = profile::span(OP);
     let (tokens, _, head_dim) = x.tensor().dims3()?;
-    if table.0.half * 2 != head_dim || table.0.data.len() != 2 * tokens * table.0.half {
-        return Err(Error::operand(OP, "table", [tokens, head_dim / 2], [table.0.data.len() / 2, table.0.half]));
-    }
+    table.check(OP, tokens, head_dim)?;
     let table = table.clone();
     let place = place(x.tensor(), OP)?;
     if let Place::Reference = place {
@@ -81,7 +87,7 @@ pub fn rope(x: &Value, table: &RopeTable) -> Result<Value> {
 fn turned(place: &Place, x: &Tensor, table: &RopeTable, inverse: bool) -> Result<Tensor> {
     match place {
         Place::Gpu(gpu) => turned_on_gpu(&**gpu, &x.contiguous()?, table, inverse),
-        _ => turned_on_cpu(x, table, inverse),
+        _ => turned_on_cpu(&x.contiguous()?, table, inverse),
     }
 }
 
@@ -106,15 +112,16 @@ fn turned_on_gpu(gpu: &dyn Gpu, x: &Tensor, table: &RopeTable, inverse: bool) ->
 fn turned_on_cpu(x: &Tensor, table: &RopeTable, inverse: bool) -> Result<Tensor> {
     let (cos, sin) = table.cos_and_sin();
     let (_, heads, head_dim) = x.dims3()?;
-    let y = x.force_contiguous()?;
-    for_dtype!(OP, y.dtype(), T => with_slice_mut::<T, _>(&y, OP, |y| {
-        pmetal_cpu::rope(y, heads, head_dim, cos, sin, inverse);
-    }))?;
-    Ok(y)
+    let view = View::of_tensor(x, OP)?;
+    for_dtype!(OP, x.dtype(), T => {
+        let mut y = room::<T>(x.elem_count());
+        pmetal_cpu::rope_into(view.slice::<T>()?, heads, head_dim, cos, sin, inverse, &mut y);
+        tensor(y, x.shape().clone())
+    })
 }
 
 /// The formula in plain candle.
-fn reference(x: &Tensor, table: &RopeTable) -> candle_core::Result<Tensor> {
+pub(crate) fn reference(x: &Tensor, table: &RopeTable) -> candle_core::Result<Tensor> {
     let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let (cos, sin) = table.tensors(wide, x.device())?;
     let half = table.0.half;

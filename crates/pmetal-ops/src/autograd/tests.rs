@@ -2,12 +2,16 @@ use candle_core::{DType, Device, Tensor};
 
 use super::*;
 use crate::{
-    Arena, AttentionSpec, LinearGroup, LinearMember, Rows, Weight, attention, rms_norm, swiglu,
+    Activation, Arena, AttentionSpec, LinearGroup, LinearMember, Rows, Weight, attention, gated_activation, rms_norm,
     testing::{assert_close, random},
 };
 
 fn f32_of(shape: &[usize], seed: u64) -> Tensor {
     random(shape, seed).to_dtype(DType::F32).unwrap()
+}
+
+fn swiglu(gate: &Value, up: &Value) -> Result<Value> {
+    gated_activation(Activation::Silu, gate, up)
 }
 
 fn ones_like(v: &Value) -> Tensor {

@@ -130,7 +130,16 @@ pub(super) const ALL: &[Operation] = &[
         prepare: prepare::turn,
         ..COMMON
     },
-    Operation { op: "swiglu", name: "swiglu", prepare: prepare::gate, ..COMMON },
+    Operation {
+        op: "rms_norm_rope",
+        name: "rms_norm_rope",
+        sizes: &[size(5, 6), size(4, 64)],
+        timed: size(2048, 64),
+        prepare: prepare::norm_and_turn,
+        ..COMMON
+    },
+    Operation { op: "gated_activation", name: "swiglu", prepare: prepare::gate, ..COMMON },
+    Operation { op: "gated_activation", name: "geglu", prepare: prepare::gelu_gate, ..COMMON },
     Operation { op: "embedding", name: "embedding", prepare: prepare::look_up, ..COMMON },
     Operation { op: "linear", name: "linear with LoRA", sizes: FEW, prepare: prepare::low_rank, ..COMMON },
     Operation { op: "linear", name: "linear", sizes: FEW, prepare: prepare::trained_linear, ..COMMON },

@@ -4,9 +4,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::checks::{Prepared, Run, Size};
 use crate::{
-    AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Result, RopeTable, Rows, Sampler, Sampling, Value,
-    Weight, adamw, add_rms_norm, attention, elementwise, embedding, linear_cross_entropy, logits, no_grad, rms_norm,
-    rope, swiglu, write_rows,
+    Activation, AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Result, RopeTable, Rows, Sampler,
+    Sampling, Value, Weight, adamw, add_rms_norm, attention, elementwise, embedding, gated_activation,
+    linear_cross_entropy, logits, no_grad, rms_norm, rms_norm_rope, rope, write_rows,
 };
 
 fn weight(arena: &Arena, name: &str) -> Result<Weight> {
@@ -32,15 +32,32 @@ pub(super) fn add_norm(run: &Run, Size { rows, width }: Size) -> Result<Prepared
 }
 
 pub(super) fn turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let positions: Vec<u32> = (0..rows as u32).map(|t| t % 700).collect();
-    let frequencies: Vec<f32> = (0..width / 2).map(|i| 0.7f32.powi(i as i32)).collect();
-    let table = RopeTable::new(&positions, &frequencies, 1.2);
+    let table = angles(rows, width);
     prepared(run.variables(&[&[rows, 16, width]])?, move |v| Ok(vec![rope(&v[0], &table)?]))
 }
 
+pub(super) fn norm_and_turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let table = angles(rows, width);
+    let leaves = run.variables(&[&[rows, 16, width], &[width]])?;
+    prepared(leaves, move |v| Ok(vec![rms_norm_rope(&v[0], &v[1], 1e-5, &table)?]))
+}
+
+fn angles(tokens: usize, width: usize) -> RopeTable {
+    let positions: Vec<u32> = (0..tokens as u32).map(|t| t % 700).collect();
+    let frequencies: Vec<f32> = (0..width / 2).map(|i| 0.7f32.powi(i as i32)).collect();
+    RopeTable::new(&positions, &frequencies, 1.2)
+}
+
 pub(super) fn gate(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let leaves = run.variables(&[&[rows, width], &[rows, width]])?;
-    prepared(leaves, |v| Ok(vec![swiglu(&v[0], &v[1])?]))
+    gate_of(Activation::Silu, run, &[rows, width])
+}
+
+pub(super) fn gelu_gate(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    gate_of(Activation::GeluTanh, run, &[rows, width])
+}
+
+fn gate_of(activation: Activation, run: &Run, shape: &[usize]) -> Result<Prepared> {
+    prepared(run.variables(&[shape, shape])?, move |v| Ok(vec![gated_activation(activation, &v[0], &v[1])?]))
 }
 
 pub(super) fn look_up(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
