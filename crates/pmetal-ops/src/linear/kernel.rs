@@ -4,7 +4,7 @@
 //! gradients that come in are. Sums are f32, and so are the gradients of parameters.
 
 use candle_core::Tensor;
-use pmetal_cpu::{Arithmetic, Left, Mat, matmul, multiply};
+use pmetal_cpu::{Arithmetic, FewRows, Left, MAX_ROWS, Mat, Right, few_rows, matmul, multiply};
 
 use super::{Adapter, LinearGroup, LinearMember, OP};
 use crate::{
@@ -21,8 +21,61 @@ pub(super) fn forward(group: &LinearGroup, x: &Tensor, noise: Option<u64>) -> Re
     let xv = View::of_tensor(x, OP)?;
     for_dtype!(OP, x.dtype(), T => {
         let x = Input { data: xv.slice::<T>()?, tokens, width };
+        if tokens <= MAX_ROWS {
+            return few_rows_forward(group, &x, noise);
+        }
         let left = x.left();
         group.members.iter().map(|member| member_forward(member, &x, &left, noise)).collect()
+    })
+}
+
+/// [`forward`] where weights stream past a few rows: all members in one go.
+fn few_rows_forward<T: CpuElement>(
+    group: &LinearGroup,
+    x: &Input<T>,
+    noise: Option<u64>,
+) -> Result<Vec<(Tensor, LowRank)>> {
+    let halves = group.members.iter().map(|member| few_rows_half(member, x, noise)).collect::<Result<Vec<_>>>()?;
+    let weights = group.members.iter().map(|member| member.weight.view()).collect::<Result<Vec<_>>>()?;
+    let factors = group.members.iter().map(|member| Ok(member.adapter.as_ref().map(|a| a.b.view()).transpose()?));
+    let factors = factors.collect::<Result<Vec<_>>>()?;
+    let mut results: Vec<_> = group.members.iter().map(|m| room::<T>(x.tokens * m.out_features())).collect();
+    let mut products = Vec::with_capacity(results.len());
+    for (i, (member, c)) in group.members.iter().zip(&mut results).enumerate() {
+        let out = member.out_features();
+        let low_rank = match (&halves[i], &factors[i]) {
+            (Some(u), Some(b)) => Some((u.as_slice(), b.right(out, member.rank(), true)?)),
+            _ => None,
+        };
+        products.push(FewRows { c, c_row_stride: out, right: weights[i].right(out, x.width, true)?, low_rank });
+    }
+    few_rows(x.mat(), &mut products, 1.0, 0.0);
+    let finish = |((member, mut y), half): ((&LinearMember, Vec<T>), LowRank)| {
+        let out = member.out_features();
+        add_bias(member, &mut y)?;
+        Ok((tensor(y, (x.tokens, out))?, half))
+    };
+    group.members.iter().zip(results).zip(halves).map(finish).collect()
+}
+
+fn few_rows_half<T: CpuElement>(member: &LinearMember, x: &Input<T>, noise: Option<u64>) -> Result<LowRank> {
+    let Some(adapter) = &member.adapter else { return Ok(None) };
+    let dropped = dropped(adapter, x.data, noise);
+    let seen = Mat::new(dropped.as_deref().unwrap_or(x.data), x.tokens, x.width);
+    let r = member.rank();
+    let mut u = room::<f32>(x.tokens * r);
+    let a = adapter.a.view()?;
+    let product = FewRows { c: &mut u, c_row_stride: r, right: a.right(r, x.width, true)?, low_rank: None };
+    few_rows(seen, &mut [product], adapter.scale, 0.0);
+    Ok(Some(u))
+}
+
+fn add_bias<T: CpuElement>(member: &LinearMember, y: &mut [T]) -> Result<()> {
+    let Some(bias) = &member.bias else { return Ok(()) };
+    let view = bias.view()?;
+    for_dtype!(OP, view.dtype(), B => {
+        pmetal_cpu::bias_add(y, view.slice::<B>()?, member.out_features());
+        Ok(())
     })
 }
 
@@ -66,13 +119,7 @@ fn member_forward<T: CpuElement>(
             low_rank = Some(u);
         }
     }
-    if let Some(bias) = &member.bias {
-        let view = bias.view()?;
-        for_dtype!(OP, view.dtype(), B => {
-            pmetal_cpu::bias_add(&mut y, view.slice::<B>()?, out);
-            Ok(())
-        })?;
-    }
+    add_bias(member, &mut y)?;
     Ok((tensor(y, (tokens, out))?, low_rank))
 }
 
@@ -169,7 +216,7 @@ impl<'a> Way<'a> {
             let dropped = dropped(adapter, x.data, noise);
             let seen = Mat::new(dropped.as_deref().unwrap_or(x.data), tokens, x.width);
             let left = Left::new(du_mat.t(), arithmetic);
-            param.accumulate_grad(|g| multiply(g, x.width, &[(&left, pmetal_cpu::Right::plain(seen))], 1.0, 1.0))?;
+            param.accumulate_grad(|g| multiply(g, x.width, &[(&left, Right::plain(seen))], 1.0, 1.0))?;
         }
         let du = Left::new(du_mat, arithmetic);
         Ok(Self { member, dy, du: Some((adapter, du)) })
@@ -182,7 +229,7 @@ fn gradient_of_b<T: CpuElement>(param: &Param, u: Mat<f32>, dy: Mat<T>) -> Resul
     let (r, out) = (u.cols(), dy.cols());
     let mut turned = room::<f32>(r * out);
     let left = Left::new(u.t(), Arithmetic::of::<T>());
-    multiply(&mut turned, out, &[(&left, pmetal_cpu::Right::plain(dy))], 1.0, 0.0);
+    multiply(&mut turned, out, &[(&left, Right::plain(dy))], 1.0, 0.0);
     param.accumulate_grad(|g| {
         for (i, row) in turned.chunks_exact(out).enumerate() {
             g.iter_mut().skip(i).step_by(r).zip(row).for_each(|(g, x)| *g += x);
