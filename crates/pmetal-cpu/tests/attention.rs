@@ -100,6 +100,15 @@ fn more_queries_than_a_task_takes() {
 }
 
 #[test]
+fn single_queries_over_keys_of_several_chunks() {
+    let segments = [segment(0, 1, 3, 700), segment(1, 1, 703, 1), segment(2, 3, 704, 50), segment(5, 1, 760, 333)];
+    check::<f32>(4, 2, 24, &segments, 6, 1100);
+    check::<f32>(3, 1, 7, &segments, 6, 1100);
+    check::<bf16>(9, 3, 64, &segments, 6, 1100);
+    check::<f16>(8, 8, 128, &segments, 6, 1100);
+}
+
+#[test]
 fn large_scores_do_not_overflow() {
     let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 4, scale: 1.0 };
     let q: Vec<f32> = numbers::<f32>(160, 1).iter().map(|x| x * 60.0).collect();

@@ -1,28 +1,48 @@
 //! The head alone: `logits = hidden Wᵀ`, in f32 whatever the activations are.
 
 use candle_core::{DType, Tensor};
+use pmetal_cpu::{Arithmetic, FewRows, Left, MAX_ROWS, Mat, few_rows, multiply};
 use pmetal_metal::empty;
 
 use crate::{
-    LinearGroup, LinearMember, Result, Value, Weight,
+    Result, Weight,
+    kernel::{View, for_dtype, room, tensor},
     linear::product,
-    no_grad,
     place::{Place, place},
 };
 
+const OP: &str = "logits";
+
 /// The logits of `hidden [n, hidden_size]` under `weight [vocab, hidden_size]`: `[n, vocab]` f32. No gradient is recorded.
 pub fn logits(hidden: &Tensor, weight: &Weight) -> Result<Tensor> {
-    if let Place::Gpu(gpu) = place(hidden, "logits")? {
-        let (hidden, weight) = (hidden.contiguous()?, weight.tensor_in(hidden.dtype())?);
-        let logits = empty((hidden.dim(0)?, weight.dim(0)?), DType::F32, hidden.device())?;
-        product(&*gpu, &hidden, &weight, true, &logits, 1.0, 0.0)?;
-        return Ok(logits);
+    match place(hidden, OP)? {
+        Place::Cpu => on_cpu(&hidden.contiguous()?, weight),
+        Place::Gpu(gpu) => {
+            let (hidden, weight) = (hidden.contiguous()?, weight.tensor_in(hidden.dtype())?);
+            let logits = empty((hidden.dim(0)?, weight.dim(0)?), DType::F32, hidden.device())?;
+            product(&*gpu, &hidden, &weight, true, &logits, 1.0, 0.0)?;
+            Ok(logits)
+        }
+        Place::Reference => Ok(hidden.to_dtype(DType::F32)?.matmul(&weight.tensor_in(DType::F32)?.t()?)?),
     }
-    // a product's result has its input's dtype
-    let hidden = Value::constant(hidden.to_dtype(DType::F32)?);
-    let head = LinearMember { weight: weight.clone(), bias: None, adapter: None };
-    let logits = no_grad(|| LinearGroup { members: vec![head] }.forward(&hidden, None))?;
-    Ok(crate::autograd::one(logits).tensor().clone())
+}
+
+/// The hidden states are multiplied in their own dtype: the sums are f32 and stay it.
+fn on_cpu(hidden: &Tensor, weight: &Weight) -> Result<Tensor> {
+    let ((rows, width), vocab) = (hidden.dims2()?, weight.shape().dims2()?.0);
+    let (view, weight) = (View::of_tensor(hidden, OP)?, weight.view()?);
+    let right = weight.right(vocab, width, true)?;
+    let mut logits = room::<f32>(rows * vocab);
+    for_dtype!(OP, hidden.dtype(), T => {
+        let x = Mat::new(view.slice::<T>()?, rows, width);
+        if rows <= MAX_ROWS {
+            few_rows(x, &mut [FewRows { c: &mut logits, c_row_stride: vocab, right, low_rank: None }], 1.0, 0.0);
+        } else {
+            multiply(&mut logits, vocab, &[(&Left::new(x, Arithmetic::of::<T>()), right)], 1.0, 0.0);
+        }
+        Ok(())
+    })?;
+    tensor(logits, (rows, vocab))
 }
 
 #[cfg(test)]
@@ -32,12 +52,16 @@ mod tests {
 
     #[test]
     fn logits_of_bf16_states_are_f32() {
-        let (hidden, head) = (random(&[3, 10], 1), random(&[17, 10], 2));
-        let [hidden, head] = [hidden, head].map(|t| t.to_dtype(DType::BF16).unwrap());
-        let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
-        let want = wide(&hidden).matmul(&wide(&head).t().unwrap()).unwrap();
-        let got = logits(&hidden, &Weight::Frozen(head)).unwrap();
-        assert_eq!(got.dtype(), DType::F32);
-        assert_close(&want, &got, 1e-6, "logits");
+        for (rows, width) in [(1, 10), (3, 11), (20, 10)] {
+            let (hidden, head) = (random(&[rows, width], 1), random(&[17, width], 2));
+            let [hidden, head] = [hidden, head].map(|t| t.to_dtype(DType::BF16).unwrap());
+            let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+            let want = wide(&hidden).matmul(&wide(&head).t().unwrap()).unwrap();
+            for head in [Weight::Frozen(head.clone()), Weight::Frozen(head).packed().unwrap()] {
+                let got = logits(&hidden, &head).unwrap();
+                assert_eq!(got.dtype(), DType::F32);
+                assert_close(&want, &got, 1e-6, "logits");
+            }
+        }
     }
 }
