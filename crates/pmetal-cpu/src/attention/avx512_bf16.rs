@@ -4,13 +4,14 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::operands::HeadRows;
+use super::operands::{Cut, HeadRows, room_for};
 use super::tiles::{Gradients, KEYS, Lanes, PANELS, Running, Tiles};
 use crate::Element;
 use crate::elementwise::convert_slice;
 use crate::gemm::{Arithmetic, Mat, PANEL, Right, bf16_panels, transposed};
 use crate::gemm_pack::Part;
 use crate::level::Level;
+use crate::scratch::with_scratch;
 
 /// Rows of a tile: with two vectors a row, enough sums to hide the latency of a product.
 const ROWS: usize = 8;
@@ -53,7 +54,10 @@ impl Tiles for Dots {
 
     /// `[head_dim / 16][padded / 2][16][2 tokens]`.
     fn pack_tokens<T: Element>(rows: HeadRows<T>, padded: usize, packed: &mut [bf16]) {
-        let right = Mat::strided(rows.data, rows.tokens, rows.head_dim, rows.stride);
+        if rows.tokens < padded {
+            return with_zeros(rows, padded, |rows| Self::pack_tokens(rows, padded, packed));
+        }
+        let right = Mat::strided(rows.data, padded, rows.head_dim, rows.stride);
         bf16_panels(&Right::plain(right), Part { lane: 0, lanes: rows.head_dim, depth: 0, depths: padded }, packed);
     }
 
@@ -61,14 +65,10 @@ impl Tiles for Dots {
     fn pack_queries<T: Element>(rows: HeadRows<T>, packed: &mut [bf16]) {
         // Lanes without a query count in sums over the queries, with a probability of zero: they must not be NaN.
         if rows.tokens < LANES {
-            packed.fill(bf16::ZERO);
+            return with_zeros(rows, LANES, |rows| Self::pack_queries(rows, packed));
         }
-        let right = Mat::strided(rows.data, rows.tokens, rows.head_dim, rows.stride).t();
-        bf16_panels(
-            &Right::plain(right),
-            Part { lane: 0, lanes: rows.tokens, depth: 0, depths: rows.head_dim },
-            packed,
-        );
+        let right = Mat::strided(rows.data, LANES, rows.head_dim, rows.stride).t();
+        bf16_panels(&Right::plain(right), Part { lane: 0, lanes: LANES, depth: 0, depths: rows.head_dim }, packed);
     }
 
     /// `[head_dim / 16][PANELS * 32 / 2][16][2 queries]`.
@@ -130,6 +130,16 @@ impl Tiles for Dots {
         // SAFETY: the level says that the machine has the instructions; the slices hold what is read and written.
         unsafe { turn(result, factor, head_dim, rows) }
     }
+}
+
+/// Calls `pack` with a copy of the rows that zeros make up to `tokens` of them, because whole panels are packed by vectors.
+fn with_zeros<T: Element>(rows: HeadRows<T>, tokens: usize, pack: impl FnOnce(HeadRows<bf16>)) {
+    let head_dim = rows.head_dim;
+    with_scratch(room_for::<bf16>(tokens * head_dim), |scratch| {
+        let copy = Cut(scratch).take(tokens * head_dim);
+        Dots::pack_rows(rows, copy);
+        pack(HeadRows { data: copy, stride: head_dim, head_dim, tokens });
+    });
 }
 
 /// The sums of a tile: [`ROWS`] rows by two vectors.
@@ -270,7 +280,7 @@ unsafe fn query_products(tiles: &[bf16], columns: &[bf16], counts: &[usize; PANE
 #[inline]
 fn exp2(x: __m512) -> __m512 {
     const COEFFICIENTS: [f32; 6] =
-        [0.001_877_576_7, 0.008_989_34, 0.055_826_318, 0.240_153_62, 0.693_153_07, 0.999_999_93];
+        [0.001_877_576_7, 0.008_989_34, 0.055_826_318, 0.240_153_62, 0.693_153_1, 0.999_999_94];
     // A fraction of minus infinity is no number.
     let x = _mm512_max_ps(x, _mm512_set1_ps(-200.0));
     let fraction = _mm512_reduce_ps::<0x09>(x);

@@ -4,15 +4,18 @@
 //! after the other; in every round each piece of either kind takes part once, so that pieces work side by side and their
 //! gradients are still summed in an order that depends on the shapes alone.
 
+mod sweep;
+
+use self::sweep::{Keys, Sweep};
 use super::operands::{Cut, HeadRows, room_for};
-use super::tiles::{Gradients, KEYS, Lanes, MAX_LANES, PANELS, Tiles, mask};
+use super::tiles::{KEYS, MAX_LANES, PANELS, Tiles};
 use super::wide::Wide;
 use super::{AttentionShape, Segment};
 use crate::Element;
 use crate::elementwise::convert_slice;
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
-use crate::simd::{fold2, for_each_task, simd_fn};
+use crate::simd::for_each_task;
 
 /// The gradients of `q`, `k` and `v` from that of the result, `dout`, and what the forward gave, `out` and `lse`.
 ///
@@ -186,12 +189,14 @@ impl<T: Element> Head<'_, T> {
         self.inputs.shape.group() * self.piece.div_ceil(PANELS * K::lanes()) * self.block_room::<K>()
     }
 
+    #[allow(clippy::mut_from_ref)]
     fn key_sums<'b, K: Tiles>(&self, sums: &'b Shared<f32>, piece: usize) -> &'b mut [f32] {
         let room = self.key_room::<K>();
         // SAFETY: a piece of keys takes part in one task at a time.
         unsafe { sums.part(self.sums + piece * room, room) }
     }
 
+    #[allow(clippy::mut_from_ref)]
     fn query_sums<'b, K: Tiles>(&self, sums: &'b Shared<f32>, piece: usize) -> &'b mut [f32] {
         let room = self.query_room::<K>();
         // SAFETY: a piece of queries takes part in one task at a time.
@@ -311,110 +316,5 @@ impl<T: Element> Meeting<'_, T> {
                 head.store_keys::<K>(self.keys, key_sums);
             }
         });
-    }
-}
-
-/// A piece of keys and values, packed.
-struct Keys<'a, K: Tiles> {
-    first: usize,
-    count: usize,
-    padded: usize,
-    key_rows: &'a [K::Packed],
-    value_rows: &'a [K::Packed],
-    key_tokens: &'a [K::Packed],
-}
-
-/// Takes blocks of queries through a piece of keys.
-struct Sweep<'a, K: Tiles> {
-    segment: &'a Segment,
-    d: usize,
-    width: usize,
-    scale: f32,
-    keys: Keys<'a, K>,
-    /// The block, packed: `[PANELS]` of [`Tiles::pack_queries`].
-    q: &'a mut [K::Packed],
-    dout: &'a mut [K::Packed],
-    /// As [`Tiles::pack_columns`] makes them.
-    q_columns: &'a mut [K::Packed],
-    dout_columns: &'a mut [K::Packed],
-    /// `[keys][width]`.
-    dk: &'a mut [f32],
-    dv: &'a mut [f32],
-    /// `[KEYS][lanes]`, of one panel.
-    scores: &'a mut [f32],
-    dp: &'a mut [f32],
-    /// `[PANELS][KEYS][lanes]`.
-    p: &'a mut [K::Packed],
-    ds: &'a mut [K::Packed],
-    /// `ds` of one panel for [`Tiles::key_products`].
-    turned: &'a mut [K::Packed],
-    /// A statistic per query: the logarithm of the sum of exponentials, and the product of gradient and result.
-    lse: [Lanes; PANELS],
-    delta: [Lanes; PANELS],
-}
-
-impl<K: Tiles> Sweep<'_, K> {
-    /// Packs a block of queries and their gradients.
-    fn load<T: Element>(&mut self, head: &Head<T>, block: Block) {
-        let (inputs, lanes) = (head.inputs, K::lanes());
-        let rows = |x| head.query_rows(x, block);
-        let (q, dout, out) = (rows(inputs.q), rows(inputs.dout), rows(inputs.out));
-        for (rows, packed) in [(q, &mut *self.q), (dout, &mut *self.dout)] {
-            for (p, panel) in packed.chunks_exact_mut(self.d * lanes).enumerate().take(block.count.div_ceil(lanes)) {
-                K::pack_queries(rows.part(p * lanes, lanes), panel);
-            }
-        }
-        K::pack_columns(q, self.q_columns);
-        K::pack_columns(dout, self.dout_columns);
-        for i in 0..PANELS * lanes {
-            let (lse, delta) = if i < block.count {
-                let query = self.segment.q_start + block.first + i;
-                (inputs.lse[query * inputs.shape.heads + block.head], dot(dout.row(i), out.row(i)))
-            } else {
-                // no query: its probabilities are zero
-                (f32::INFINITY, 0.0)
-            };
-            self.lse[i / lanes][i % lanes] = lse;
-            self.delta[i / lanes][i % lanes] = delta;
-        }
-    }
-
-    /// Adds a block's part of the gradients; `dq` is `[PANELS][head_dim][lanes]`.
-    fn run(&mut self, block: Block, dq: &mut [f32]) {
-        let (lanes, width, first) = (K::lanes(), self.width, self.keys.first);
-        let visible = |query| self.segment.visible(query).saturating_sub(first).min(self.keys.count);
-        let ends: [usize; PANELS] = std::array::from_fn(|p| {
-            let end = block.count.min((p + 1) * lanes);
-            if end > p * lanes { visible(block.first + end - 1) } else { 0 }
-        });
-        for key in (0..visible(block.first + block.count - 1)).step_by(KEYS) {
-            let counts = ends.map(|end| end.saturating_sub(key).min(KEYS));
-            for (p, dq) in dq.chunks_exact_mut(dq.len() / PANELS).enumerate().filter(|&(p, _)| counts[p] > 0) {
-                self.score_gradients(block.first + p * lanes, p, key, counts[p], dq);
-            }
-            K::query_products(self.p, self.dout_columns, &counts, width, &mut self.dv[key * width..]);
-            K::query_products(self.ds, self.q_columns, &counts, width, &mut self.dk[key * width..]);
-        }
-    }
-
-    /// Computes the tiles `p` and `ds` of one panel, whose first query is `first`, and adds the panel's part of `dq`.
-    fn score_gradients(&mut self, first: usize, panel: usize, key: usize, count: usize, dq: &mut [f32]) {
-        let (lanes, d, pitch) = (K::lanes(), self.d, K::pitch(self.d));
-        let used = count.next_multiple_of(K::rows()) * lanes;
-        let (scores, dp) = (&mut self.scores[..used], &mut self.dp[..used]);
-        let queries = panel * d * lanes..(panel + 1) * d * lanes;
-        K::head_products(&self.keys.key_rows[key * pitch..], d, count, &self.q[queries.clone()], scores);
-        K::head_products(&self.keys.value_rows[key * pitch..], d, count, &self.dout[queries], dp);
-        mask(self.segment, first, lanes, self.keys.first + key, scores);
-        let tile = Gradients { scores, dp, lse: &self.lse[panel], delta: &self.delta[panel], scale: self.scale };
-        let at = panel * KEYS * lanes..panel * KEYS * lanes + used;
-        let ds = K::gradients(&tile, &mut self.p[at.clone()], &mut self.ds[at], self.turned);
-        K::key_products(self.keys.key_tokens, self.keys.padded, key, count, ds, &[1.0; MAX_LANES], dq);
-    }
-}
-
-simd_fn! {
-    fn dot['a; T](x: &'a [T], y: &'a [T]) -> f32 {
-        fold2(x, y, |sum, x, y| x.mul_add(y, sum))
     }
 }
