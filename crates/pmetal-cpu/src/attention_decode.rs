@@ -203,25 +203,33 @@ fn widen<T: Element>(rows: &[T], stride: usize, d: usize, count: usize, pitch: u
 #[inline(always)]
 fn dots<S: Simd>(simd: S, query: &[f32], wide: &[f32], pitch: usize) -> [f32; TOGETHER] {
     let (query, _) = S::as_simd_f32s(query);
-    let rows = vectors::<S>(wide, pitch, query.len());
+    let rows = rows_of::<S>(wide, pitch, query.len());
     let mut sums = [simd.splat_f32s(0.0); TOGETHER];
     for (i, &q) in query.iter().enumerate() {
         for (sum, row) in sums.iter_mut().zip(rows) {
             *sum = simd.mul_add_e_f32s(q, row[i], *sum);
         }
     }
-    sums.map(|sum| simd.reduce_sum_f32s(sum))
+    // no `map`: its closure would not be compiled for the instruction set
+    let mut dots = [0.0; TOGETHER];
+    for (dot, sum) in dots.iter_mut().zip(sums) {
+        *dot = simd.reduce_sum_f32s(sum);
+    }
+    dots
 }
 
 /// `sum += factors * rows`.
 #[inline(always)]
 fn add_scaled<S: Simd>(simd: S, factors: &[f32; TOGETHER], wide: &[f32], pitch: usize, sum: &mut [f32]) {
     let (sum, _) = S::as_mut_simd_f32s(sum);
-    let rows = vectors::<S>(wide, pitch, sum.len());
-    let factors = factors.map(|factor| simd.splat_f32s(factor));
+    let rows = rows_of::<S>(wide, pitch, sum.len());
+    let mut vectors = [simd.splat_f32s(0.0); TOGETHER];
+    for (vector, &factor) in vectors.iter_mut().zip(factors) {
+        *vector = simd.splat_f32s(factor);
+    }
     for (i, sum) in sum.iter_mut().enumerate() {
         let mut total = *sum;
-        for (factor, row) in factors.into_iter().zip(rows) {
+        for (factor, row) in vectors.into_iter().zip(rows) {
             total = simd.mul_add_e_f32s(factor, row[i], total);
         }
         *sum = total;
@@ -230,7 +238,7 @@ fn add_scaled<S: Simd>(simd: S, factors: &[f32; TOGETHER], wide: &[f32], pitch: 
 
 /// The widened rows, `len` vectors each.
 #[inline(always)]
-fn vectors<S: Simd>(wide: &[f32], pitch: usize, len: usize) -> [&[S::f32s]; TOGETHER] {
+fn rows_of<S: Simd>(wide: &[f32], pitch: usize, len: usize) -> [&[S::f32s]; TOGETHER] {
     std::array::from_fn(|i| &S::as_simd_f32s(&wide[i * pitch..][..pitch]).0[..len])
 }
 
