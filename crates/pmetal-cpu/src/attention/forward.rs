@@ -5,7 +5,7 @@ use super::tiles::{KEYS, Lanes, MAX_LANES, Running, Tiles, mask};
 use super::wide::Wide;
 use super::{AttentionShape, Segment};
 use crate::Element;
-use crate::attention_decode::decode;
+use crate::attention_decode::Decode;
 use crate::elementwise::convert_slice;
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
@@ -33,8 +33,10 @@ pub fn attention_forward<T: Element>(
     shape.check("attention_forward", segments, q.len(), lse.len(), k.len(), v.len());
     assert_eq!(q.len(), out.len(), "attention_forward: out");
     let (out, lse) = (Shared::new(out), Shared::new(lse));
+    let (single, several): (Vec<Segment>, Vec<Segment>) = segments.iter().partition(|segment| segment.q_len == 1);
+    Decode { q, k, v, segments: &single, shape }.run(&out, &lse);
     let mut tasks = Vec::new();
-    for segment in segments {
+    for segment in &several {
         for kv_head in 0..shape.kv_heads {
             // The last queries have the most keys: they start first.
             for first in (0..segment.q_len).step_by(TASK_QUERIES).rev() {
@@ -62,9 +64,6 @@ pub(crate) struct Forward<'a, T> {
 
 impl<T: Element> Forward<'_, T> {
     fn run(&self) {
-        if self.count == 1 {
-            return decode(self);
-        }
         #[cfg(target_arch = "x86_64")]
         if super::avx512_bf16::serves::<T>(self.shape.head_dim) {
             return self.by_tiles::<super::avx512_bf16::Dots>();

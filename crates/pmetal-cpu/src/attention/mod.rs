@@ -13,7 +13,6 @@ mod tiles;
 mod wide;
 
 pub use backward::attention_backward;
-pub(crate) use forward::Forward;
 pub use forward::attention_forward;
 
 /// One row of the batch. Causal and aligned at the end: query `i` of the row sees keys `0..=kv_len - q_len + i`.
