@@ -7,6 +7,7 @@ use super::{Found, OP, Task};
 use crate::{
     Result,
     kernel::{CpuElement, View, for_dtype, room, tensor},
+    profile,
 };
 
 /// Bytes of logits that exist at a time, roughly.
@@ -53,11 +54,13 @@ impl<T: CpuElement> Blocks<'_, T> {
             let arithmetic = Arithmetic::of::<T>();
             let rows = Left::new(Mat::new(&*hidden, n, self.width), arithmetic);
             multiply(logits, self.vocab, &[(&rows, self.weight.right(self.vocab, self.width, true)?)], 1.0, 0.0);
+            let span = profile::span("cross_entropy");
             if self.task.needs_gradient() {
                 cross_entropy_rows(logits, self.vocab, &labels, scale, losses);
             } else {
                 cross_entropy_losses(logits, self.vocab, &labels, losses);
             }
+            drop(span);
             if let Some(dhidden) = &mut dhidden {
                 let gradient = &mut gradient[..n * self.width];
                 let rows = Left::new(Mat::new(&*logits, n, self.vocab), arithmetic);
