@@ -103,6 +103,15 @@ fn more_queries_than_a_task_takes() {
 }
 
 #[test]
+fn single_queries_over_keys_of_several_chunks() {
+    let segments = [segment(0, 1, 3, 700), segment(1, 1, 703, 1), segment(2, 3, 704, 50), segment(5, 1, 760, 333)];
+    check::<f32>(4, 2, 24, &segments, 6, 1100);
+    check::<f32>(3, 1, 7, &segments, 6, 1100);
+    check::<bf16>(9, 3, 64, &segments, 6, 1100);
+    check::<f16>(8, 8, 128, &segments, 6, 1100);
+}
+
+#[test]
 fn halves_of_every_length_around_a_tile() {
     for len in [1, 2, 15, 16, 17, 31, 33, 40, 127, 129, 250] {
         check::<bf16>(2, 1, 32, &[segment(0, len, 0, len)], len, len);
