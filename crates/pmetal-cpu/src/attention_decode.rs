@@ -11,7 +11,8 @@ use crate::elementwise::convert_slice;
 use crate::math::exp;
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
-use crate::simd::{arch, fold2, for_each_task, simd_fn};
+use crate::simd::{arch, fold2, simd_fn};
+use crate::tasks::for_each_task;
 
 /// Bytes of the keys of a chunk.
 const CHUNK_BYTES: usize = 1 << 15;

@@ -31,6 +31,7 @@ mod rope;
 mod scratch;
 mod shared;
 mod simd;
+mod tasks;
 mod vector;
 
 pub use activation::{geglu_backward, geglu_forward, swiglu_backward, swiglu_forward};
@@ -49,4 +50,4 @@ pub use optimizer::{AdamW, Factors, adamw, sum_of_squares};
 pub use random::{mix, normal, uniform};
 pub use room::room;
 pub use rope::{rope, rope_into};
-pub use simd::threads;
+pub use tasks::{keep_awake, threads};

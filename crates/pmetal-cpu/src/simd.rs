@@ -18,11 +18,6 @@ pub(crate) fn arch() -> Arch {
     *ARCH.get_or_init(|| Level::current().arch())
 }
 
-/// How many threads kernels run on.
-pub fn threads() -> usize {
-    rayon::current_num_threads()
-}
-
 /// Defines a function over slices that runs in the widest instruction set of the machine.
 ///
 /// `fn name['a; T, U](arguments) -> result { body }`: lifetimes, then type parameters, each an `Element`. The body must
@@ -54,15 +49,6 @@ pub(crate) const CHUNK: usize = 1 << 14;
 /// Rows of `width` elements that make up one task.
 pub(crate) fn rows_per_task(width: usize) -> usize {
     (CHUNK / width.max(1)).max(1)
-}
-
-/// Runs `task(i)` for every `i` below `count`, on rayon's threads unless there is only one.
-pub(crate) fn for_each_task(count: usize, task: impl Fn(usize) + Send + Sync) {
-    match count {
-        0 => {}
-        1 => task(0),
-        _ => (0..count).into_par_iter().for_each(&task),
-    }
 }
 
 /// Accumulators that a reduction runs side by side, so that it fills the vector unit and hides its latency.

@@ -9,7 +9,7 @@ use crate::attention_decode::Decode;
 use crate::elementwise::convert_slice;
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
-use crate::simd::for_each_task;
+use crate::tasks::for_each_task;
 
 /// Queries that share one packing of the keys and values; more than this are split into tasks.
 const TASK_QUERIES: usize = 512;

@@ -10,7 +10,8 @@ use crate::gemm::left::{Left, Rows};
 use crate::gemm::right::Right;
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
-use crate::simd::{for_each_task, simd_fn};
+use crate::simd::simd_fn;
+use crate::tasks::for_each_task;
 
 /// The longest slice of a sum: two panels of it stay in the first-level cache.
 pub(crate) const DEPTH: usize = 576;

@@ -14,7 +14,8 @@ use crate::gemm::{Arithmetic, Mat, Matrix, PANEL, Right};
 use crate::level::Level;
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
-use crate::simd::{for_each_task, simd_fn};
+use crate::simd::simd_fn;
+use crate::tasks::for_each_task;
 
 /// The most rows that go this way.
 pub const MAX_ROWS: usize = 8;

@@ -15,7 +15,7 @@ use crate::Element;
 use crate::elementwise::convert_slice;
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
-use crate::simd::for_each_task;
+use crate::tasks::for_each_task;
 
 /// The gradients of `q`, `k` and `v` from that of the result, `dout`, and what the forward gave, `out` and `lse`.
 ///
