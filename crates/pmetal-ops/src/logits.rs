@@ -9,12 +9,15 @@ use crate::{
     kernel::{View, for_dtype, room, tensor},
     linear::product,
     place::{Place, place},
+    profile,
 };
 
 const OP: &str = "logits";
 
 /// The logits of `hidden [n, hidden_size]` under `weight [vocab, hidden_size]`: `[n, vocab]` f32. No gradient is recorded.
 pub fn logits(hidden: &Tensor, weight: &Weight) -> Result<Tensor> {
+    let _span = profile::span(OP);
+    profile::work(|| 2.0 * (hidden.elem_count() * weight.shape().dims().first().copied().unwrap_or(0)) as f64);
     match place(hidden, OP)? {
         Place::Cpu => on_cpu(&hidden.contiguous()?, weight),
         Place::Gpu(gpu) => {

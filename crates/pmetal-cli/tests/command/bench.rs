@@ -57,7 +57,7 @@ fn a_profile_accounts_for_all_of_the_time() {
     let ran = succeed(["bench", "generate", "--device", "cpu", "--model", &model("llama")].into_iter().chain(sizes));
     let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     for part in ["prefill", "decode"] {
-        accounted(&report["profile"][part], &["attention", "embedding", "sample", "write_rows"]);
+        accounted(&report["profile"][part], &["attention", "embedding", "logits", "sample", "write_rows"]);
     }
     says(&ran.stderr, &["OPERATIONS OF THE PROMPT", "OPERATIONS OF A TOKEN"]);
 }
