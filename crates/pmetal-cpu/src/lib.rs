@@ -50,4 +50,4 @@ pub use optimizer::{AdamW, Factors, adamw, sum_of_squares};
 pub use random::{mix, normal, uniform};
 pub use room::room;
 pub use rope::{rope, rope_into};
-pub use tasks::{keep_awake, threads};
+pub use tasks::threads;

@@ -1,8 +1,6 @@
 //! Work shared out to rayon's threads.
 
-use std::hint::spin_loop;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How many threads kernels run on.
 pub fn threads() -> usize {
@@ -35,52 +33,6 @@ fn on_threads(count: usize, work: &(impl Fn() + Sync)) {
     rayon::join(|| on_threads(count - count / 2, work), || on_threads(count / 2, work));
 }
 
-/// How long [`keep_awake`] waits for the other threads to come.
-const PATIENCE: Duration = Duration::from_micros(200);
-
-/// Runs `f` while the other threads of the pool look for its work without ever going to sleep: waking them takes longer than the tasks
-/// of a single token. For stretches of milliseconds, because idle threads keep their cores busy.
-pub fn keep_awake<R>(f: impl FnOnce() -> R) -> R {
-    let others = threads() - 1;
-    if others == 0 || rayon::current_thread_index().is_none() {
-        return f();
-    }
-    let (done, come) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let wait = || {
-        come.fetch_add(1, Ordering::Relaxed);
-        while !done.load(Ordering::Acquire) {
-            if rayon::yield_now() != Some(rayon::Yield::Executed) {
-                spin_loop();
-            }
-        }
-    };
-    rayon::in_place_scope(|scope| {
-        let _done = Raise(&done);
-        for _ in 0..others {
-            scope.spawn(|_| wait());
-        }
-        // one that nobody has taken must not be taken by this thread while `f` waits for others
-        let started = Instant::now();
-        while come.load(Ordering::Relaxed) < others {
-            if started.elapsed() > PATIENCE {
-                done.store(true, Ordering::Release);
-                break;
-            }
-            spin_loop();
-        }
-        f()
-    })
-}
-
-/// Raises a flag at the end of a scope, also where that is left by a panic.
-struct Raise<'a>(&'a AtomicBool);
-
-impl Drop for Raise<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,23 +42,8 @@ mod tests {
         for threads in [1, 2, 5] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let counts: Vec<AtomicUsize> = (0..100).map(|_| AtomicUsize::new(0)).collect();
-            let run = || for_each_task(counts.len(), |i| _ = counts[i].fetch_add(1, Ordering::Relaxed));
-            pool.install(run);
-            pool.install(|| keep_awake(run));
-            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 2));
+            pool.install(|| for_each_task(counts.len(), |i| _ = counts[i].fetch_add(1, Ordering::Relaxed)));
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
         }
-    }
-
-    #[test]
-    fn threads_that_are_busy_are_not_waited_for() {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
-        let stop = AtomicBool::new(false);
-        pool.scope(|scope| {
-            scope.spawn(|_| while !stop.load(Ordering::Relaxed) {});
-            scope.spawn(|_| {
-                assert_eq!(keep_awake(|| keep_awake(|| 7)), 7);
-                stop.store(true, Ordering::Relaxed);
-            });
-        });
     }
 }

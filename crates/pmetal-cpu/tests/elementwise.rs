@@ -42,10 +42,13 @@ fn rope_turns_half_split_pairs_both_ways() {
     check_rope::<f16>(300, 4, 16);
 }
 
+/// From `dy`, `gate` and `up` to the gradients of the last two.
+type Backward<T> = fn(&[T], &[T], &[T], &mut [T], &mut [T]);
+
 /// A kernel of a gate, and that of its gradients, against the gate's function.
 struct Gate<T> {
     forward: fn(&[T], &[T], &mut [T]),
-    backward: fn(&[T], &[T], &[T], &mut [T], &mut [T]),
+    backward: Backward<T>,
     function: fn(f64) -> f64,
     /// Below this, a slope is what two larger terms leave of each other.
     floor: f64,

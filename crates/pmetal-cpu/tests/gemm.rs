@@ -4,7 +4,7 @@ mod common;
 
 use common::{assert_close, numbers, rounding, same_on_any_threads, wide};
 use half::{bf16, f16};
-use pmetal_cpu::{Element, Mat, matmul};
+use pmetal_cpu::{Arithmetic, Element, Left, Mat, PackedWeight, Right, matmul, multiply};
 
 /// `alpha * A B + beta * C` with `A[i][l] = a[i * a_strides.0 + l * a_strides.1]`, and so on.
 #[allow(clippy::too_many_arguments)]
@@ -115,4 +115,49 @@ fn threads_do_not_matter() {
         matmul(&mut c, n, Mat::new(&a, 1, k), Mat::new(&b, n, k).t(), 1.0, 0.0);
         c
     });
+}
+
+/// A packed weight forward and turned over, with a plain low-rank term in the same sum, for activations of `T`.
+fn check_packed<T: Element>(rows: usize, out: usize, width: usize) {
+    let (x, dy) = (numbers::<T>(rows * width, 1), numbers::<T>(rows * out, 2));
+    let weight = numbers::<bf16>(out * width, 3);
+    let (r, arithmetic) = (6, Arithmetic::of::<T>());
+    // numbers that bf16 holds: rounding operands changes nothing
+    let [u, a, b] = [(rows * r, 4), (r * width, 5), (out * r, 6)]
+        .map(|(len, seed)| numbers::<bf16>(len, seed).iter().map(|x| x.to_f32()).collect::<Vec<f32>>());
+    let packed = PackedWeight::new(&weight, out, width);
+    let half = Left::new(Mat::new(&u, rows, r), arithmetic);
+
+    let (mut y, mut want) = (vec![T::ZERO; rows * out], vec![0.0; rows * out]);
+    let left = Left::new(Mat::new(&x, rows, width), arithmetic);
+    let low_rank = (&half, Right::plain(Mat::new(&b, out, r).t()));
+    multiply(&mut y, out, &[(&left, Right::Transposed(&packed)), low_rank], 0.5, 0.0);
+    let sizes = (rows, out, width);
+    reference(&mut want, out, sizes, &wide(&x), (width, 1), &wide(&weight), (1, width), (0.5, 0.0));
+    reference(&mut want, out, (rows, out, r), &wide(&u), (r, 1), &wide(&b), (1, r), (0.5, 1.0));
+    assert_close("y", &y, &want, rounding::<T>(1e-6), (width as f64).sqrt());
+
+    let (mut dx, mut want) = (vec![T::ZERO; rows * width], vec![0.0; rows * width]);
+    let left = Left::new(Mat::new(&dy, rows, out), arithmetic);
+    let low_rank = (&half, Right::plain(Mat::new(&a, r, width)));
+    multiply(&mut dx, width, &[(&left, Right::Weight(&packed)), low_rank], 1.0, 0.0);
+    let sizes = (rows, width, out);
+    reference(&mut want, width, sizes, &wide(&dy), (out, 1), &wide(&weight), (width, 1), (1.0, 0.0));
+    reference(&mut want, width, (rows, width, r), &wide(&u), (r, 1), &wide(&a), (width, 1), (1.0, 1.0));
+    assert_close("dx", &dx, &want, rounding::<T>(1e-6), (out as f64).sqrt());
+}
+
+#[test]
+fn packed_weights_serve_both_directions() {
+    for (rows, out, width) in [(1, 1, 1), (9, 16, 32), (13, 33, 7), (40, 70, 97), (25, 100, 640), (530, 48, 33)] {
+        check_packed::<bf16>(rows, out, width);
+        check_packed::<f32>(rows, out, width);
+        check_packed::<f16>(rows, out, width);
+    }
+}
+
+#[test]
+fn sums_longer_than_a_slice_of_packed_weights() {
+    check_packed::<bf16>(14, 1200, 1170);
+    check_packed::<f32>(14, 1200, 1170);
 }

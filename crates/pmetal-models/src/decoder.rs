@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use pmetal_ops::{
-    Arena, LinearMember, Policy, RopeTable, Rows, Value, Weight, checkpoint, embedding, keep_awake, no_grad, rms_norm,
+    Arena, LinearMember, Policy, RopeTable, Rows, Value, Weight, checkpoint, embedding, no_grad, rms_norm,
 };
 
 use crate::{
@@ -13,9 +13,6 @@ use crate::{
     names::{EMBEDDING, HEAD, NORM},
     weights::{WeightSource, fetch},
 };
-
-/// Tokens of a pass whose parts are so short that the CPU's threads stay awake between them.
-const FEW_TOKENS: usize = 8;
 
 /// A Llama-like decoder, as its spec says.
 pub(crate) struct Decoder {
@@ -133,8 +130,7 @@ impl CausalLMModel for Decoder {
         };
         let lens = cache.lens_with(input.q_lens)?;
         let pass = self.pass(input, cache.lens(), Rows::cached(input.q_lens, &lens, cache.capacity()));
-        let run = || no_grad(|| self.run(input, &pass, Some((cache, input.q_lens))));
-        let hidden = if self.device.is_cpu() && tokens <= FEW_TOKENS { keep_awake(run) } else { run() }?;
+        let hidden = no_grad(|| self.run(input, &pass, Some((cache, input.q_lens))))?;
         cache.advance(lens);
         Ok(hidden)
     }

@@ -62,8 +62,6 @@ pub use rope::{RopeTable, rope};
 pub use sampler::{Sampler, Sampling};
 pub use weight::{MappedFile, MappedWeight, Weight};
 
-pub use pmetal_cpu::keep_awake;
-
 /// Bytes that live and lived, where the program installs [`pmetal_cpu`]'s allocator.
 pub mod memory {
     pub use pmetal_cpu::{PoolAllocator, live_bytes, peak_bytes, reset_peak};

@@ -15,16 +15,17 @@ use crate::level::Level;
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
 use crate::simd::simd_fn;
-use crate::tasks::for_each_task;
+use crate::tasks::{for_each_task, threads};
 
 /// The most rows that go this way.
 pub const MAX_ROWS: usize = 8;
 /// Rows whose sums a kernel holds in registers.
 const TILE_ROWS: usize = 4;
-/// Bytes of a weight that make up a task: a few microseconds.
-const TASK_BYTES: usize = 1 << 16;
-/// The most columns of a task.
-const TASK_COLUMNS: usize = 256;
+/// Tasks that a thread finds. Columns are summed each by itself, so how many there are in a task does not show in the result: the longer the
+/// stretch of memory that a thread reads, the faster.
+const TASKS_PER_THREAD: usize = 4;
+/// The least and the most bytes of a weight that make up a task.
+const TASK_BYTES: [usize; 2] = [1 << 15, 1 << 20];
 /// Elements of all weights below which threads cost more than they bring.
 const SMALL: usize = 1 << 15;
 
@@ -77,7 +78,10 @@ pub fn few_rows<A: Element, C: Element>(a: Mat<A>, products: &mut [FewRows<C>], 
         });
         let left = Left { rows: a.rows, wide, pairs };
         let weights: usize = products.iter().map(|p| p.right.columns() * a.cols).sum();
-        let targets: Vec<Target<C>> = products.iter_mut().map(|p| Target::new(p, left, alpha, beta)).collect();
+        let [least, most] = TASK_BYTES;
+        let task_bytes = (size_of::<bf16>() * weights / (TASKS_PER_THREAD * threads())).clamp(least, most);
+        let targets = products.iter_mut().map(|p| Target::new(p, left, alpha, beta, task_bytes));
+        let targets: Vec<Target<C>> = targets.collect();
         let tasks = targets.iter().map(|target| target.tasks).sum();
         let run = |task: usize| {
             let mut task = task;
@@ -151,11 +155,11 @@ struct Target<'a, C> {
 }
 
 impl<'a, C: Element> Target<'a, C> {
-    fn new(product: &'a mut FewRows<C>, left: Left<'a>, alpha: f32, beta: f32) -> Self {
+    fn new(product: &'a mut FewRows<C>, left: Left<'a>, alpha: f32, beta: f32, task_bytes: usize) -> Self {
         let (columns, right) = (product.right.columns(), product.right);
         let low_rank = product.low_rank.map(|(u, v)| (Left { wide: u, pairs: None, ..left }, v));
-        let panels = TASK_BYTES / (PANEL * size_of::<bf16>() * right.depth().max(1));
-        let task_columns = (panels * PANEL).clamp(PANEL, TASK_COLUMNS);
+        let panels = task_bytes.div_ceil(PANEL * size_of::<bf16>() * right.depth().max(1));
+        let task_columns = panels * PANEL;
         Self {
             c: Shared::new(product.c),
             c_row_stride: product.c_row_stride,
