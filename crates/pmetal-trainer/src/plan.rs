@@ -16,7 +16,7 @@ use crate::{
 /// Bytes of a trained value: itself, its gradient and AdamW's two moments, all f32.
 const TRAINED_BYTES: u64 = 16;
 /// Bytes of the block of logits that the loss is computed on: of the CPU, of a GPU.
-const LOGITS_BYTES: u64 = 16 << 20;
+const LOGITS_BYTES: u64 = 64 << 20;
 const GPU_LOGITS_BYTES: u64 = 512 << 20;
 /// The share of the machine's memory that others need.
 const RESERVED: f64 = 0.1;
@@ -103,7 +103,9 @@ impl Plan {
             _ => (0, 0),
         };
         let logits = if on_cpu {
-            LOGITS_BYTES.max(8 * 4 * spec.vocab_size as u64)
+            // f32, and once more in the dtype of the products
+            let row = 4 * spec.vocab_size as u64;
+            LOGITS_BYTES.max(8 * row).min(largest * row) * (4 + width) / 4
         } else {
             GPU_LOGITS_BYTES.min(largest * spec.vocab_size as u64 * width)
         };

@@ -39,10 +39,12 @@ impl<T: CpuElement> Blocks<'_, T> {
     /// The counted tokens' losses, and the gradient of `hidden` where it is needed; that of a trained weight goes to its arena.
     fn all(&self) -> Result<(Vec<f32>, Option<Vec<T>>)> {
         let Task { counted, classes, scale, needs_hidden, trained, .. } = *self.task;
-        let rows = (BLOCK_BYTES / (4 * self.vocab)).clamp(8, 1024);
+        let most = (BLOCK_BYTES / (4 * self.vocab)).clamp(8, 1024);
+        // blocks of one size: a short last one would read all weights for little
+        let rows = counted.len().div_ceil(counted.len().div_ceil(most).max(1)).max(1);
         let mut losses = vec![0f32; counted.len()];
         let mut dhidden = needs_hidden.then(|| vec![<T as Element>::ZERO; self.hidden.len()]);
-        let mut logits = vec![0f32; rows.min(counted.len()) * self.vocab];
+        let mut logits = room::<f32>(rows.min(counted.len()) * self.vocab);
         let mut hidden = room::<T>(rows.min(counted.len()) * self.width);
         let mut gradient = if needs_hidden { room::<T>(hidden.len()) } else { Vec::new() };
         for ((block, classes), losses) in counted.chunks(rows).zip(classes.chunks(rows)).zip(losses.chunks_mut(rows)) {
