@@ -141,9 +141,14 @@ fn tables_start_as_the_models_and_are_kept_in_its_dtype() {
         [("llama", "embed_tokens,lm_head", 2), ("llama", "lm_head", 1), ("llama-tied", "embed_tokens", 1)]
     {
         let mut model = open_base(base, DType::BF16);
-        let before = values(&logits(model.as_ref(), &[5, 17, 42]));
+        let before = logits(model.as_ref(), &[5, 17, 42]);
         let arena = attach(model.as_mut(), &modules(list), 1).unwrap();
-        assert_eq!(values(&logits(model.as_ref(), &[5, 17, 42])), before, "{base}, {list}");
+        // a trained head is not packed, and summed in another order
+        let after = logits(model.as_ref(), &[5, 17, 42]);
+        let largest = values(&before).iter().fold(0f32, |max, x| max.max(x.abs()));
+        for (after, before) in values(&after).iter().zip(values(&before)) {
+            assert!((after - before).abs() <= 1e-6 * largest, "{base}, {list}: {after} instead of {before}");
+        }
         let trained: Vec<_> = arena.params().filter(|p| [EMBEDDING, HEAD].contains(&p.name())).collect();
         assert_eq!(trained.len(), tables);
         assert!(trained.iter().all(|p| p.value().dtype() == DType::BF16 && p.master().dtype() == DType::F32));

@@ -1,6 +1,6 @@
 //! Where time goes: calls, wall time and arithmetic of every operation, forward and backward apart.
 //!
-//! Operations open a [`span`] where they begin; the walk back opens one around each recorded operation. A thread that nobody asked to
+//! Operations open a span where they begin; the walk back opens one around each recorded operation. A thread that nobody asked to
 //! watch itself pays for a look at a thread-local variable. On the CPU an operation has been computed when it returns, so that the wall time
 //! of the calling thread is its time; on a GPU it has only been asked for.
 

@@ -16,12 +16,12 @@ fn the_report_is_one_json_object_and_what_failed_before_is_on_again() {
     let space = Space::new();
     let kept = space.path("cache/doctor");
     fs::create_dir_all(&kept).unwrap();
-    // the file is named by the widest instruction set of this machine
-    for level in ["AVX-512", "AVX2", "NEON", "baseline"] {
+    // the file is named by the level of this machine
+    for level in ["portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX", "NEON", "NEON BF16"] {
         let subject = serde_json::json!({
             "device": format!("cpu {level}"), "driver": "", "version": env!("CARGO_PKG_VERSION"), "switched_off": ["rope"],
         });
-        let name = format!("cpu-{}-{}.json", level.to_lowercase(), env!("CARGO_PKG_VERSION"));
+        let name = format!("cpu-{}-{}.json", level.to_lowercase().replace(' ', "-"), env!("CARGO_PKG_VERSION"));
         fs::write(format!("{kept}/{name}"), subject.to_string()).unwrap();
     }
     let config = format!("{}/config.json", model("llama"));

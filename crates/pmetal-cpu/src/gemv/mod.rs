@@ -10,7 +10,6 @@ use half::bf16;
 use crate::Element;
 use crate::elementwise::convert_slice;
 use crate::gemm::{Arithmetic, Mat, Matrix, PANEL, Right};
-#[cfg(target_arch = "x86_64")]
 use crate::level::Level;
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
@@ -110,10 +109,8 @@ fn widen<A: Element>(a: Mat<A>, wide: &mut [f32]) {
 
 /// Whether rows of this dtype meet packed weights as pairs of bf16.
 fn multiplies_pairs<A: Element>() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return Arithmetic::of::<A>() == Arithmetic::Bf16 && matches!(Level::current(), Level::Avx512Bf16 | Level::Amx);
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+    let by_vectors = cfg!(target_arch = "x86_64") && matches!(Level::current(), Level::Avx512Bf16 | Level::Amx);
+    by_vectors && Arithmetic::of::<A>() == Arithmetic::Bf16
 }
 
 impl<C> FewRows<'_, C> {

@@ -11,7 +11,9 @@ mod sweep;
 
 pub(crate) use sweep::{Step, Term, sweep, total};
 
-use crate::{Element, level::Level, simd::arch};
+#[cfg(target_arch = "x86_64")]
+use crate::level::Level;
+use crate::{Element, simd::arch};
 
 /// [`Vector::LANES`] f32 numbers.
 pub(crate) trait Vector: Copy {
