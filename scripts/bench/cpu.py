@@ -94,18 +94,21 @@ def generating(args, results):
     ours = [args.pmetal, "bench", "generate", "--device", "cpu", "--model", args.model]
     ours += ["--prompt-tokens", str(PROMPT), "--tokens", str(NEW), "--runs", "3"]
     peer = [args.llama_bench, "-m", args.model, "-t", str(args.threads), "-p", str(PROMPT), "-n", str(NEW), "-r", "3", "-o", "json"]
+    # its new tokens follow nothing unless told so; ours follow the prompt
+    peer += ["-d", f"0,{PROMPT}"]
 
     def figures(report):
         if isinstance(report, dict):
             return {"prefill": report["prefill_tok_s"], "decode": report["decode_tok_s"]}
-        return {"prefill" if test["n_prompt"] else "decode": test["avg_ts"] for test in report}
+        alike = [test for test in report if test["n_depth"] == (0 if test["n_prompt"] else PROMPT)]
+        return {"prefill" if test["n_prompt"] else "decode": test["avg_ts"] for test in alike}
 
     runs = in_turn(args, f"generate, {PROMPT} + {NEW}", {"llama.cpp": (peer, {}), "pmetal": (ours, {})}, figures)
     results["generate"] = runs
     pairs = {key: [median(runs[who], key) for who in ("pmetal", "llama.cpp")] for key in ("prefill", "decode", "peak_gib")}
     return [
         at_least(f"SmolLM2-135M bf16: prefill {PROMPT}, tok/s against llama.cpp", *pairs["prefill"], PREFILL_BAR),
-        at_least(f"SmolLM2-135M bf16: decode {NEW}, tok/s against llama.cpp", *pairs["decode"], DECODE_BAR),
+        at_least(f"SmolLM2-135M bf16: decode {NEW} behind it, tok/s against llama.cpp", *pairs["decode"], DECODE_BAR),
         at_most("SmolLM2-135M bf16: GiB against llama.cpp", *pairs["peak_gib"], None),
     ]
 
