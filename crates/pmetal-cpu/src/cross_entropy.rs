@@ -2,7 +2,6 @@
 
 use rayon::prelude::*;
 
-use crate::Element;
 use crate::vector::{Body, Step, Term, Vector, run, sweep, total};
 
 /// Replaces every row of logits by its gradient and writes its loss.
@@ -22,35 +21,6 @@ pub fn cross_entropy_rows(logits: &mut [f32], vocab: usize, labels: &[i64], grad
         *loss = found.loss(row[label]);
         run(InPlace { row, max: found.max, factor: grad_scale / found.sum });
         row[label] -= grad_scale;
-    });
-}
-
-/// The gradient of every row in a dtype of its own, and its loss; the logits stay as they are.
-///
-/// `grads` is `[rows, vocab]`; else as in [`cross_entropy_rows`].
-pub fn cross_entropy_gradients<G: Element>(
-    logits: &[f32],
-    vocab: usize,
-    labels: &[i64],
-    grad_scale: f32,
-    losses: &mut [f32],
-    grads: &mut [G],
-) {
-    check("cross_entropy_gradients", logits.len(), vocab, labels, losses.len());
-    assert_eq!(logits.len(), grads.len(), "cross_entropy_gradients: grads");
-    let rows = logits.par_chunks_exact(vocab).zip(grads.par_chunks_exact_mut(vocab));
-    rows.zip(labels).zip(losses).for_each(|(((row, grads), &label), loss)| {
-        let Ok(label) = usize::try_from(label) else {
-            grads.fill(G::ZERO);
-            *loss = 0.0;
-            return;
-        };
-        let found = run(Statistics { row });
-        *loss = found.loss(row[label]);
-        let factor = grad_scale / found.sum;
-        run(Gradient { row, max: found.max, factor, grads });
-        // rounded once, as every other element
-        grads[label] = G::from_f32((row[label] - found.max).exp() * factor - grad_scale);
     });
 }
 
@@ -129,29 +99,7 @@ impl Term for Exponentials<'_> {
     }
 }
 
-struct Gradient<'a, G> {
-    row: &'a [f32],
-    max: f32,
-    factor: f32,
-    grads: &'a mut [G],
-}
-
-impl<G: Element> Body for Gradient<'_, G> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector>(mut self) {
-        sweep::<V>(self.row.len(), &mut self);
-    }
-}
-
-impl<G: Element> Step for Gradient<'_, G> {
-    #[inline(always)]
-    fn step<V: Vector>(&mut self, at: usize) {
-        probability(V::load(&self.row[at..]), self.max, self.factor).store(&mut self.grads[at..]);
-    }
-}
-
+/// Turns logits into `e^(x - max) * factor`.
 struct InPlace<'a> {
     row: &'a mut [f32],
     max: f32,
@@ -170,14 +118,9 @@ impl Body for InPlace<'_> {
 impl Step for InPlace<'_> {
     #[inline(always)]
     fn step<V: Vector>(&mut self, at: usize) {
-        probability(V::load(&self.row[at..]), self.max, self.factor).store(&mut self.row[at..]);
+        let exponential = V::load(&self.row[at..]).sub(V::splat(self.max)).exp();
+        exponential.mul(V::splat(self.factor)).store(&mut self.row[at..]);
     }
-}
-
-/// `e^(x - max) * factor`.
-#[inline(always)]
-fn probability<V: Vector>(x: V, max: f32, factor: f32) -> V {
-    x.sub(V::splat(max)).exp().mul(V::splat(factor))
 }
 
 fn check(name: &str, len: usize, vocab: usize, labels: &[i64], losses: usize) {

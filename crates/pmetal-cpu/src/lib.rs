@@ -37,7 +37,7 @@ mod vector;
 pub use activation::{geglu_backward, geglu_forward, swiglu_backward, swiglu_forward};
 pub use alloc::{PoolAllocator, live_bytes, peak_bytes, reset_peak};
 pub use attention::{AttentionShape, Segment, attention_backward, attention_forward};
-pub use cross_entropy::{cross_entropy_gradients, cross_entropy_losses, cross_entropy_rows};
+pub use cross_entropy::{cross_entropy_losses, cross_entropy_rows};
 pub use element::Element;
 pub use elementwise::{add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout};
 pub use embedding::{gather_rows, scatter_add_rows};

@@ -2,9 +2,8 @@
 
 mod common;
 
-use common::{assert_close, numbers, rounding, same_on_any_threads, wide};
-use half::bf16;
-use pmetal_cpu::{AdamW, adamw, cross_entropy_gradients, cross_entropy_losses, cross_entropy_rows, sum_of_squares};
+use common::{assert_close, numbers, same_on_any_threads, wide};
+use pmetal_cpu::{AdamW, adamw, cross_entropy_losses, cross_entropy_rows, sum_of_squares};
 
 #[test]
 fn cross_entropy_and_its_gradient() {
@@ -29,12 +28,8 @@ fn cross_entropy_and_its_gradient() {
             }));
         }
         assert_close("losses", &losses, &expected_losses, 1e-6, 1.0);
-        assert_close("losses with gradient", &again, &expected_losses, 1e-6, 1.0);
-        assert_close("gradient", &gradient, &expected_gradient, 1e-6, 0.25);
-        let (mut halves, mut again) = (vec![bf16::NAN; rows * vocab], vec![f32::NAN; rows]);
-        cross_entropy_gradients(&logits, vocab, &labels, 0.25, &mut again, &mut halves);
         assert!(again == losses, "one way to a loss");
-        assert_close("bf16 gradient", &halves, &expected_gradient, rounding::<bf16>(0.0), 1e-5);
+        assert_close("gradient", &gradient, &expected_gradient, 1e-6, 0.25);
     }
 }
 
