@@ -16,8 +16,6 @@ mod element;
 mod elementwise;
 mod embedding;
 mod gemm;
-mod gemm_kernel;
-mod gemm_pack;
 mod gemv;
 mod level;
 mod math;

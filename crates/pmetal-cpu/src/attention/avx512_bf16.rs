@@ -8,8 +8,8 @@ use super::operands::{Cut, HeadRows, room_for};
 use super::tiles::{Gradients, KEYS, Lanes, PANELS, Running, Tiles};
 use crate::Element;
 use crate::elementwise::convert_slice;
+use crate::gemm::pack::Part;
 use crate::gemm::{Arithmetic, Mat, PANEL, Right, bf16_panels, transposed};
-use crate::gemm_pack::Part;
 use crate::level::Level;
 use crate::scratch::with_scratch;
 

@@ -3,7 +3,7 @@
 use bytemuck::Pod;
 
 use crate::Element;
-use crate::gemm_pack::Operand;
+use crate::gemm::pack::Operand;
 
 /// One head of some consecutive tokens: token `i` is `data[i * stride..][..head_dim]`.
 #[derive(Clone, Copy)]

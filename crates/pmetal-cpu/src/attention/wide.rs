@@ -6,8 +6,8 @@ use super::operands::HeadRows;
 use super::tiles::{Gradients, KEYS, Lanes, MAX_LANES, PANELS, Running, Tiles};
 use crate::Element;
 use crate::elementwise::convert_slice;
-use crate::gemm_kernel::{column_vectors, multiply_add, product_interleaved, product_rows};
-use crate::gemm_pack::{Part, pack_panels};
+use crate::gemm::pack::{Part, pack_panels};
+use crate::gemm::tile::{column_vectors, multiply_add, product_interleaved, product_rows};
 use crate::math::exp;
 use crate::simd::{arch, simd_fn};
 

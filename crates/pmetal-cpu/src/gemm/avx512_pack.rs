@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::{PANEL, PackedWeight};
-use crate::gemm_pack::Part;
+use crate::gemm::pack::Part;
 
 /// Numbers that are loaded as bf16, 32 at a time.
 pub(super) trait Source: Copy {

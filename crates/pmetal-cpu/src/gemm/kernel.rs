@@ -6,9 +6,9 @@ use pulp::{Simd, WithSimd};
 use crate::Element;
 use crate::gemm::PANEL;
 use crate::gemm::driver::{PITCH, Slice};
+use crate::gemm::pack::Part;
 use crate::gemm::right::{Right, bf16_panels, f32_panels};
-use crate::gemm_kernel::{product_rows, tile, tile_of};
-use crate::gemm_pack::Part;
+use crate::gemm::tile::{product_rows, tile, tile_of};
 use crate::level::Level;
 use crate::simd::arch;
 

@@ -15,8 +15,10 @@ mod kernel;
 mod left;
 #[cfg(target_arch = "aarch64")]
 mod neon_bf16;
+pub(crate) mod pack;
 mod packed;
 mod right;
+pub(crate) mod tile;
 
 pub use driver::multiply;
 pub use kernel::Arithmetic;
@@ -29,7 +31,7 @@ pub(crate) use {avx512_pack::transposed, right::bf16_panels};
 use half::{bf16, f16};
 
 use crate::Element;
-use crate::gemm_pack::Operand;
+use crate::gemm::pack::Operand;
 use crate::gemv::{FewRows, MAX_ROWS, few_rows};
 
 /// Columns of a panel of bf16.

@@ -3,8 +3,8 @@
 use half::bf16;
 
 use crate::Element;
+use crate::gemm::pack::{Part, pack_panels};
 use crate::gemm::{Mat, Matrix, PANEL, PackedWeight};
-use crate::gemm_pack::{Part, pack_panels};
 use crate::simd::simd_fn;
 
 /// A right operand `[depth, columns]`.
