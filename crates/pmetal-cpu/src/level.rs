@@ -72,6 +72,11 @@ impl Level {
         }
     }
 
+    /// Whether AVX-512's instructions for bf16 may be used.
+    pub(crate) fn has_avx512_bf16(self) -> bool {
+        matches!(self, Self::Avx512Bf16 | Self::Amx)
+    }
+
     /// The widest of pulp's instruction sets that this level includes.
     pub(crate) fn arch(self) -> Arch {
         let found = match self {

@@ -20,7 +20,7 @@ const LANES: usize = 2 * PANEL;
 
 /// Whether tensors of `T` are multiplied by these tiles.
 pub(super) fn serves<T: Element>(head_dim: usize) -> bool {
-    let present = matches!(Level::current(), Level::Avx512Bf16 | Level::Amx);
+    let present = Level::current().has_avx512_bf16();
     present && Arithmetic::of::<T>() == Arithmetic::Bf16 && head_dim.is_multiple_of(PANEL)
 }
 

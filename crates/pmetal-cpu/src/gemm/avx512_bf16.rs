@@ -116,7 +116,7 @@ impl Tile {
 
 /// The same bits as pairs of bf16.
 #[inline(always)]
-fn pairs(x: __m512i) -> __m512bh {
+pub(crate) fn pairs(x: __m512i) -> __m512bh {
     // SAFETY: both are 64 bytes without a meaning of their own.
     unsafe { std::mem::transmute(x) }
 }

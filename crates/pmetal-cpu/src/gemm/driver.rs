@@ -7,6 +7,7 @@
 use crate::Element;
 use crate::gemm::kernel::Unit;
 use crate::gemm::left::{Left, Rows};
+use crate::gemm::pack::Part;
 use crate::gemm::right::Right;
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
@@ -113,7 +114,7 @@ impl<C: Element> Job<'_, C> {
         let width = E::panel();
         let panels = columns.div_ceil(width);
         let sums_len = rows * panels * width;
-        let panels_len = (panels * width * DEPTH.next_multiple_of(2) * size_of::<E>()).div_ceil(size_of::<f32>());
+        let panels_len = (panels * width * DEPTH * size_of::<E>()).div_ceil(size_of::<f32>());
         with_scratch(sums_len + panels_len, |scratch| {
             let (sums, buffer) = scratch.split_at_mut(sums_len);
             let buffer: &mut [E] = bytemuck::cast_slice_mut(buffer);
@@ -122,7 +123,8 @@ impl<C: Element> Job<'_, C> {
                 let len = slice_len(depth);
                 for (s, from) in (0..depth).step_by(len.max(1)).enumerate() {
                     let depths = len.min(depth - from).next_multiple_of(E::TOGETHER);
-                    let (b, panel_len) = E::panels(right, j, columns, from, depths, buffer);
+                    let (b, panel_len) =
+                        E::panels(right, Part { lane: j, lanes: columns, depth: from, depths }, buffer);
                     let a = &a[(s * self.rows + i) * PITCH..];
                     E::multiply(&Slice { a, rows, b, panel_len, panels, depths, add }, sums);
                     add = true;

@@ -38,15 +38,8 @@ pub(crate) trait Unit: Element + bytemuck::Pod {
     /// Columns of a panel.
     fn panel() -> usize;
 
-    /// The panels of `columns` columns from `j`, along `depths` from `from`, and how far apart they are.
-    fn panels<'a>(
-        right: &'a Right,
-        j: usize,
-        columns: usize,
-        from: usize,
-        depths: usize,
-        buffer: &'a mut [Self],
-    ) -> (&'a [Self], usize);
+    /// The panels of the columns and depths of `part`, and how far apart they are.
+    fn panels<'a>(right: &'a Right, part: Part, buffer: &'a mut [Self]) -> (&'a [Self], usize);
 
     /// Multiplies a slice.
     fn multiply(slice: &Slice<Self>, c: &mut [f32]);
@@ -59,20 +52,16 @@ impl Unit for bf16 {
         PANEL
     }
 
-    fn panels<'a>(
-        right: &'a Right,
-        j: usize,
-        columns: usize,
-        from: usize,
-        depths: usize,
-        buffer: &'a mut [Self],
-    ) -> (&'a [Self], usize) {
+    fn panels<'a>(right: &'a Right, part: Part, buffer: &'a mut [Self]) -> (&'a [Self], usize) {
         if let Right::Transposed(weight) = *right {
-            return (&weight.panels()[j / PANEL * weight.panel_len() + from * PANEL..], weight.panel_len());
+            return (
+                &weight.panels()[part.lane / PANEL * weight.panel_len() + part.depth * PANEL..],
+                weight.panel_len(),
+            );
         }
-        let panel_len = depths * PANEL;
-        let panels = &mut buffer[..columns.div_ceil(PANEL) * panel_len];
-        bf16_panels(right, Part { lane: j, lanes: columns, depth: from, depths }, panels);
+        let panel_len = part.depths * PANEL;
+        let panels = &mut buffer[..part.lanes.div_ceil(PANEL) * panel_len];
+        bf16_panels(right, part, panels);
         (panels, panel_len)
     }
 
@@ -96,18 +85,11 @@ impl Unit for f32 {
         tile().columns
     }
 
-    fn panels<'a>(
-        right: &'a Right,
-        j: usize,
-        columns: usize,
-        from: usize,
-        depths: usize,
-        buffer: &'a mut [Self],
-    ) -> (&'a [Self], usize) {
+    fn panels<'a>(right: &'a Right, part: Part, buffer: &'a mut [Self]) -> (&'a [Self], usize) {
         let width = Self::panel();
-        let panels = &mut buffer[..columns.div_ceil(width) * depths * width];
-        f32_panels(right, Part { lane: j, lanes: columns, depth: from, depths }, width, panels);
-        (panels, depths * width)
+        let panels = &mut buffer[..part.lanes.div_ceil(width) * part.depths * width];
+        f32_panels(right, part, width, panels);
+        (panels, part.depths * width)
     }
 
     fn multiply(slice: &Slice<Self>, c: &mut [f32]) {

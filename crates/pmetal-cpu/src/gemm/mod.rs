@@ -26,7 +26,7 @@ pub use left::Left;
 pub use packed::PackedWeight;
 pub use right::Right;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use {avx512_pack::transposed, right::bf16_panels};
+pub(crate) use {avx512_bf16::pairs, avx512_pack::transposed, right::bf16_panels};
 
 use half::{bf16, f16};
 
@@ -91,13 +91,6 @@ pub enum Matrix<'a> {
     F32(Mat<'a, f32>),
     Bf16(Mat<'a, bf16>),
     F16(Mat<'a, f16>),
-}
-
-/// Whether panels of bf16 are packed by vectors: those files of AVX-512 may be called.
-#[cfg(target_arch = "x86_64")]
-fn packs_by_vectors() -> bool {
-    use crate::level::Level;
-    matches!(Level::current(), Level::Avx512Bf16 | Level::Amx)
 }
 
 impl Matrix<'_> {

@@ -5,6 +5,8 @@ use rayon::prelude::*;
 
 use crate::Element;
 use crate::gemm::PANEL;
+#[cfg(target_arch = "x86_64")]
+use crate::level::Level;
 
 /// A weight `[out, in]` of bf16 in panels of 16 outputs, `[out / 16][in / 2][16 outputs][2 inputs]`, zeros where the matrix ends.
 ///
@@ -106,7 +108,7 @@ fn pack_panel(rows: &[bf16], inputs: usize, panel: &mut [bf16]) {
 /// Packs the first inputs of a whole panel by vectors; how many that were.
 #[cfg(target_arch = "x86_64")]
 fn pack_by_vectors(rows: &[bf16], inputs: usize, panel: &mut [bf16]) -> usize {
-    if !super::packs_by_vectors() || rows.len() < PANEL * inputs {
+    if !Level::current().has_avx512_bf16() || rows.len() < PANEL * inputs {
         return 0;
     }
     let done = inputs / 32 * 32;

@@ -5,6 +5,8 @@ use half::bf16;
 use crate::Element;
 use crate::gemm::pack::{Part, pack_panels};
 use crate::gemm::{Mat, Matrix, PANEL, PackedWeight};
+#[cfg(target_arch = "x86_64")]
+use crate::level::Level;
 use crate::simd::simd_fn;
 
 /// A right operand `[depth, columns]`.
@@ -135,7 +137,7 @@ fn pack_pairs<T: Element>(m: Mat<T>, part: Part, panels: &mut [bf16]) {
 #[cfg(target_arch = "x86_64")]
 fn panels_by_vectors<T: Element>(m: Mat<T>, part: Part, depths: usize, panels: &mut [bf16]) -> usize {
     use super::avx512_pack::{interleave, pack_rows};
-    if !super::packs_by_vectors() || depths < part.depths {
+    if !Level::current().has_avx512_bf16() || depths < part.depths {
         return 0;
     }
     let data = &m.data[part.depth * m.row_stride + part.lane * m.col_stride..];
@@ -202,7 +204,7 @@ simd_fn! {
 /// Panels of inputs, with pairs of outputs.
 fn turn(weight: &PackedWeight, part: Part, panels: &mut [bf16]) {
     #[cfg(target_arch = "x86_64")]
-    if super::packs_by_vectors() {
+    if Level::current().has_avx512_bf16() {
         return super::avx512_pack::turn(weight, part, panels);
     }
     turn_one_by_one(weight, part, panels);

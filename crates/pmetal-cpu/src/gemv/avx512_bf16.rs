@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::TILE_ROWS;
-use crate::gemm::PANEL;
+use crate::gemm::{PANEL, pairs};
 
 /// How far ahead the weight is asked for: beyond the end of a page, where the machine's own prefetching stops.
 const AHEAD: usize = 4096;
@@ -84,11 +84,4 @@ unsafe fn step<const M: usize, const N: usize>(
             }
         }
     }
-}
-
-/// The same bits as pairs of bf16.
-#[inline(always)]
-fn pairs(x: __m512i) -> __m512bh {
-    // SAFETY: both are 64 bytes without a meaning of their own.
-    unsafe { std::mem::transmute(x) }
 }

@@ -109,8 +109,7 @@ fn widen<A: Element>(a: Mat<A>, wide: &mut [f32]) {
 
 /// Whether rows of this dtype meet packed weights as pairs of bf16.
 fn multiplies_pairs<A: Element>() -> bool {
-    let by_vectors = cfg!(target_arch = "x86_64") && matches!(Level::current(), Level::Avx512Bf16 | Level::Amx);
-    by_vectors && Arithmetic::of::<A>() == Arithmetic::Bf16
+    Level::current().has_avx512_bf16() && Arithmetic::of::<A>() == Arithmetic::Bf16
 }
 
 impl<C> FewRows<'_, C> {

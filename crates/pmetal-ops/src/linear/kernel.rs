@@ -112,7 +112,7 @@ fn member_forward<T: CpuElement>(
         None => multiply(&mut y, out, &[(left, weight)], 1.0, 0.0),
         Some(adapter) => {
             let u = half_product(adapter, x, left, noise)?;
-            let r = rank(adapter);
+            let r = adapter.rank();
             let b = adapter.b.view()?;
             let half = Left::new(Mat::new(&u, tokens, r), Arithmetic::of::<T>());
             multiply(&mut y, out, &[(left, weight), (&half, b.right(out, r, true)?)], 1.0, 0.0);
@@ -123,12 +123,8 @@ fn member_forward<T: CpuElement>(
     Ok((tensor(y, (tokens, out))?, low_rank))
 }
 
-fn rank(adapter: &Adapter) -> usize {
-    adapter.a.shape().dims()[0]
-}
-
 fn half_product<T: CpuElement>(adapter: &Adapter, x: &Input<T>, left: &Left, noise: Option<u64>) -> Result<Vec<f32>> {
-    let r = rank(adapter);
+    let r = adapter.rank();
     let dropped = dropped(adapter, x.data, noise);
     let dropped = dropped.map(|data| Input { data: &data, ..*x }.left());
     let left = dropped.as_ref().unwrap_or(left);
@@ -205,7 +201,7 @@ impl<'a> Way<'a> {
             param.accumulate_grad(|g| pmetal_cpu::bias_grad(grad, out, g))?;
         }
         let (Some(adapter), Some(u)) = (&member.adapter, low_rank) else { return Ok(Self { member, dy, du: None }) };
-        let r = rank(adapter);
+        let r = adapter.rank();
         if let Some(param) = adapter.b.param() {
             gradient_of_b(param, Mat::new(u, tokens, r), grad_mat)?;
         }
@@ -250,14 +246,14 @@ fn input_gradient<T: CpuElement>(ways: &[Way], x: &Input<T>, noise: Option<u64>)
         terms.push((&way.dy, weight.right(way.member.out_features(), width, false)?));
     }
     for ((adapter, du), a) in plain.iter().zip(&factors) {
-        terms.push((du, a.right(rank(adapter), width, false)?));
+        terms.push((du, a.right(adapter.rank(), width, false)?));
     }
     let mut dx = room::<T>(tokens * width);
     multiply(&mut dx, width, &terms, 1.0, 0.0);
     for (adapter, du) in masked {
         let Some(seed) = mask_seed(adapter, noise) else { continue };
         let mut through = room::<f32>(tokens * width);
-        multiply(&mut through, width, &[(du, adapter.a.view()?.right(rank(adapter), width, false)?)], 1.0, 0.0);
+        multiply(&mut through, width, &[(du, adapter.a.view()?.right(adapter.rank(), width, false)?)], 1.0, 0.0);
         let mut seen = room::<f32>(through.len());
         pmetal_cpu::dropout(&through, &mut seen, seed, adapter.dropout);
         pmetal_cpu::add_assign_mixed(&mut dx, &seen);

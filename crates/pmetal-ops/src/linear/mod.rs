@@ -36,6 +36,12 @@ pub struct Adapter {
     pub place: u64,
 }
 
+impl Adapter {
+    fn rank(&self) -> usize {
+        self.a.shape().dims().first().copied().unwrap_or(0)
+    }
+}
+
 /// One projection.
 #[derive(Clone, Debug)]
 pub struct LinearMember {
@@ -60,7 +66,7 @@ impl LinearMember {
 
     /// Width of the low-rank update, 0 where there is none.
     fn rank(&self) -> usize {
-        self.adapter.as_ref().map_or(0, |adapter| adapter.a.shape().dims().first().copied().unwrap_or(0))
+        self.adapter.as_ref().map_or(0, Adapter::rank)
     }
 
     fn trainable(&self) -> bool {
