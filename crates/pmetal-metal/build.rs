@@ -54,11 +54,29 @@ fn main() -> Result<()> {
 struct Signature<'a> {
     name: &'a str,
     doc: Vec<&'a str>,
-    /// Access, type, name.
-    buffers: Vec<(&'a str, &'a str, &'a str)>,
+    buffers: Vec<Argument<'a>>,
     params: &'a str,
     /// Type, name.
     fields: Vec<(&'a str, &'a str)>,
+}
+
+/// A buffer among a kernel's arguments: `ACCESS(kind, name, place)`, or `ACCESS_ROWS(kind, name, place)` where it may have a pitch.
+struct Argument<'a> {
+    access: &'static str,
+    rows: bool,
+    kind: &'a str,
+    name: &'a str,
+}
+
+/// What the word before an argument's parentheses says: the access, and whether the buffer may have a pitch.
+fn access_of(word: &str) -> Option<(&'static str, bool)> {
+    let (word, rows) = word.strip_suffix("_ROWS").map_or((word, false), |word| (word, true));
+    match word {
+        "READ" => Some(("Read", rows)),
+        "WRITE" => Some(("Write", rows)),
+        "UPDATE" => Some(("Update", rows)),
+        _ => None,
+    }
 }
 
 fn kernels_of(text: &str) -> Result<Vec<Signature<'_>>> {
@@ -73,12 +91,12 @@ fn kernels_of(text: &str) -> Result<Vec<Signature<'_>>> {
         let (mut buffers, mut params) = (Vec::new(), None);
         for (index, arg) in args.split("),").enumerate() {
             let arg = arg.trim().trim_end_matches(')');
-            let (access, inner) = arg.split_once('(').ok_or_else(|| format!("{name}: argument {arg:?}"))?;
+            let (word, inner) = arg.split_once('(').ok_or_else(|| format!("{name}: argument {arg:?}"))?;
             let parts: Vec<&str> = inner.split(',').map(str::trim).collect();
             let numbered = parts.last().and_then(|n| n.parse().ok()) == Some(index);
-            match (access, parts.as_slice(), numbered) {
-                ("READ" | "WRITE" | "UPDATE", [kind, buffer, _], true) => buffers.push((access, *kind, *buffer)),
-                ("PARAMS", [kind, _], true) => params = Some(*kind),
+            match (word, access_of(word), parts.as_slice(), numbered) {
+                (_, Some((access, rows)), [kind, name, _], true) => buffers.push(Argument { access, rows, kind, name }),
+                ("PARAMS", _, [kind, _], true) => params = Some(*kind),
                 _ => return Err(format!("{name}: argument {index} is {arg:?}").into()),
             }
         }
@@ -137,15 +155,10 @@ impl Signature<'_> {
             code,
             "/// [`{name}`](fn@{name}) as its text declares it.\npub static {upper}: Kernel = Kernel {{\n    name: {name:?},\n    file: {file:?},\n    buffers: &["
         )?;
-        for (access, kind, buffer) in &self.buffers {
-            let access = match *access {
-                "READ" => "Read",
-                "WRITE" => "Write",
-                _ => "Update",
-            };
+        for Argument { access, rows, kind, name } in &self.buffers {
             writeln!(
                 code,
-                "        Buffer {{ name: {buffer:?}, access: Access::{access}, element: {} }},",
+                "        Buffer {{ name: {name:?}, access: Access::{access}, element: {}, rows: {rows} }},",
                 element(kind)?
             )?;
         }
@@ -153,8 +166,8 @@ impl Signature<'_> {
         for line in &self.doc {
             writeln!(code, "/// {line}")?;
         }
-        let args: String = self.buffers.iter().map(|(_, _, buffer)| format!("{buffer}: &Tensor, ")).collect();
-        let list: String = self.buffers.iter().map(|(_, _, buffer)| format!("{buffer}, ")).collect();
+        let args: String = self.buffers.iter().map(|buffer| format!("{}: &Tensor, ", buffer.name)).collect();
+        let list: String = self.buffers.iter().map(|buffer| format!("{}, ", buffer.name)).collect();
         writeln!(
             code,
             "#[allow(clippy::too_many_arguments)]\npub fn {name}(gpu: &dyn Gpu, dtype: DType, grid: Grid, {args}params: {params}) -> Result<()> {{"

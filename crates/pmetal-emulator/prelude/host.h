@@ -15,6 +15,9 @@ template <class E> using threadgroup_ptr = emulator::Pointer<E, emulator::Thread
 #define READ(type, name, place) device_ptr<const type> name
 #define WRITE(type, name, place) device_ptr<type> name
 #define UPDATE(type, name, place) device_ptr<type> name
+#define READ_ROWS(type, name, place) READ(type, name, place)
+#define WRITE_ROWS(type, name, place) WRITE(type, name, place)
+#define UPDATE_ROWS(type, name, place) UPDATE(type, name, place)
 #define PARAMS(type, place) const type &params, const emulator::Ids &ids_of_thread
 
 #define GROUP_X ids_of_thread.group_x

@@ -9,19 +9,8 @@ use crate::refused;
 
 /// Computes what [`pmetal_metal::Gpu::gemm`] promises.
 pub(crate) fn gemm(product: &Gemm) -> Result<()> {
-    let Gemm { a, b, c, .. } = product;
-    if a.dtype() != b.dtype() || (c.dtype() != a.dtype() && c.dtype() != DType::F32) {
-        return Err(refused(format!("a product of {:?} and {:?} into {:?}", a.dtype(), b.dtype(), c.dtype())));
-    }
-    if !(a.is_contiguous() && b.is_contiguous() && c.is_contiguous()) {
-        return Err(refused("a product of matrices that are not contiguous"));
-    }
-    let inner = |t: &Tensor, transposed: bool| t.dims2().map(|(r, c)| if transposed { (c, r) } else { (r, c) });
-    let ((m, k), (k2, n)) = (inner(a, product.a_transposed)?, inner(b, product.b_transposed)?);
-    if k != k2 || c.dims2()? != (m, n) {
-        return Err(refused(format!("a product of [{m}, {k}] and [{k2}, {n}] into {:?}", c.dims())));
-    }
-    match a.dtype() {
+    product.sizes()?;
+    match product.a.dtype() {
         DType::F32 => product_of::<f32>(product),
         DType::F16 => product_of::<f16>(product),
         DType::BF16 => product_of::<bf16>(product),
@@ -53,9 +42,12 @@ impl<T: Element> Product<'_, T> {
         };
         let a = view(&self.a, a, self.product.a_transposed)?;
         let b = view(&self.b, b, self.product.b_transposed)?;
-        let columns = layout.dims().last().copied().unwrap_or(0);
+        let &[rows, columns] = layout.dims() else { candle_core::bail!("gemm: a result that is no matrix") };
+        let pitch = layout.stride()[0].max(columns);
         let start = layout.start_offset();
-        matmul(&mut c[start..start + layout.shape().elem_count()], columns, a, b, alpha, beta);
+        if rows > 0 {
+            matmul(&mut c[start..start + (rows - 1) * pitch + columns], pitch, a, b, alpha, beta);
+        }
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-use crate::{Call, Error, Result};
+use crate::{Call, Error, Result, pitch};
 
 /// A GPU, or what plays one.
 pub trait Gpu: Send + Sync {
@@ -50,7 +50,8 @@ pub trait Gpu: Send + Sync {
     fn facts(&self) -> Facts;
 }
 
-/// `c = alpha * op(a) · op(b) + beta * c`, all contiguous and two-dimensional, accumulated in f32.
+/// `c = alpha * op(a) · op(b) + beta * c`, all two-dimensional with contiguous rows ([`pitch`]), accumulated in f32. Of a `c` that is a column
+/// range of a wider tensor nothing else is touched.
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm<'a> {
     /// `[m, k]`, or `[k, m]` where it is transposed.
@@ -92,8 +93,8 @@ impl Gemm<'_> {
             return Err(misfit("c", format!("[{m}, {n}] of {dtype:?} or F32"), self.c));
         }
         for (name, tensor) in [("a", self.a), ("b", self.b), ("c", self.c)] {
-            if !tensor.is_contiguous() {
-                return Err(misfit(name, "contiguous".into(), tensor));
+            if pitch(tensor).is_none() {
+                return Err(misfit(name, "contiguous rows".into(), tensor));
             }
         }
         Ok([m, n, k])

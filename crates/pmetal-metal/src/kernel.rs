@@ -51,6 +51,19 @@ pub struct Buffer {
     pub access: Access,
     /// What it is made of.
     pub element: Element,
+    /// Whether it may be a matrix of rows with a pitch, which the kernel learns from its parameters.
+    pub rows: bool,
+}
+
+/// Elements from the beginning of one row of a matrix to the next's, where each row lies in one piece and they do not overlap: the width
+/// of a contiguous one, that of the whole where it is a column range of one. None of any other tensor.
+pub fn pitch(tensor: &Tensor) -> Option<usize> {
+    let (_, width) = tensor.dims2().ok()?;
+    match tensor.stride() {
+        _ if tensor.is_contiguous() => Some(width),
+        [pitch, 1] if *pitch >= width => Some(*pitch),
+        _ => None,
+    }
 }
 
 /// A kernel.
@@ -96,7 +109,7 @@ pub struct Call<'a> {
     pub dtype: DType,
     /// Its threads.
     pub grid: Grid,
-    /// Contiguous tensors, in the order of the kernel's buffers.
+    /// Tensors in the order of the kernel's buffers: contiguous, or with a [`pitch`] where the kernel takes rows.
     pub buffers: &'a [&'a Tensor],
     /// The bytes of its parameters.
     pub params: &'a [u8],
@@ -113,8 +126,9 @@ impl Call<'_> {
             if tensor.dtype() != dtype {
                 return refuse(format!("{dtype:?}"), format!("{:?}", tensor.dtype()));
             }
-            if !tensor.is_contiguous() {
-                return refuse("contiguous".into(), format!("of strides {:?}", tensor.stride()));
+            if !(tensor.is_contiguous() || buffer.rows && pitch(tensor).is_some()) {
+                let expected = if buffer.rows { "contiguous, or rows with a pitch" } else { "contiguous" };
+                return refuse(expected.into(), format!("of strides {:?}", tensor.stride()));
             }
         }
         if self.grid.groups.contains(&0) {

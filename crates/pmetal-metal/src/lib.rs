@@ -18,5 +18,5 @@ mod metal;
 pub use attention::{attention_backward, attention_forward};
 pub use error::{Error, Result};
 pub use gpu::{AttentionRows, AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
-pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel, launches};
+pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel, launches, pitch};
 pub use metal::{exact, exact_zeros, gpu, open};

@@ -39,6 +39,7 @@ mod place;
 pub mod profile;
 mod rms_norm;
 mod rope;
+mod rows;
 mod sampler;
 #[cfg(test)]
 mod testing;

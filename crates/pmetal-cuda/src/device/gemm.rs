@@ -25,7 +25,7 @@ use candle_core::{
         },
     },
 };
-use pmetal_metal::{Gemm, Result};
+use pmetal_metal::{Gemm, Result, pitch};
 
 use self::matrices::{Matrices, Shape, WORKSPACE, failed};
 use super::{CudaGpu, DETERMINISTIC};
@@ -78,6 +78,7 @@ impl Products {
             transposed: [product.b_transposed, product.a_transposed],
             dtype: product.a.dtype(),
             result: product.c.dtype(),
+            pitches: [product.b, product.a, product.c].map(|matrix| pitch(matrix).unwrap_or_default()),
             alignment: [b, a, c].map(|address| 1 << address.trailing_zeros().min(8)),
         };
         let work = Work { operands: [b, a, c], to: c, factors: [product.alpha, product.beta] };
@@ -169,7 +170,7 @@ impl Products {
         let elsewhere: Option<CudaSlice<u8>> = match work.factors[1] {
             0.0 => None,
             // SAFETY: the products write it, nothing reads it.
-            _ => Some(unsafe { gpu.stream.alloc(shape.m * shape.n * shape.result.size_in_bytes()) }.ok()?),
+            _ => Some(unsafe { gpu.stream.alloc(shape.pitches[2] * shape.n * shape.result.size_in_bytes()) }.ok()?),
         };
         let to = elsewhere.as_ref().map_or(work.to, |elsewhere| elsewhere.device_ptr(&gpu.stream).0);
         let work = Work { to, ..*work };

@@ -9,6 +9,9 @@ typedef unsigned long long ulong;
 #define READ(type, name, place) const type* __restrict__ name
 #define WRITE(type, name, place) type* __restrict__ name
 #define UPDATE(type, name, place) type* __restrict__ name
+#define READ_ROWS(type, name, place) READ(type, name, place)
+#define WRITE_ROWS(type, name, place) WRITE(type, name, place)
+#define UPDATE_ROWS(type, name, place) UPDATE(type, name, place)
 #define PARAMS(type, place) const type params
 
 #define GROUP_X blockIdx.x

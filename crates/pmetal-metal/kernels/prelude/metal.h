@@ -8,7 +8,8 @@
 //       for (uint i = THREAD_IN_GRID; i < params.n; i += GRID_THREADS) y[i] = T(float(x[i]) * params.factor);
 //   }
 //
-// - READ, WRITE (every element is written, none is read) and UPDATE take type, name and place. PARAMS comes last.
+// - READ, WRITE (every element is written, none is read) and UPDATE take type, name and place. PARAMS comes last. READ_ROWS, WRITE_ROWS and
+//   UPDATE_ROWS: it may be a column range of a wider matrix; a parameter says how far its rows lie apart, what lies between is another's.
 //   Element types of buffers: T, float, uint, uchar. Fields of parameters: uint, int, float, ulong; one a line or a `;`.
 // - GROUP_X, GROUP_Y, GROUP_Z: this threadgroup; GROUPS_X: threadgroups in x. THREAD: this thread of the threadgroup, THREADS: how many
 //   there are (a multiple of 32). LANE: this thread of the SIMD group of 32; SIMD: this SIMD group, SIMDS: how many.
@@ -30,6 +31,9 @@ using namespace metal;
 #define READ(type, name, place) device const type* name [[buffer(place)]]
 #define WRITE(type, name, place) device type* name [[buffer(place)]]
 #define UPDATE(type, name, place) device type* name [[buffer(place)]]
+#define READ_ROWS(type, name, place) READ(type, name, place)
+#define WRITE_ROWS(type, name, place) WRITE(type, name, place)
+#define UPDATE_ROWS(type, name, place) UPDATE(type, name, place)
 #define PARAMS(type, place)                                                                                                     \
     constant type& params [[buffer(place)]], uint3 group_in_grid [[threadgroup_position_in_grid]],                              \
         uint3 grid_groups [[threadgroups_per_grid]], uint thread_in_group [[thread_index_in_threadgroup]],                      \

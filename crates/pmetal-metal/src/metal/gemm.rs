@@ -4,7 +4,7 @@ use candle_core::{DType, Storage, Tensor};
 use candle_metal_kernels::{GemmDType, call_mlx_gemm};
 
 use super::Metal;
-use crate::{Gemm, Grid, Result, empty, kernels};
+use crate::{Gemm, Grid, Result, empty, kernels, pitch};
 
 /// `c = alpha * op(a) · op(b) + beta * c`.
 ///
@@ -18,7 +18,8 @@ pub(super) fn gemm(metal: &Metal, product: &Gemm) -> Result<()> {
     if m * n == 0 {
         return Ok(());
     }
-    let direct = alpha == 1.0 && beta == 0.0 && k > 0 && c.storage_and_layout().1.start_offset() == 0;
+    let direct =
+        alpha == 1.0 && beta == 0.0 && k > 0 && c.is_contiguous() && c.storage_and_layout().1.start_offset() == 0;
     let target = match (direct, k) {
         (true, _) => c.clone(),
         (false, 0) => Tensor::zeros((m, n), c.dtype(), c.device())?,
@@ -26,8 +27,11 @@ pub(super) fn gemm(metal: &Metal, product: &Gemm) -> Result<()> {
     };
     if k > 0 {
         let (a, b) = (a.to_dtype(c.dtype())?, b.to_dtype(c.dtype())?);
-        let a_strides = if a_transposed { [1, m] } else { [k, 1] };
-        let b_strides = if b_transposed { [1, k] } else { [n, 1] };
+        let strides = |t: &Tensor, transposed: bool| -> Result<[usize; 2]> {
+            let pitch = pitch(t).ok_or_else(|| metal.failed("a product of matrices without contiguous rows"))?;
+            Ok(if transposed { [1, pitch] } else { [pitch, 1] })
+        };
+        let (a_strides, b_strides) = (strides(&a, a_transposed)?, strides(&b, b_transposed)?);
         multiply(metal, [&a, &b, &target], (m, n, k), a_strides, b_strides)?;
         metal.weigh(2.0 * m as f64 * n as f64 * k as f64)?;
     }

@@ -23,7 +23,7 @@ pub use checkpoint::{Policy, checkpoint, keep};
 pub use composite::composite;
 pub use engine::{backward, gradients};
 
-use crate::{Param, Result, profile};
+use crate::{Param, Result, profile, rows::GradPlace};
 
 /// Turns the gradients of a node's outputs into those of its inputs. `None` stands for zero on both sides.
 ///
@@ -35,6 +35,9 @@ type BackwardFn = Box<dyn FnOnce(Vec<Option<Tensor>>) -> Result<Vec<Option<Tenso
 pub struct Value {
     tensor: Tensor,
     source: Source,
+    /// The contiguous tensor that this one is the first columns of.
+    spare: Option<Tensor>,
+    grad_place: GradPlace,
 }
 
 #[derive(Clone)]
@@ -68,18 +71,42 @@ thread_local! {
 impl Value {
     /// A tensor no gradient flows to.
     pub fn constant(tensor: Tensor) -> Self {
-        Self { tensor, source: Source::Constant }
+        Self::new(tensor, Source::Constant)
+    }
+
+    fn new(tensor: Tensor, source: Source) -> Self {
+        Self { tensor, source, spare: None, grad_place: GradPlace::default() }
+    }
+
+    /// This value as the first columns of `parent`, the same memory, whose other columns are free.
+    pub(crate) fn with_spare(self, parent: Tensor) -> Self {
+        Self { spare: Some(parent), ..self }
+    }
+
+    /// `[rows, width + spare]`, where there are free columns behind the rows.
+    pub(crate) fn spare(&self) -> Option<&Tensor> {
+        self.spare.as_ref()
+    }
+
+    /// This value with a place for its gradient.
+    pub(crate) fn with_grad_place(self, grad_place: GradPlace) -> Self {
+        Self { grad_place, ..self }
+    }
+
+    /// Where this value's gradient is best written: ask in the forward, write in the backward.
+    pub(crate) fn grad_place(&self) -> GradPlace {
+        self.grad_place.clone()
     }
 
     /// A leaf whose gradient [`gradients`] can return.
     pub fn variable(tensor: Tensor) -> Self {
         let node = Arc::new(Node { id: next_id(), outputs: 1, recorded: Mutex::new(None) });
-        Self { tensor, source: Source::Node(node, 0) }
+        Self::new(tensor, Source::Node(node, 0))
     }
 
     /// The value of a trainable parameter; its gradient goes to the parameter's arena.
     pub fn param(param: &Param) -> Self {
-        Self { tensor: param.value().clone(), source: Source::Param(param.clone()) }
+        Self::new(param.value().clone(), Source::Param(param.clone()))
     }
 
     /// The outputs of an operation on `inputs`, with the function that takes gradients back.
@@ -120,11 +147,7 @@ impl Value {
             backward: Box::new(backward),
         };
         let node = Arc::new(Node { id: next_id(), outputs: outputs.len(), recorded: Mutex::new(Some(recorded)) });
-        outputs
-            .into_iter()
-            .enumerate()
-            .map(|(i, tensor)| Self { tensor, source: Source::Node(node.clone(), i) })
-            .collect()
+        outputs.into_iter().enumerate().map(|(i, tensor)| Self::new(tensor, Source::Node(node.clone(), i))).collect()
     }
 
     /// The tensor.

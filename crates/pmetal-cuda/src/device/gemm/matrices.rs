@@ -33,7 +33,9 @@ pub(super) struct Shape {
     pub(super) transposed: [bool; 2],
     pub(super) dtype: DType,
     pub(super) result: DType,
-    /// Of the two operands and the result, in bytes.
+    /// Of the two operands and the result, from a column to the next.
+    pub(super) pitches: [usize; 3],
+    /// The same three, in bytes.
     pub(super) alignment: [u32; 3],
 }
 
@@ -50,13 +52,14 @@ unsafe impl Sync for Matrices {}
 
 impl Matrices {
     pub(super) fn new(shape: &Shape) -> Result<Self> {
-        let matrix = |dtype, rows, columns, transposed: bool| {
-            if transposed { Layout::new(dtype, columns, rows) } else { Layout::new(dtype, rows, columns) }
+        let matrix = |dtype, rows, columns, transposed: bool, pitch| {
+            if transposed { Layout::new(dtype, columns, rows, pitch) } else { Layout::new(dtype, rows, columns, pitch) }
         };
+        let [a, b, c] = shape.pitches;
         let layouts = [
-            matrix(shape.dtype, shape.m, shape.k, shape.transposed[0])?,
-            matrix(shape.dtype, shape.k, shape.n, shape.transposed[1])?,
-            matrix(shape.result, shape.m, shape.n, false)?,
+            matrix(shape.dtype, shape.m, shape.k, shape.transposed[0], a)?,
+            matrix(shape.dtype, shape.k, shape.n, shape.transposed[1], b)?,
+            matrix(shape.result, shape.m, shape.n, false, c)?,
         ];
         Ok(Self { product: Product::new(shape)?, layouts })
     }
@@ -121,17 +124,17 @@ impl Drop for Product {
     }
 }
 
-/// The library's descriptor of a column-major matrix without gaps.
+/// The library's descriptor of a column-major matrix whose columns are `pitch` elements apart.
 pub(super) struct Layout(pub(super) sys::cublasLtMatrixLayout_t);
 
 impl Layout {
-    fn new(dtype: DType, rows: usize, columns: usize) -> Result<Self> {
+    fn new(dtype: DType, rows: usize, columns: usize, pitch: usize) -> Result<Self> {
         let element = match dtype {
             DType::BF16 => cudaDataType::CUDA_R_16BF,
             DType::F16 => cudaDataType::CUDA_R_16F,
             _ => cudaDataType::CUDA_R_32F,
         };
-        result::create_matrix_layout(element, rows as u64, columns as u64, rows as i64).map(Self).map_err(failed)
+        result::create_matrix_layout(element, rows as u64, columns as u64, pitch as i64).map(Self).map_err(failed)
     }
 }
 
