@@ -21,7 +21,8 @@ enum class Access : uint { Read, Write, Update, Threadgroup };
 struct Buffer {
     const char* name;
     void* data;
-    ulong size, misalignment;  // in elements; the second from a multiple of 16 bytes
+    ulong size, misalignment;  // in elements; the second from a multiple of 16 bytes of 16-bit elements
+    ulong width, pitch;        // of a row what belongs to it, and from one row to the next
     uint element_bytes;
     Access access;
 };

@@ -127,6 +127,26 @@ template <class E> inline void store4(device_ptr<E> p, ulong i, float4 v) {
     p[i + 3] = E(v.w);
 }
 
+// Eight elements at once, at a multiple of eight.
+struct Octet {
+    float4 low, high;
+};
+inline void check_octet(const emulator::Memory& memory, ulong i, const char* what) {
+    if ((memory.misalignment + i) % 8) {
+        emulator::fail("%s eight elements at %s[%llu], which is not aligned to eight", what, memory.name, i);
+    }
+}
+template <class E> inline Octet load8(device_ptr<const E> p, ulong i) {
+    check_octet(*p.memory, p.start + i, "reads");
+    return {load4(p, i), load4(p, i + 4)};
+}
+template <class E> inline Octet load8(device_ptr<E> p, ulong i) { return load8(device_ptr<const E>(p), i); }
+template <class E> inline void store8(device_ptr<E> p, ulong i, Octet v) {
+    check_octet(*p.memory, p.start + i, "writes");
+    store4(p, i, v.low);
+    store4(p, i + 4, v.high);
+}
+
 inline float exp(float x) { return __builtin_expf(x); }
 inline float log(float x) { return __builtin_logf(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }

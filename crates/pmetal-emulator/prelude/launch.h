@@ -43,7 +43,7 @@ inline void open_memories(const Request& request) {
     for (uint i = 0; i < request.buffer_count; ++i) {
         const Buffer& b = request.buffers[i];
         void* history = b.access == Access::Read ? nullptr : calloc(b.size + 1, sizeof(History));
-        memories[i] = Memory{b.name, b.data, b.size, b.misalignment, static_cast<History*>(history), b.access};
+        memories[i] = Memory{b.name, b.data, b.size, b.misalignment, b.width, b.pitch, static_cast<History*>(history), b.access};
         if (b.access != Access::Read && !history) fail("no memory for the history of %s", b.name);
     }
 }
@@ -52,7 +52,7 @@ inline void close_memories(const Request& request) {
     for (uint i = 0; i < request.buffer_count; ++i) {
         const Memory& m = memories[i];
         for (ulong at = 0; m.access == Access::Write && at < m.size && !machine.failed; ++at) {
-            if (!m.history[at].write_group) fail("it never writes %s[%llu] of %llu elements", m.name, at, m.size);
+            if (at % m.pitch < m.width && !m.history[at].write_group) fail("it never writes %s[%llu] of %llu elements", m.name, at, m.size);
         }
         free(m.history);
     }

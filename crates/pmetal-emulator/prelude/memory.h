@@ -15,7 +15,7 @@ constexpr uint16_t SEVERAL = 0xffff;
 struct Memory {
     const char* name;
     void* data;
-    ulong size, misalignment;
+    ulong size, misalignment, width, pitch;
     History* history;
     Access access;
 };
@@ -35,6 +35,9 @@ struct Device {
 inline void check_bounds(const Memory& memory, ulong i, const char* what) {
     if (i >= memory.size) {
         fail("%s %s[%lld], which has %llu elements", what, memory.name, static_cast<long long>(i), memory.size);
+    }
+    if (memory.width != memory.pitch && i % memory.pitch >= memory.width) {
+        fail("%s %s[%llu], which lies between its rows of %llu elements", what, memory.name, i, memory.width);
     }
 }
 
@@ -169,7 +172,7 @@ template <class E, ulong SIZE> class ThreadgroupMemory {
     uint launch;
 
   public:
-    explicit ThreadgroupMemory(const char* name) : memory{name, data, SIZE, 0, history, Access::Threadgroup} {}
+    explicit ThreadgroupMemory(const char* name) : memory{name, data, SIZE, 0, SIZE, SIZE, history, Access::Threadgroup} {}
     Pointer<E, Threadgroup> enter() {
         if (launch != machine.launch) {
             launch = machine.launch;

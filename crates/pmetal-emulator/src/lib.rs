@@ -21,7 +21,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Tensor};
 use pmetal_metal::{
-    AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, Kernel, Memory, Result,
+    AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, HostMarks, Kernel, Marks, Memory, Result,
     kernels::{ALL, METAL_ALL, METAL_TEXTS, TEXTS},
 };
 
@@ -144,5 +144,10 @@ impl Gpu for Emulator {
 
     fn facts(&self) -> Facts {
         Facts { name: "emulator".into(), driver: program::compiler(), features: vec!["SIMD groups of 32".into()] }
+    }
+
+    /// A launch has computed when it returns.
+    fn marks(&self) -> Result<Box<dyn Marks>> {
+        Ok(Box::new(HostMarks::default()))
     }
 }

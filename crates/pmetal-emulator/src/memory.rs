@@ -3,35 +3,43 @@
 use std::ops::Range;
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor, backend::BackendStorage};
-use pmetal_metal::{Access, Call, Error, Result};
+use pmetal_metal::{Access, Call, Error, Result, pitch};
 
-/// A copy of a tensor's elements.
+/// A copy of a tensor's elements, and of what lies between its rows where they have a pitch.
 pub(crate) struct TensorCopy {
     /// In words, so that any element is aligned.
     words: Vec<u64>,
     bytes: usize,
-    /// Elements.
+    /// Elements from the first to the last.
     pub(crate) len: usize,
-    /// Elements from the last multiple of four elements to the tensor's first, where it lies.
+    /// Elements from the last multiple of 16 bytes of 16-bit elements to the tensor's first, where it lies.
     pub(crate) misalignment: usize,
-    /// Where the tensor lies.
-    place: Range<usize>,
+    /// Elements of a row that belong to the tensor, and from one row to the next.
+    pub(crate) width: usize,
+    pub(crate) pitch: usize,
+    /// Where the tensor lies, in bytes.
+    place: Rows,
 }
 
 impl TensorCopy {
     fn of(tensor: &Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
-        let (Storage::Cpu(cpu), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
-            return Err(crate::refused("its tensors are contiguous and on the CPU"));
+        let Storage::Cpu(cpu) = &*storage else { return Err(crate::refused("its tensors are on the CPU")) };
+        let (start, n) = (layout.start_offset(), layout.shape().elem_count());
+        let (width, pitch) = match (tensor.is_contiguous(), tensor.dims(), pitch(tensor)) {
+            (true, ..) => (n.max(1), n.max(1)),
+            (false, &[_, width], Some(pitch)) => (width, pitch),
+            _ => return Err(crate::refused("its tensors are contiguous or rows with a pitch")),
         };
+        let len = if n == 0 { 0 } else { (n / width - 1) * pitch + width };
         let size = tensor.dtype().size_in_bytes();
         let all = bytes_of(cpu).ok_or_else(|| crate::refused(format!("tensors of {:?}", cpu.dtype())))?;
-        let source = &all[start * size..end * size];
+        let source = &all[start * size..(start + len) * size];
         let mut words = vec![0u64; source.len().div_ceil(8)];
         bytemuck::cast_slice_mut(&mut words)[..source.len()].copy_from_slice(source);
         let first = source.as_ptr() as usize;
-        let place = first..first + source.len();
-        Ok(Self { words, bytes: source.len(), len: end - start, misalignment: start % 4, place })
+        let place = Rows { bytes: first..first + source.len(), width: width * size, pitch: pitch * size };
+        Ok(Self { words, bytes: source.len(), len, misalignment: start % 8, width, pitch, place })
     }
 
     /// The first element, for the kernel.
@@ -41,6 +49,25 @@ impl TensorCopy {
 
     fn bytes(&self) -> &[u8] {
         &bytemuck::cast_slice(&self.words)[..self.bytes]
+    }
+}
+
+/// Memory of rows of `width` bytes, `pitch` from one to the next.
+struct Rows {
+    /// From the first row's beginning to the last one's end.
+    bytes: Range<usize>,
+    width: usize,
+    pitch: usize,
+}
+
+impl Rows {
+    fn overlap(&self, other: &Self) -> bool {
+        if self.bytes.start >= other.bytes.end || other.bytes.start >= self.bytes.end {
+            return false;
+        }
+        // column ranges of one matrix lie beside each other
+        let shift = (other.bytes.start as isize - self.bytes.start as isize).rem_euclid(self.pitch as isize) as usize;
+        self.pitch != other.pitch || shift < self.width || shift + other.width > self.pitch
     }
 }
 
@@ -54,7 +81,7 @@ impl Copies {
         let buffers = call.kernel.buffers;
         for (i, buffer) in buffers.iter().enumerate().filter(|(_, buffer)| buffer.access != Access::Read) {
             let place = &copies[i].place;
-            let shared = (0..copies.len()).find(|&j| j != i && overlap(place, &copies[j].place));
+            let shared = (0..copies.len()).find(|&j| j != i && place.overlap(&copies[j].place));
             if let Some(j) = shared {
                 return Err(Error::Buffer {
                     kernel: call.kernel.name,
@@ -74,18 +101,14 @@ impl Copies {
     pub(crate) fn write_back(&self, call: &Call) -> Result<()> {
         for ((buffer, tensor), copy) in call.kernel.buffers.iter().zip(call.buffers).zip(&self.0) {
             if buffer.access != Access::Read {
-                tensor.inplace_op1(&Fill(copy.bytes()))?;
+                tensor.inplace_op1(&Fill(copy))?;
             }
         }
         Ok(())
     }
 }
 
-fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
-    a.start < b.end && b.start < a.end
-}
-
-struct Fill<'a>(&'a [u8]);
+struct Fill<'a>(&'a TensorCopy);
 
 impl InplaceOp1 for Fill<'_> {
     fn name(&self) -> &'static str {
@@ -93,10 +116,13 @@ impl InplaceOp1 for Fill<'_> {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (source, Rows { width, pitch, .. }) = (self.0.bytes(), &self.0.place);
         let start = layout.start_offset() * storage.dtype().size_in_bytes();
-        match bytes_of_mut(storage) {
-            Some(all) => all[start..start + self.0.len()].copy_from_slice(self.0),
-            None => candle_core::bail!("emulator: a tensor of a dtype that kernels do not know"),
+        let Some(all) = bytes_of_mut(storage) else {
+            candle_core::bail!("emulator: a tensor of a dtype that kernels do not know")
+        };
+        for (to, from) in all[start..start + source.len()].chunks_mut(*pitch).zip(source.chunks(*pitch)) {
+            to[..*width].copy_from_slice(&from[..*width]);
         }
         Ok(())
     }

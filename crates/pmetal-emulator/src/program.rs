@@ -70,6 +70,8 @@ struct Buffer {
     data: *mut u8,
     size: u64,
     misalignment: u64,
+    width: u64,
+    pitch: u64,
     element_bytes: u32,
     access: u32,
 }
@@ -163,6 +165,8 @@ impl Program {
                 data: copy.data(),
                 size: copy.len as u64,
                 misalignment: copy.misalignment as u64,
+                width: copy.width as u64,
+                pitch: copy.pitch as u64,
                 element_bytes: buffer.element.dtype(call.dtype).size_in_bytes() as u32,
                 access: match buffer.access {
                     Access::Read => 0,

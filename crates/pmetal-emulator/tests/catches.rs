@@ -140,6 +140,45 @@ fn four_at_once_only_where_aligned() {
 }
 
 #[test]
+fn eight_at_once_only_where_aligned() {
+    TRIAL_OF_64.refuses("load8(x, 4);", "reads eight elements at x[4], which is not aligned to eight");
+    TRIAL_OF_64.refuses("store8(z, 12, load8(x, 0));", "writes eight elements at z[12]");
+    TRIAL_OF_64.run("if (THREAD < 8) store8(y, 8 * THREAD, load8(x, 8 * THREAD));").unwrap();
+}
+
+/// Columns 3 to 66 of four rows of 70, and those before them.
+#[test]
+fn columns_between_rows_are_not_the_tensors() {
+    let whole = |seed: f32| {
+        let count: Vec<f32> = (0..280).map(|i| seed + i as f32).collect();
+        Tensor::from_vec(count, (4, 70), &Device::Cpu).unwrap()
+    };
+    let (x, y, z) = (whole(0.0), whole(1000.0), Tensor::zeros(64, DType::F32, &Device::Cpu).unwrap());
+    let columns = |t: &Tensor| t.narrow(1, 3, 64).unwrap();
+    let run = |body: &str, y: &Tensor| TRIAL_OF_64.run_tensors(body, &columns(&x), y, &z);
+    let rows = "for (uint row = 0; row < 4; ++row) y[70 * row + THREAD] = x[70 * row + THREAD];\n";
+    run(rows, &columns(&y)).unwrap();
+    assert_eq!(columns(&y).to_vec2::<f32>().unwrap(), columns(&x).to_vec2::<f32>().unwrap());
+    for column in [0, 1, 2, 67, 68, 69] {
+        let left: Vec<f32> = y.narrow(1, column, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(left, [0, 70, 140, 210].map(|row| (1000 + row + column) as f32));
+    }
+    let refused = |body: &str, y: &Tensor, words: &str| {
+        let message = run(body, y).unwrap_err();
+        assert!(message.contains(words), "{body}\n{message}\nexpected {words}");
+    };
+    refused(&format!("{rows}y[64] = T(0.0f);"), &columns(&y), "writes y[64], which lies between its rows");
+    refused(&format!("{rows}y[0] = x[139];"), &columns(&y), "reads x[139], which lies between its rows");
+    refused("y[THREAD] = x[THREAD];", &columns(&y), "it never writes y[70]");
+    // column ranges of one matrix are each other's neighbours, unless they overlap
+    let halves = "for (uint row = 0; row < 4; ++row) y[70 * row + THREAD % 3] = x[70 * row + THREAD];\n";
+    run(&halves.replace("y[", "if (THREAD < 3) y["), &x.narrow(1, 0, 3).unwrap()).unwrap();
+    run(&halves.replace("y[", "if (THREAD < 3) y["), &x.narrow(1, 67, 3).unwrap()).unwrap();
+    refused(rows, &x.narrow(1, 66, 4).unwrap(), "y is shared with x");
+    refused(rows, &x.narrow(1, 0, 4).unwrap(), "y is shared with x");
+}
+
+#[test]
 fn what_does_not_fit() {
     TRIAL_OF_64.refuses("THREADGROUP(float, a, 8000);\nTHREADGROUP(float, b, 200);", "more than 32 KiB");
     Trial { grid: Grid::line(1, 48), ..TRIAL_OF_64 }.refuses(COPY, "48 threads in a threadgroup");

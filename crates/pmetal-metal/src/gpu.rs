@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-use crate::{Call, Error, Result, pitch};
+use crate::{Call, Error, Marks, Result, pitch};
 
 /// A GPU, or what plays one.
 pub trait Gpu: Send + Sync {
@@ -48,6 +48,15 @@ pub trait Gpu: Send + Sync {
 
     /// What the device is.
     fn facts(&self) -> Facts;
+
+    /// Marks on this device's work.
+    ///
+    /// # Errors
+    /// Where the device does not tell when it passes a point.
+    fn marks(&self) -> Result<Box<dyn Marks>> {
+        let reason = "its operations cannot be timed one by one; CUDA's and the CPU's can".into();
+        Err(Error::Device { device: self.facts().name, reason })
+    }
 }
 
 /// `c = alpha * op(a) · op(b) + beta * c`, all two-dimensional with contiguous rows ([`pitch`]), accumulated in f32. Of a `c` that is a column

@@ -9,6 +9,7 @@ mod error;
 mod gpu;
 mod kernel;
 pub mod kernels;
+mod marks;
 #[cfg(target_os = "macos")]
 mod metal;
 #[cfg(not(target_os = "macos"))]
@@ -19,4 +20,5 @@ pub use attention::{attention_backward, attention_forward};
 pub use error::{Error, Result};
 pub use gpu::{AttentionRows, AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
 pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel, launches, pitch};
+pub use marks::{HostMarks, Marks};
 pub use metal::{exact, exact_zeros, gpu, open};

@@ -11,14 +11,14 @@ static TRIAL: Kernel = Kernel {
     name: "trial",
     file: FILE,
     buffers: &[
-        Buffer { name: "x", access: Access::Read, element: Element::T },
-        Buffer { name: "y", access: Access::Write, element: Element::T },
-        Buffer { name: "z", access: Access::Update, element: Element::F32 },
+        Buffer { name: "x", access: Access::Read, element: Element::T, rows: true },
+        Buffer { name: "y", access: Access::Write, element: Element::T, rows: true },
+        Buffer { name: "z", access: Access::Update, element: Element::F32, rows: false },
     ],
     params_size: 4,
 };
 
-/// A trial: `trial(x, y, z)` with `x [n]` and `y [n]` of T, and `z [n]`, both `x` and `z` counting from 0.
+/// A trial: `trial(x, y, z)` with `x [n]` and `y [n]` of T, which may be rows with a pitch, and `z [n]`, both `x` and `z` counting from 0.
 pub struct Trial {
     pub functions: &'static str,
     pub dtype: DType,
@@ -56,7 +56,7 @@ impl Trial {
     /// The emulator of `body`, which is not compiled yet.
     pub fn emulator(&self, body: &str) -> Emulator {
         let text = format!(
-            "struct TrialParams {{ uint n; }};\n{}\nKERNEL(trial)(READ(T, x, 0), WRITE(T, y, 1), UPDATE(float, z, 2), \
+            "struct TrialParams {{ uint n; }};\n{}\nKERNEL(trial)(READ_ROWS(T, x, 0), WRITE_ROWS(T, y, 1), UPDATE(float, z, 2), \
              PARAMS(TrialParams, 3))\n{{\n{body}\n}}\n",
             self.functions
         );

@@ -82,26 +82,46 @@ FUNCTION uint simd_min(uint x) { return __reduce_min_sync(0xffffffffu, x); }
 
 FUNCTION float4 load4(const float* p, ulong i) { return *reinterpret_cast<const float4*>(p + i); }
 FUNCTION void store4(float* p, ulong i, float4 v) { *reinterpret_cast<float4*>(p + i) = v; }
-FUNCTION float4 load4(const half* p, ulong i) {
-    const ushort4 raw = *reinterpret_cast<const ushort4*>(p + i);
-    half x, y, z, w;
-    x.bits = raw.x, y.bits = raw.y, z.bits = raw.z, w.bits = raw.w;
-    return make_float4(float(x), float(y), float(z), float(w));
+struct Octet { float4 low, high; };
+FUNCTION Octet load8(const float* p, ulong i) { return {load4(p, i), load4(p, i + 4)}; }
+FUNCTION void store8(float* p, ulong i, Octet v) {
+    store4(p, i, v.low);
+    store4(p, i + 4, v.high);
 }
-FUNCTION void store4(half* p, ulong i, float4 v) {
-    uint2 raw;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(raw.x) : "f"(v.y), "f"(v.x));
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(raw.y) : "f"(v.w), "f"(v.z));
-    *reinterpret_cast<uint2*>(p + i) = raw;
+FUNCTION float2 unpack(uint raw, half) {
+    float2 v;
+    asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(v.x), "=f"(v.y) : "r"(raw));
+    return v;
 }
-FUNCTION float4 load4(const bfloat* p, ulong i) {
+FUNCTION float2 unpack(uint raw, bfloat) { return make_float2(__uint_as_float(raw << 16), __uint_as_float(raw & 0xffff0000u)); }
+FUNCTION uint pack(float x, float y, half) {
+    uint raw;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(raw) : "f"(y), "f"(x));
+    return raw;
+}
+FUNCTION uint pack(float x, float y, bfloat) {
+    uint raw;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(raw) : "f"(y), "f"(x));
+    return raw;
+}
+template <typename E>
+FUNCTION float4 load4(const E* p, ulong i) {
     const uint2 raw = *reinterpret_cast<const uint2*>(p + i);
-    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
-                       __uint_as_float(raw.y & 0xffff0000u));
+    const float2 a = unpack(raw.x, E()), b = unpack(raw.y, E());
+    return make_float4(a.x, a.y, b.x, b.y);
 }
-FUNCTION void store4(bfloat* p, ulong i, float4 v) {
-    uint2 raw;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(raw.x) : "f"(v.y), "f"(v.x));
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(raw.y) : "f"(v.w), "f"(v.z));
-    *reinterpret_cast<uint2*>(p + i) = raw;
+template <typename E>
+FUNCTION void store4(E* p, ulong i, float4 v) {
+    *reinterpret_cast<uint2*>(p + i) = make_uint2(pack(v.x, v.y, E()), pack(v.z, v.w, E()));
+}
+template <typename E>
+FUNCTION Octet load8(const E* p, ulong i) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(p + i);
+    const float2 a = unpack(raw.x, E()), b = unpack(raw.y, E()), c = unpack(raw.z, E()), d = unpack(raw.w, E());
+    return {make_float4(a.x, a.y, b.x, b.y), make_float4(c.x, c.y, d.x, d.y)};
+}
+template <typename E>
+FUNCTION void store8(E* p, ulong i, Octet v) {
+    *reinterpret_cast<uint4*>(p + i) = make_uint4(pack(v.low.x, v.low.y, E()), pack(v.low.z, v.low.w, E()),
+                                                  pack(v.high.x, v.high.y, E()), pack(v.high.z, v.high.w, E()));
 }

@@ -19,6 +19,7 @@
 //   type: nothing converts.
 // - half, bfloat and T convert to and from float only in words: float(x), T(f). Arithmetic is in float.
 // - load4(pointer, i) and store4(pointer, i, float4) move four elements from i on, i a multiple of 4, at an aligned buffer.
+//   load8 and store8 move an Octet, two float4 named low and high, from an i that is a multiple of 8, at a buffer aligned to 8 elements.
 //   float4 has x, y, z, w and no arithmetic; make_float4 makes one.
 // - simd_sum, simd_max, simd_min, simd_shuffle, simd_shuffle_xor, simd_shuffle_down, simd_broadcast: all 32 lanes take part.
 // - exp, log, sqrt, rsqrt, fabs, fmax, fmin, fma, floor, tanh: of float. min, max: of uint. as_uint, as_float: bits.
@@ -70,3 +71,12 @@ template <typename E>
 FUNCTION float4 load4(device const E* p, ulong i) { return float4(*reinterpret_cast<device const vec<E, 4>*>(p + i)); }
 template <typename E>
 FUNCTION void store4(device E* p, ulong i, float4 v) { *reinterpret_cast<device vec<E, 4>*>(p + i) = vec<E, 4>(v); }
+
+struct Octet { float4 low, high; };
+template <typename E>
+FUNCTION Octet load8(device const E* p, ulong i) { return {load4(p, i), load4(p, i + 4)}; }
+template <typename E>
+FUNCTION void store8(device E* p, ulong i, Octet v) {
+    store4(p, i, v.low);
+    store4(p, i + 4, v.high);
+}
