@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-use crate::{Call, Error, Marks, Result, pitch};
+use crate::{Call, Error, LowRankBackward, LowRankMember, Marks, Result, low_rank, pitch};
 
 /// A GPU, or what plays one.
 pub trait Gpu: Send + Sync {
@@ -11,6 +11,23 @@ pub trait Gpu: Send + Sync {
 
     /// Runs a matrix product.
     fn gemm(&self, product: &Gemm) -> Result<()>;
+
+    /// Fills the columns of `u [tokens, R]` that are the members' with `scale * x · aᵀ`, for `x [tokens, K]` and `a [R, K]`; rows may have a
+    /// pitch.
+    ///
+    /// # Errors
+    /// Where the operands do not fit one another.
+    fn low_rank_forward(&self, x: &Tensor, a: &Tensor, u: &Tensor, members: &[LowRankMember]) -> Result<()> {
+        low_rank::forward(self, x, a, u, members)
+    }
+
+    /// The gradients of the members' adapters and of `u`: `du = scale * dy · b`, then `dA (+)= duᵀ · x` and `dB (+)= dyᵀ · u`.
+    ///
+    /// # Errors
+    /// Where the operands do not fit one another.
+    fn low_rank_backward(&self, work: &LowRankBackward) -> Result<()> {
+        low_rank::backward(self, work)
+    }
 
     /// Attention on matrix units: fills `out` and returns what the backward needs beside it; none where this device has no such kernel
     /// for the dtype, the head's width or the rows.

@@ -9,6 +9,7 @@ mod error;
 mod gpu;
 mod kernel;
 pub mod kernels;
+mod low_rank;
 mod marks;
 #[cfg(target_os = "macos")]
 mod metal;
@@ -20,5 +21,6 @@ pub use attention::{attention_backward, attention_forward};
 pub use error::{Error, Result};
 pub use gpu::{AttentionRows, AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
 pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel, launches, pitch};
+pub use low_rank::{LowRankBackward, LowRankGradient, LowRankMember};
 pub use marks::{HostMarks, Marks};
 pub use metal::{exact, exact_zeros, gpu, open};
