@@ -141,10 +141,14 @@ impl Table {
             teraflops,
             copy_bytes,
             copy_gigabytes_per_second,
+            read_gigabytes_per_second,
         }) = &report.rates
         {
             writeln!(out, "product   {teraflops:.2} TFLOP/s ({product_dtype}, {m} x {n} x {k})")?;
             writeln!(out, "copy      {copy_gigabytes_per_second:.0} GB/s ({} MiB read and written)", copy_bytes >> 20)?;
+            if let Some(rate) = read_gigabytes_per_second {
+                writeln!(out, "reading   {rate:.0} GB/s")?;
+            }
         }
         if !self.kernels.is_empty() {
             writeln!(out, "kernels   {}", wrapped(self.kernels.iter().copied(), ", ", "          "))?;

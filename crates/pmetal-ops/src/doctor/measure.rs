@@ -3,13 +3,16 @@
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
+use pmetal_metal::{Gpu, Grid, empty, kernels};
 use serde::Serialize;
 
 use super::{
     checks::Prepared,
     compare::{random, roots},
 };
-use crate::{LinearGroup, LinearMember, Result, Value, Weight, device::synchronize, elementwise, gradients};
+use crate::{
+    LinearGroup, LinearMember, Result, Value, Weight, device::synchronize, elementwise, gradients, place::gpu_of,
+};
 
 /// How long one figure is measured for, roughly.
 const PATIENCE: Duration = Duration::from_millis(30);
@@ -44,7 +47,7 @@ pub(super) fn times(device: &Device, ready: &Prepared) -> Result<(f64, Option<f6
     Ok((alone, Some(both)))
 }
 
-/// A matrix product and a copy, large enough to fill the device.
+/// A matrix product, a copy and a reading, large enough to fill the device.
 #[derive(Clone, Debug, Serialize)]
 pub struct Rates {
     /// The product's dtype.
@@ -57,6 +60,8 @@ pub struct Rates {
     pub copy_bytes: usize,
     /// Bytes read and written, 10^9 a second.
     pub copy_gigabytes_per_second: f64,
+    /// Bytes read where next to nothing is written, 10^9 a second; of a GPU.
+    pub read_gigabytes_per_second: Option<f64>,
 }
 
 /// Measures them; bf16 and sizes of training on a GPU, a small product in f32 on the CPU.
@@ -70,11 +75,13 @@ pub(super) fn rates(device: &Device) -> Result<Rates> {
     };
     let x = Value::constant(operand(m, 1)?);
     let weight = Weight::Frozen(operand(n, 2)?);
-    let group = LinearGroup { members: vec![LinearMember { weight, bias: None, adapter: None }] };
+    let group = LinearGroup::new(vec![LinearMember { weight, bias: None, adapter: None }])?;
     let product = microseconds(device, || group.forward(&x, None).map(drop))?;
+    drop((x, group));
     let [from, to] = [0, 1].map(|_| Tensor::zeros(copied, dtype, device));
     let (from, to) = (from?, to?);
     let copy = microseconds(device, || elementwise::convert_into(&from, &to))?;
+    drop((from, to));
     let copy_bytes = copied * dtype.size_in_bytes();
     Ok(Rates {
         product_dtype: dtype.as_str(),
@@ -82,5 +89,17 @@ pub(super) fn rates(device: &Device) -> Result<Rates> {
         teraflops: 2.0 * (m * n * k) as f64 / product / 1e6,
         copy_bytes,
         copy_gigabytes_per_second: 2.0 * copy_bytes as f64 / copy / 1e3,
+        read_gigabytes_per_second: gpu_of(device)?.map(|gpu| reading(&*gpu, device)).transpose()?,
     })
+}
+
+/// The norm of many gradients reads them and writes one sum for each threadgroup.
+fn reading(gpu: &dyn Gpu, device: &Device) -> Result<f64> {
+    let (n, groups) = if device.is_cpu() { (1 << 16, 4) } else { (128 << 20, 2048) };
+    let x = Tensor::zeros(n, DType::F32, device)?;
+    let sums = empty(groups, DType::F32, device)?;
+    let params = kernels::NormParams { n: n as u64 };
+    let grid = Grid::line(groups, 256);
+    let call = || Ok(kernels::grad_norm_partials(gpu, DType::F32, grid, &x, &sums, params)?);
+    Ok(4.0 * n as f64 / microseconds(device, call)? / 1e3)
 }

@@ -107,7 +107,7 @@ pub fn run(choice: DeviceChoice, mut watch: impl FnMut(Progress)) -> Result<Repo
     let machine = machine(&device)?;
     watch(Progress::Opened(&machine));
     let checks = examine(&device, checks::ALL, true, |check| watch(Progress::Checked(check)))?;
-    let rates = measure::rates(&device).ok();
+    let rates = rates(&device).ok();
     let subject = subject(&device)?;
     let folder = verdict::folder();
     let before = folder.as_ref().map(|folder| verdict::read(folder, &subject)).unwrap_or_default();
@@ -115,6 +115,14 @@ pub fn run(choice: DeviceChoice, mut watch: impl FnMut(Progress)) -> Result<Repo
     let kept = folder.map(|folder| verdict::write(&folder, &subject, &switched_off));
     let not_kept = kept.and_then(|kept| kept.err()).map(|e| e.to_string());
     Ok(Report { machine, checks, rates, switched_off, not_kept })
+}
+
+/// What a device reaches at most: a large product, a copy, a reading.
+///
+/// # Errors
+/// Where the device has no memory left for them, or does not answer.
+pub fn rates(device: &Device) -> Result<Rates> {
+    measure::rates(device)
 }
 
 /// Switches off what an examination of this machine found wrong, and says so.

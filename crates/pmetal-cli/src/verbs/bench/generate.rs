@@ -12,7 +12,7 @@ use pmetal::{
     },
 };
 
-use super::{median, profile, random_ids, round};
+use super::{median, profile, round, rows::random_ids};
 use crate::verbs::{Failure, Result, model_args::ModelArgs};
 
 #[derive(clap::Args)]
@@ -28,7 +28,8 @@ pub struct Args {
     /// Runs that are timed, after one that is not
     #[arg(long, default_value_t = 3, value_name = "RUNS")]
     runs: usize,
-    /// Also tell where the last run's time goes, operation by operation, on stderr and in the JSON (on the CPU)
+    /// Also tell where the last run's time goes, operation by operation, on stderr and in the JSON (on the CPU
+    /// and on CUDA)
     #[arg(long)]
     profile: bool,
 }
@@ -46,7 +47,6 @@ pub fn run(args: &Args) -> Result<()> {
     let checkpoint = args.model.checkpoint()?;
     let mut model = args.model.load(&checkpoint)?;
     let device = model.device();
-    profile::check(args.profile, &device)?;
     if let Some(adapter) = adapter {
         attach_file(model.as_mut(), &args.model.adapter(adapter)?, Use::Inference)?;
     }
@@ -84,10 +84,15 @@ pub fn run(args: &Args) -> Result<()> {
     });
     if let Some([reading, making]) = profiles {
         let steps = tokens.saturating_sub(1).max(1);
-        profile::print("the prompt", &reading, 1)?;
-        profile::print("a token", &making, steps)?;
-        report["profile"] =
-            serde_json::json!({"prefill": profile::json(&reading, 1), "decode": profile::json(&making, steps)});
+        let limits = profile::limits(&device)?;
+        let limits = limits.as_ref();
+        profile::print("the prompt", &reading, 1, limits)?;
+        profile::print("a token", &making, steps, limits)?;
+        report["profile"] = serde_json::json!({
+            "prefill": profile::json(&reading, 1, limits),
+            "decode": profile::json(&making, steps, limits),
+        });
+        report["limits"] = serde_json::json!(limits);
     }
     Ok(writeln!(io::stdout(), "{report}")?)
 }
@@ -95,15 +100,14 @@ pub fn run(args: &Args) -> Result<()> {
 /// A run, and what was done up to the first token and after it.
 fn watched(model: &dyn CausalLMModel, prompt: &[u32], params: &SamplingParams) -> Result<(Generation, [Profile; 2])> {
     let mut session = Session::new(model)?;
-    let mut reading = None;
-    watch::start();
+    let mut read = None;
+    watch::start(&model.device())?;
     let made = session.generate(model, prompt, params, &[], &mut |event| {
-        if reading.is_none() && matches!(event, Event::Token { .. }) {
-            reading = Some(watch::finish());
-            watch::start();
+        if read.is_none() && matches!(event, Event::Token { .. }) {
+            read = Some(watch::finish().and_then(|found| watch::start(&model.device()).map(|()| found)));
         }
         ControlFlow::Continue(())
     });
-    let making = watch::finish();
-    Ok((made?, [reading.unwrap_or_default(), making]))
+    let making = watch::finish()?;
+    Ok((made?, [read.transpose()?.unwrap_or_default(), making]))
 }

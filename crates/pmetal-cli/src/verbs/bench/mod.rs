@@ -1,8 +1,7 @@
 mod generate;
 mod profile;
+mod rows;
 mod train;
-
-use pmetal::ops::random;
 
 use super::Result;
 
@@ -11,6 +10,7 @@ pub const EXAMPLES: &str = "\
 Examples:
   pmetal bench train --model-config config.json --batch 2 --seq 512 --steps 5
   pmetal bench train --model-config config.json --profile
+  pmetal bench train --model-config config.json --device cuda --batch 4 --seq 2048 --packed
   pmetal bench generate --model ./model --prompt-tokens 512 --tokens 128";
 
 /// Flags of `pmetal bench`.
@@ -38,16 +38,24 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
+/// The middle one, or the mean of the two in the middle. There is at least one.
 fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
-}
-
-fn random_ids(seed: u64, count: usize, vocab_size: usize) -> Vec<u32> {
-    (0..count as u64).map(|i| (random::uniform(seed, i) * vocab_size as f32) as u32).collect()
+    let (below, above) = ((figures.len() - 1) / 2, figures.len() / 2);
+    (figures[below] + figures[above]) / 2.0
 }
 
 fn round(x: f64, digits: i32) -> f64 {
     let unit = 10f64.powi(digits);
     (x * unit).round() / unit
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn medians() {
+        assert_eq!(super::median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(super::median(vec![4.0, 1.0, 3.0, 2.0]), 2.5);
+        assert_eq!(super::median(vec![7.0]), 7.0);
+    }
 }

@@ -14,8 +14,14 @@ use pmetal::{
     trainer::{StepSettings, train_step},
 };
 
-use super::{median, profile, random_ids, round};
+use super::{
+    median, profile, round,
+    rows::{packed_lengths, random_row},
+};
 use crate::verbs::{Failure, Result};
+
+/// Steps before those that are timed: products choose their algorithm in the first, the memory of a step settles in the second.
+const WARM_UP: usize = 3;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -28,13 +34,17 @@ pub struct Args {
     /// Tokens of a row
     #[arg(long, default_value_t = 512, value_name = "TOKENS")]
     seq: usize,
-    /// Steps that are timed, after one that is not
-    #[arg(long, default_value_t = 5, value_name = "STEPS")]
+    /// Pack each step's batch x seq tokens with rows as long as those of instructions and conversations (log-normal, median 256), drawn anew
+    /// for each step
+    #[arg(long)]
+    packed: bool,
+    /// Steps that are timed, after three that are not
+    #[arg(long, default_value_t = 10, value_name = "STEPS")]
     steps: usize,
     /// Keep only the inputs of each layer and run it again in backward
     #[arg(long)]
     gradient_checkpointing: bool,
-    /// Also tell where a step's time goes, operation by operation, on stderr and in the JSON (on the CPU)
+    /// Also tell where a step's time goes, operation by operation, on stderr and in the JSON (on the CPU and on CUDA)
     #[arg(long)]
     profile: bool,
     /// Dtype of weights and activations: auto (the config's), bf16, f16, f32
@@ -45,7 +55,8 @@ pub struct Args {
     device: DeviceChoice,
 }
 
-/// LoRA r=16, alpha=32 on every linear layer, AdamW, gradient norm clipped at 1: what the peers' scripts run.
+/// LoRA r=16, alpha=32 on every linear layer, AdamW, gradient norm clipped at 1: what the peers' scripts run. Time and the peak of memory are
+/// those of the timed steps.
 pub fn run(args: &Args) -> Result<()> {
     if args.batch == 0 || args.seq < 2 || args.steps == 0 {
         return Err(Failure::Usage("--batch and --steps must be at least 1, --seq at least 2".into()));
@@ -53,11 +64,8 @@ pub fn run(args: &Args) -> Result<()> {
     let config = models::read_config(&args.model_config)?;
     let dtype = args.dtype.resolve(models::dtype_of(&config).unwrap_or(DType::BF16));
     let device = device::open(args.device)?;
-    profile::check(args.profile, &device)?;
     let mut model = models::random(&config, dtype, &device, 0, None)?;
     let arena = attach(model.as_mut(), &LoraConfig::default(), 0)?;
-    let rows = random_rows(args, model.spec().vocab_size);
-    let batch = [rows.iter().collect()];
     let settings = StepSettings {
         max_grad_norm: 1.0,
         weight_decay: 0.0,
@@ -66,42 +74,53 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let mut milliseconds = Vec::with_capacity(args.steps);
     let mut loss = 0.0;
-    for step in 0..=args.steps {
-        if step == 1 && args.profile {
-            ops::profile::start();
+    for step in 0..WARM_UP + args.steps {
+        if step == WARM_UP {
+            device::reset_peak(&device)?;
+            if args.profile {
+                ops::profile::start(&device)?;
+            }
         }
+        let rows = rows_of(args, step, model.spec().vocab_size);
+        let batch = [rows.iter().collect()];
         let started = Instant::now();
         let result = train_step(model.as_ref(), &arena, &batch, step, 2e-4, step as u64 + 1, &settings)?;
         loss = result.loss;
-        if step > 0 {
+        if step >= WARM_UP {
             milliseconds.push(started.elapsed().as_secs_f64() * 1e3);
         }
     }
-    let found = args.profile.then(ops::profile::finish);
+    let found = args.profile.then(ops::profile::finish).transpose()?;
+    let fastest = milliseconds.iter().copied().fold(f64::INFINITY, f64::min);
     let median = median(milliseconds);
     let mut report = serde_json::json!({
         "tok_s": round((args.batch * args.seq) as f64 / median * 1e3, 1),
         "step_ms": round(median, 2),
+        "fastest_step_ms": round(fastest, 2),
         "peak_bytes": device::peak_bytes(&device)?,
         "loss": loss,
         "device": device::name(&device),
         "dtype": dtype.as_str(),
         "batch": args.batch,
         "seq": args.seq,
+        "packed": args.packed,
+        "gradient_checkpointing": args.gradient_checkpointing,
         "steps": args.steps,
     });
     if let Some(found) = found {
-        profile::print("a step", &found, args.steps)?;
-        report["profile"] = profile::json(&found, args.steps);
+        let limits = profile::limits(&device)?;
+        profile::print("a step", &found, args.steps, limits.as_ref())?;
+        report["profile"] = profile::json(&found, args.steps, limits.as_ref());
+        report["limits"] = serde_json::json!(limits);
     }
     Ok(writeln!(io::stdout(), "{report}")?)
 }
 
-fn random_rows(args: &Args, vocab_size: usize) -> Vec<Example> {
-    let row = |r: usize| {
-        let input_ids = random_ids(r as u64, args.seq, vocab_size);
-        let labels = input_ids.iter().map(|&id| i64::from(id)).collect();
-        Example { input_ids, labels }
+/// The rows of a step; without packing, the same for all.
+fn rows_of(args: &Args, step: usize, vocab_size: usize) -> Vec<Example> {
+    let lengths = match args.packed {
+        true => packed_lengths(step as u64, args.batch * args.seq, args.seq),
+        false => vec![args.seq; args.batch],
     };
-    (0..args.batch).map(row).collect()
+    lengths.into_iter().enumerate().map(|(row, tokens)| random_row(row as u64, tokens, vocab_size)).collect()
 }
