@@ -16,12 +16,13 @@
 mod gemm;
 mod memory;
 mod program;
+mod rest;
 
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Tensor};
 use pmetal_metal::{
-    AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, HostMarks, Kernel, Marks, Memory, Result,
+    AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, HostMarks, Kernel, Marks, Memory, Resting, Result,
     kernels::{ALL, METAL_ALL, METAL_TEXTS, TEXTS},
 };
 
@@ -125,6 +126,10 @@ impl Gpu for Emulator {
         spec: &AttentionSpec,
     ) -> Result<()> {
         pmetal_metal::attention_backward(self, dout, qkv, out, stats, grads, rows, spec)
+    }
+
+    fn rest(&self, tensor: &Tensor) -> Result<Option<Box<dyn Resting>>> {
+        rest::rested(tensor).map(Some)
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use candle_core::{Device, Shape, Tensor};
 use pmetal_models::{CausalLMModel, DecoderSpec, linear_layers};
-use pmetal_ops::{Adapter, Arena, LinearMember, Weight, device, random};
+use pmetal_ops::{Adapter, Arena, Weight, device, random};
 
 use crate::{
     AdapterFile, Error, LoraConfig, ModulesToSave, Result, TargetModules,
@@ -39,8 +39,8 @@ impl Target {
 }
 
 /// Takes every adapter off a model.
-pub fn detach(model: &mut dyn CausalLMModel) {
-    model.for_each_linear(&mut |_, member| member.adapter = None);
+pub fn detach(model: &mut dyn CausalLMModel) -> Result<()> {
+    Ok(model.for_each_linear(&mut |_, member| member.adapter = None)?)
 }
 
 /// Gives every target layer a fresh adapter: A uniform in `±1 / sqrt(in)` as PEFT's Kaiming start, B zero. Returns their arena, in which
@@ -62,7 +62,7 @@ pub fn attach(model: &mut dyn CausalLMModel, config: &LoraConfig, seed: u64) -> 
             param.set(&a)?;
         }
     }
-    put(model, &targets, config, |name| arena.param(name).map(Weight::Trainable));
+    put(model, &targets, config, |name| arena.param(name).map(Weight::Trainable))?;
     Ok(arena)
 }
 
@@ -74,7 +74,7 @@ pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: U
         reason,
         base: if file.base.is_empty() { "an unnamed model".into() } else { file.base.clone() },
     };
-    let targets: Vec<Target> = all_layers(model)
+    let targets: Vec<Target> = all_layers(model.spec())
         .into_iter()
         .filter(|t| t.names().iter().any(|name| file.tensors.contains_key(name)))
         .collect();
@@ -106,7 +106,7 @@ pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: U
                     param.set(tensor)?;
                 }
             }
-            put(model, &targets, &file.config, |name| arena.param(name).map(Weight::Trainable));
+            put(model, &targets, &file.config, |name| arena.param(name).map(Weight::Trainable))?;
             Ok(Some(arena))
         }
         Use::Inference => {
@@ -117,26 +117,19 @@ pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: U
             {
                 frozen.insert(name.clone(), tensor.to_dtype(dtype)?.to_device(&on)?);
             }
-            put(model, &targets, &file.config, |name| frozen.get(name).cloned().map(Weight::Frozen));
+            put(model, &targets, &file.config, |name| frozen.get(name).cloned().map(Weight::Frozen))?;
             Ok(None)
         }
     }
 }
 
-fn all_layers(model: &mut dyn CausalLMModel) -> Vec<Target> {
-    let mut layers = Vec::new();
-    model.for_each_linear(&mut |module, member: &mut LinearMember| {
-        layers.push(Target {
-            module: module.to_owned(),
-            in_features: member.in_features(),
-            out_features: member.out_features(),
-        });
-    });
-    layers
+fn all_layers(spec: &DecoderSpec) -> Vec<Target> {
+    let layers = linear_layers(spec).into_iter();
+    layers.map(|(module, [out_features, in_features])| Target { module, in_features, out_features }).collect()
 }
 
-fn targets(model: &mut dyn CausalLMModel, wanted: &TargetModules) -> Result<Vec<Target>> {
-    chosen(all_layers(model), wanted)
+fn targets(model: &dyn CausalLMModel, wanted: &TargetModules) -> Result<Vec<Target>> {
+    chosen(all_layers(model.spec()), wanted)
 }
 
 /// The parameters that a fresh adapter would have, by the names of its tensors, without a model to put it on.
@@ -145,9 +138,7 @@ fn targets(model: &mut dyn CausalLMModel, wanted: &TargetModules) -> Result<Vec<
 /// Where the settings are outside their range or name a layer that the model lacks.
 pub fn adapter_tensors(spec: &DecoderSpec, config: &LoraConfig) -> Result<Vec<(String, Shape)>> {
     config.validate()?;
-    let layers = linear_layers(spec).into_iter();
-    let layers = layers.map(|(module, [out_features, in_features])| Target { module, in_features, out_features });
-    let targets = chosen(layers.collect(), &config.target_modules)?;
+    let targets = chosen(all_layers(spec), &config.target_modules)?;
     Ok(targets.iter().flat_map(|target| target.names().into_iter().zip(target.shapes(config.r))).collect())
 }
 
@@ -178,12 +169,12 @@ fn put(
     targets: &[Target],
     config: &LoraConfig,
     weight: impl Fn(&str) -> Option<Weight>,
-) {
-    model.for_each_linear(&mut |module, member| {
+) -> Result<()> {
+    Ok(model.for_each_linear(&mut |module, member| {
         member.adapter = targets.iter().enumerate().find(|(_, t)| t.module == module).and_then(|(place, target)| {
             let [a, b] = target.names();
             let (a, b) = weight(&a).zip(weight(&b))?;
             Some(Adapter { a, b, scale: config.scale(), dropout: config.lora_dropout as f32, place: place as u64 })
         });
-    });
+    })?)
 }

@@ -100,7 +100,7 @@ fn an_adapter_takes_the_place_of_the_one_before_and_leaves_no_trace() {
     other.tensors.pop_first().unwrap();
     assert!(attach_file(model.as_mut(), &other, Use::Inference).is_err());
     assert_eq!(logits(model.as_ref(), &ids), second, "one that does not fit changes nothing");
-    detach(model.as_mut());
+    detach(model.as_mut()).unwrap();
     assert_eq!(logits(model.as_ref(), &ids), logits(plain.as_ref(), &ids));
 }
 

@@ -1,7 +1,7 @@
 use candle_core::{DType, Device, Tensor};
-use pmetal_ops::{LinearMember, Policy, Value, Weight, logits};
+use pmetal_ops::{LinearMember, Value, Weight, logits};
 
-use crate::{DecoderSpec, KvCache, Result};
+use crate::{Checkpointing, DecoderSpec, KvCache, OneToken, Result};
 
 /// What a forward reads: token ids of several rows behind one another, without padding.
 #[derive(Clone, Copy, Debug)]
@@ -13,7 +13,7 @@ pub struct Input<'a> {
     /// The seed of dropout, in training.
     pub noise: Option<u64>,
     /// Whether layers run again in backward instead of keeping what they computed.
-    pub checkpointing: Option<Policy>,
+    pub checkpointing: Option<Checkpointing>,
 }
 
 impl<'a> Input<'a> {
@@ -42,6 +42,15 @@ pub trait CausalLMModel: Send {
     /// Where lengths do not add up, an id is outside the vocabulary, or the cache is full.
     fn forward(&self, input: &Input, cache: Option<&mut KvCache>) -> Result<Value>;
 
+    /// A way to read one token after another of the only row of `cache`, as fast as the device can; none where [`CausalLMModel::forward`] is
+    /// that. It holds for these weights and this cache, as long as neither changes.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    fn one_token(&self, _cache: &KvCache) -> Result<Option<OneToken>> {
+        Ok(None)
+    }
+
     /// The embedding, `[vocab_size, hidden_size]`.
     fn embedding(&self) -> &Weight;
 
@@ -55,8 +64,11 @@ pub trait CausalLMModel: Send {
     /// Where they are not of such shapes.
     fn set_tables(&mut self, embedding: Weight, head: Option<Weight>) -> Result<()>;
 
-    /// Visits every linear layer of attention and MLP under its module name, `model.layers.0.self_attn.q_proj` and so on.
-    fn for_each_linear(&mut self, f: &mut dyn FnMut(&str, &mut LinearMember));
+    /// Visits every linear layer of attention and MLP under its module name, `model.layers.0.self_attn.q_proj` and so on, to change it.
+    ///
+    /// # Errors
+    /// Where the changed layers find no place on the device.
+    fn for_each_linear(&mut self, f: &mut dyn FnMut(&str, &mut LinearMember)) -> Result<()>;
 
     /// Every weight under its Hugging Face name, in the order of [`crate::tensors_of`].
     fn named_weights(&self) -> Vec<(String, Weight)>;

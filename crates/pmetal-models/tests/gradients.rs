@@ -4,11 +4,11 @@ mod common;
 
 use candle_core::DType;
 use common::{Fixture, adapt, assert_close, labels, pack};
-use pmetal_models::{CausalLMModel, Checkpoint, Input, tensors_of};
-use pmetal_ops::{Arena, Policy, backward, linear_cross_entropy};
+use pmetal_models::{CausalLMModel, Checkpoint, Checkpointing, Input, tensors_of};
+use pmetal_ops::{Arena, backward, linear_cross_entropy};
 
 /// Backpropagates the mean loss of the fixture's rows and returns it.
-fn loss(model: &dyn CausalLMModel, fixture: &Fixture, checkpointing: Option<Policy>) -> f64 {
+fn loss(model: &dyn CausalLMModel, fixture: &Fixture, checkpointing: Option<Checkpointing>) -> f64 {
     let rows = fixture.rows();
     let ((ids, q_lens), labels) = (pack(&rows), labels(&rows));
     let counted = labels.iter().filter(|&&label| label >= 0).count();
@@ -24,7 +24,7 @@ fn expected_loss(fixture: &Fixture, name: &str) -> f64 {
     f64::from(fixture.expected[name].to_scalar::<f32>().unwrap())
 }
 
-const WAYS: [Option<Policy>; 3] = [None, Some(Policy::KeepNothing), Some(Policy::KeepAttention)];
+const WAYS: [Option<Checkpointing>; 3] = [None, Some(Checkpointing::INPUTS), Some(Checkpointing::ATTENTION)];
 
 #[test]
 fn gradients_of_adapters() {
@@ -71,7 +71,9 @@ fn dropout_is_the_same_when_layers_run_again() {
     let mut model = fixture.model(DType::F32, None);
     let arena = adapt(&mut *model, &fixture.path.join("adapter"));
     let without = loss(&*model, &fixture, None);
-    model.for_each_linear(&mut |_, member| member.adapter.iter_mut().for_each(|adapter| adapter.dropout = 0.3));
+    model
+        .for_each_linear(&mut |_, member| member.adapter.iter_mut().for_each(|adapter| adapter.dropout = 0.3))
+        .unwrap();
     let run = |checkpointing| {
         arena.clear_grads();
         (loss(&*model, &fixture, checkpointing), arena.grads().unwrap().copy().unwrap())

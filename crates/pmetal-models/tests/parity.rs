@@ -6,8 +6,8 @@ use std::ops::ControlFlow;
 
 use candle_core::{DType, Tensor};
 use common::{Fixture, adapt, assert_close, packed_logits, relative_error};
-use pmetal_models::{Event, Input, KvCache, SamplingParams, Session, StopReason, generate};
-use pmetal_ops::{Policy, no_grad};
+use pmetal_models::{Checkpointing, Event, Input, KvCache, SamplingParams, Session, StopReason, generate};
+use pmetal_ops::no_grad;
 
 #[test]
 fn logits_of_packed_rows_and_of_each_row_alone() {
@@ -15,7 +15,7 @@ fn logits_of_packed_rows_and_of_each_row_alone() {
         let model = fixture.model(DType::F32, None);
         let rows = fixture.rows();
         let together = packed_logits(&*model, &rows, None);
-        let checkpointed = packed_logits(&*model, &rows, Some(Policy::KeepAttention));
+        let checkpointed = packed_logits(&*model, &rows, Some(Checkpointing::ATTENTION));
         for (i, row) in rows.iter().enumerate() {
             let want = &fixture.expected[&format!("logits.{i}")];
             let alone = packed_logits(&*model, std::slice::from_ref(row), None);

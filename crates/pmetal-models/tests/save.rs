@@ -89,9 +89,12 @@ fn weights_have_the_names_and_the_order_of_the_list() {
 #[test]
 fn adapters_find_every_linear_layer() {
     let mut modules = Vec::new();
-    Fixture::open("qwen3").model(DType::F32, None).for_each_linear(&mut |module, member| {
-        modules.push((module.to_owned(), member.in_features(), member.out_features()));
-    });
+    Fixture::open("qwen3")
+        .model(DType::F32, None)
+        .for_each_linear(&mut |module, member| {
+            modules.push((module.to_owned(), member.in_features(), member.out_features()));
+        })
+        .unwrap();
     assert_eq!(modules.len(), 14);
     assert_eq!(modules[0], ("model.layers.0.self_attn.q_proj".into(), 32, 64));
     assert_eq!(modules[13], ("model.layers.1.mlp.down_proj".into(), 56, 32));

@@ -27,11 +27,11 @@ fn of_device(criterion: &mut Criterion, device: &Device) -> Result<()> {
     bench(criterion, device, "launch of add_assign", || smallest_launch(device, &x, &y));
 
     let (row, weight) = (Value::variable(tensor(&[1, 64])?), Value::constant(tensor(&[64])?));
-    bench(criterion, device, "rms_norm of 1 row", || no_grad(|| rms_norm(&row, &weight, 1e-5)).map(drop));
-    bench(criterion, device, "rms_norm of 1 row, recorded", || rms_norm(&row, &weight, 1e-5).map(drop));
+    bench(criterion, device, "rms_norm of 1 row", || no_grad(|| rms_norm(&row, &weight, 1e-5, 0)).map(drop));
+    bench(criterion, device, "rms_norm of 1 row, recorded", || rms_norm(&row, &weight, 1e-5, 0).map(drop));
 
     let member = LinearMember { weight: Weight::Frozen(tensor(&[64, 64])?), bias: None, adapter: None };
-    let group = LinearGroup { members: vec![member] };
+    let group = LinearGroup::new(vec![member]).unwrap();
     bench(criterion, device, "linear of 1 row", || no_grad(|| group.forward(&row, None)).map(drop));
     Ok(())
 }

@@ -44,6 +44,7 @@ pub fn adamw(arena: &Arena, config: &AdamW, max_grad_norm: f64, loss: &Tensor) -
         Place::Cpu => on_cpu(arena, grads, config, max_grad_norm, loss)?,
         Place::Reference => reference(arena, grads, config, max_grad_norm, loss)?,
     };
+    arena.touch();
     arena.clear_grads();
     Ok(StepOutcome(outcome))
 }

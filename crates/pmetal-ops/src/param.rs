@@ -5,7 +5,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -37,6 +37,8 @@ struct Inner {
     copies: Option<Tensor>,
     slots: Vec<Slot>,
     by_name: HashMap<String, usize>,
+    /// How often values have changed.
+    version: AtomicU64,
 }
 
 struct Slot {
@@ -91,7 +93,7 @@ impl Arena {
             by_name.insert(name.clone(), slots.len() - 1);
             offset += len;
         }
-        Ok(Self(Arc::new(Inner { state, grad, copies, slots, by_name })))
+        Ok(Self(Arc::new(Inner { state, grad, copies, slots, by_name, version: AtomicU64::new(0) })))
     }
 
     /// The parameter called `name`.
@@ -136,6 +138,21 @@ impl Arena {
         &self.0.state
     }
 
+    /// Changes whenever a value does.
+    pub(crate) fn version(&self) -> u64 {
+        self.0.version.load(Ordering::Relaxed)
+    }
+
+    /// Tells that values have changed.
+    pub(crate) fn touch(&self) {
+        self.0.version.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether both are the same memory.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The copies of all values, `[n]`, where the model computes with all of them in one other dtype than f32.
     pub(crate) fn copies(&self) -> Option<&Tensor> {
         self.0.copies.as_ref()
@@ -154,6 +171,12 @@ impl Arena {
     }
 }
 
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "Arena({} values)", self.len())
+    }
+}
+
 /// A trainable leaf with a dotted name. Clones are the same parameter.
 #[derive(Clone)]
 pub struct Param {
@@ -164,6 +187,16 @@ pub struct Param {
 impl Param {
     fn get(&self) -> &Slot {
         &self.arena.0.slots[self.slot]
+    }
+
+    /// The arena it is in.
+    pub(crate) fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    /// Where in the arena it begins.
+    pub(crate) fn first(&self) -> usize {
+        self.get().master.layout().start_offset()
     }
 
     /// The dotted name.
@@ -195,6 +228,7 @@ impl Param {
         }
         let tensor = tensor.to_device(slot.master.device())?.contiguous()?;
         elementwise::convert_into(&tensor, &slot.master)?;
+        self.arena.touch();
         if slot.is_copied() {
             elementwise::convert_into(&tensor, &slot.value)?;
         }

@@ -88,3 +88,12 @@ impl GradPlace {
         Ok(empty((rows, width), dtype, device)?)
     }
 }
+
+/// Whether both tensors are the same elements of the same memory.
+pub(crate) fn same_memory(a: &Tensor, b: &Tensor) -> bool {
+    let ((a_storage, a_layout), (b_storage, b_layout)) = (a.storage_and_layout(), b.storage_and_layout());
+    std::ptr::eq(&*a_storage, &*b_storage)
+        && a_layout.start_offset() == b_layout.start_offset()
+        && a_layout.dims() == b_layout.dims()
+        && a_layout.stride() == b_layout.stride()
+}

@@ -132,10 +132,10 @@ impl Weight {
         Ok(Self::Packed(Arc::new(packed), self.shape().clone()))
     }
 
-    /// As a tensor; a mapped or packed weight is copied.
+    /// As a contiguous tensor; a mapped or packed weight is copied, and one that is part of a wider matrix.
     pub fn tensor(&self) -> Result<Tensor> {
         match self {
-            Self::Frozen(t) => Ok(t.clone()),
+            Self::Frozen(t) => Ok(t.contiguous()?),
             Self::Mapped(m) => Ok(Tensor::from_raw_buffer(m.bytes(), m.dtype, m.shape.dims(), &Device::Cpu)?),
             Self::Packed(weight, shape) => tensor(weight.unpack(), shape.clone()),
             Self::Trainable(p) => Ok(p.value().clone()),

@@ -10,8 +10,8 @@ use std::{
 };
 
 use candle_core::{DType, Device, Tensor};
-use pmetal_models::{CausalLMModel, Checkpoint, Input, load};
-use pmetal_ops::{Adapter, Arena, Policy, Weight, device};
+use pmetal_models::{CausalLMModel, Checkpoint, Checkpointing, Input, load};
+use pmetal_ops::{Adapter, Arena, Weight, device};
 
 /// One folder of fixtures and what transformers computed with it.
 pub struct Fixture {
@@ -65,7 +65,11 @@ pub fn tensors(path: &Path) -> HashMap<String, Tensor> {
 }
 
 /// The logits of rows that lie behind one another, row by row.
-pub fn packed_logits(model: &dyn CausalLMModel, rows: &[Vec<u32>], checkpointing: Option<Policy>) -> Vec<Tensor> {
+pub fn packed_logits(
+    model: &dyn CausalLMModel,
+    rows: &[Vec<u32>],
+    checkpointing: Option<Checkpointing>,
+) -> Vec<Tensor> {
     let (ids, q_lens) = pack(rows);
     let input = Input { checkpointing, ..Input::rows(&ids, &q_lens) };
     let logits = model.logits(model.forward(&input, None).unwrap().tensor()).unwrap();
@@ -101,16 +105,18 @@ pub fn adapt(model: &mut dyn CausalLMModel, folder: &Path) -> Arena {
         arena.param(name).unwrap().set(tensor).unwrap();
     }
     let mut place = 0;
-    model.for_each_linear(&mut |module, member| {
-        let weight = |side: &str| {
-            let name = format!("base_model.model.{module}.lora_{side}.weight");
-            arena.param(&name).map(Weight::Trainable)
-        };
-        if let Some((a, b)) = weight("A").zip(weight("B")) {
-            member.adapter = Some(Adapter { a, b, scale: scale as f32, dropout: 0.0, place });
-            place += 1;
-        }
-    });
+    model
+        .for_each_linear(&mut |module, member| {
+            let weight = |side: &str| {
+                let name = format!("base_model.model.{module}.lora_{side}.weight");
+                arena.param(&name).map(Weight::Trainable)
+            };
+            if let Some((a, b)) = weight("A").zip(weight("B")) {
+                member.adapter = Some(Adapter { a, b, scale: scale as f32, dropout: 0.0, place });
+                place += 1;
+            }
+        })
+        .unwrap();
     assert_eq!(place as usize * 2, tensors.len());
     arena
 }

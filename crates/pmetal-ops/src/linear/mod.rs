@@ -8,6 +8,8 @@ mod gpu;
 mod kernel;
 mod reference;
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use crate::{
@@ -78,12 +80,43 @@ impl LinearMember {
 /// Projections that read the same input: q, k and v; gate and up; or one alone.
 #[derive(Clone, Debug)]
 pub struct LinearGroup {
-    /// The projections, in the order of the results.
-    pub members: Vec<LinearMember>,
+    members: Vec<LinearMember>,
+    /// Their frozen weights side by side, on a GPU.
+    joint: Option<Arc<gpu::Joint>>,
 }
 
 impl LinearGroup {
-    /// Projects `x [tokens, in]` and returns `[tokens, out]` for each member, in the dtype of `x`.
+    /// A group of projections, in the order of the results. On a GPU frozen weights are copied into one matrix.
+    pub fn new(members: Vec<LinearMember>) -> Result<Self> {
+        let mut group = Self { members, joint: None };
+        group.join()?;
+        Ok(group)
+    }
+
+    /// The projections, in the order of the results.
+    pub fn members(&self) -> &[LinearMember] {
+        &self.members
+    }
+
+    /// Changes the projections: puts adapters on them, or takes them away.
+    pub fn change(&mut self, f: impl FnOnce(&mut [LinearMember])) -> Result<()> {
+        f(&mut self.members);
+        self.join()
+    }
+
+    fn join(&mut self) -> Result<()> {
+        self.joint = None;
+        self.joint = gpu::Joint::of(&mut self.members)?.map(Arc::new);
+        Ok(())
+    }
+
+    /// Columns that whoever makes the input should leave free behind its rows, for the adapters' part of the product.
+    pub fn spare_columns(&self) -> usize {
+        self.joint.as_ref().map_or(0, |joint| joint.spare())
+    }
+
+    /// Projects `x [tokens, in]` and returns `[tokens, out]` for each member, in the dtype of `x`; on a GPU they may be column ranges of one
+    /// tensor.
     ///
     /// `noise` seeds the adapters' dropout; without it (evaluation, generation) there is none.
     pub fn forward(&self, x: &Value, noise: Option<u64>) -> Result<Vec<Value>> {
@@ -99,12 +132,15 @@ impl LinearGroup {
                     kernel::backward(group, x, grads, low_ranks, noise, needs_dx)
                 },
             ),
-            Place::Gpu(gpu) => self.by_kernels(x, |group, x| gpu::forward(&*gpu, group, x, noise), {
-                let gpu = gpu.clone();
-                move |group, x, grads, low_ranks, needs_dx| {
-                    gpu::backward(&*gpu, group, x, grads, low_ranks, noise, needs_dx)
-                }
-            }),
+            Place::Gpu(gpu) => match &self.joint {
+                Some(joint) if joint.dtype() == x.tensor().dtype() => gpu::forward(&gpu, self, joint, x, noise),
+                _ => self.by_kernels(x, |group, x| gpu::each::forward(&*gpu, group, x, noise), {
+                    let gpu = gpu.clone();
+                    move |group, x, grads, low_ranks, needs_dx| {
+                        gpu::each::backward(&*gpu, group, x, grads, low_ranks, noise, needs_dx)
+                    }
+                }),
+            },
             Place::Reference => {
                 let (inputs, plan) = reference::plan(self, x, noise)?;
                 composite(&inputs.iter().collect::<Vec<_>>(), move |t| reference::run(t, &plan))
@@ -187,29 +223,38 @@ mod tests {
     use super::*;
     use crate::{
         Arena, gradients,
-        testing::{assert_close, check_op, random},
+        testing::{assert_close, check_op, emulated, random},
     };
 
-    fn group_of(arena: &Arena, dropout: f32) -> LinearGroup {
-        let weight = |name: &str| Weight::Trainable(arena.param(name).unwrap());
+    const NAMES: [&str; 5] = ["w0", "bias", "a", "b", "w1"];
+
+    /// A member with bias and adapter and one with neither. Weights that the arena lacks are frozen.
+    fn group_of(arena: &Arena, inputs: &[Tensor], dtype: DType, dropout: f32) -> LinearGroup {
+        let weight = |name: &str| match arena.param(name) {
+            Some(param) => Weight::Trainable(param),
+            None => {
+                let place = NAMES.iter().position(|n| *n == name).unwrap();
+                Weight::Frozen(inputs[1 + place].to_dtype(dtype).unwrap())
+            }
+        };
         let adapter = Adapter { a: weight("a"), b: weight("b"), scale: 1.5, dropout, place: 9 };
-        LinearGroup {
-            members: vec![
-                LinearMember { weight: weight("w0"), bias: Some(weight("bias")), adapter: Some(adapter) },
-                LinearMember { weight: weight("w1"), bias: None, adapter: None },
-            ],
-        }
+        let members = vec![
+            LinearMember { weight: weight("w0"), bias: Some(weight("bias")), adapter: Some(adapter) },
+            LinearMember { weight: weight("w1"), bias: None, adapter: None },
+        ];
+        LinearGroup::new(members).unwrap()
     }
 
-    /// Outputs, gradient of x, and gradients of the parameters.
-    fn run(inputs: &[Tensor], names: &[&str], dtype: DType, dropout: f32) -> (Vec<Tensor>, Vec<Tensor>) {
-        let shapes: Vec<_> = names.iter().zip(&inputs[1..]).map(|(n, t)| (n.to_string(), t.shape().clone())).collect();
+    /// Outputs, gradient of x, and gradients of the parameters, which are those in `trained`.
+    fn run(inputs: &[Tensor], trained: &[&str], dtype: DType, dropout: f32) -> (Vec<Tensor>, Vec<Tensor>) {
+        let of = |name: &&str| &inputs[1 + NAMES.iter().position(|n| n == name).unwrap()];
+        let shapes: Vec<_> = trained.iter().map(|n| (n.to_string(), of(n).shape().clone())).collect();
         let arena = Arena::new(&shapes, DType::F32, &Device::Cpu).unwrap();
-        for (name, t) in names.iter().zip(&inputs[1..]) {
-            arena.param(name).unwrap().set(&t.to_dtype(DType::F32).unwrap()).unwrap();
+        for name in trained {
+            arena.param(name).unwrap().set(&of(name).to_dtype(DType::F32).unwrap()).unwrap();
         }
         let x = Value::variable(inputs[0].to_dtype(dtype).unwrap());
-        let ys = group_of(&arena, dropout).forward(&x, Some(3)).unwrap();
+        let ys = group_of(&arena, inputs, dtype, dropout).forward(&x, Some(3)).unwrap();
         let outputs: Vec<Tensor> = ys.iter().map(|y| y.tensor().clone()).collect();
         let roots = ys.into_iter().enumerate().map(|(i, y)| {
             let dy = random(y.tensor().dims(), 90 + i as u64).to_dtype(dtype).unwrap();
@@ -223,20 +268,54 @@ mod tests {
 
     #[test]
     fn products_adapters_and_their_gradients() {
-        let names = ["w0", "bias", "a", "b", "w1"];
-        // few rows take another way than many
-        for (tokens, dropout) in [(5, 0.0), (5, 0.4), (21, 0.0), (21, 0.4)] {
-            let shapes: [&[usize]; 6] = [&[tokens, 12], &[7, 12], &[7], &[3, 12], &[7, 3], &[4, 12]];
-            let inputs: Vec<Tensor> = shapes.iter().zip(1..).map(|(shape, seed)| random(shape, seed)).collect();
-            // x in f64 has no kernel, so the first run goes the reference path
-            let (want, want_grads) = run(&inputs, &names, DType::F64, dropout);
-            for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 3e-2)] {
-                let (got, got_grads) = run(&inputs, &names, dtype, dropout);
-                for (want, got) in want.iter().chain(&want_grads).zip(got.iter().chain(&got_grads)) {
-                    assert_close(want, got, tolerance, &format!("{tokens} tokens of {dtype:?}, dropout {dropout}"));
+        // few rows take another way than many, and frozen weights on a GPU another than trained ones
+        for trained in [&NAMES[..], &["a", "b"], &[]] {
+            for (tokens, dropout) in [(5, 0.0), (5, 0.4), (21, 0.0), (21, 0.4)] {
+                let shapes: [&[usize]; 6] = [&[tokens, 12], &[7, 12], &[7], &[3, 12], &[7, 3], &[4, 12]];
+                let inputs: Vec<Tensor> = shapes.iter().zip(1..).map(|(shape, seed)| random(shape, seed)).collect();
+                // x in f64 has no kernel, so the first run goes the reference path
+                let (want, want_grads) = run(&inputs, trained, DType::F64, dropout);
+                for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 3e-2)] {
+                    let again = || run(&inputs, trained, dtype, dropout);
+                    for (place, (got, got_grads)) in [("CPU", again()), ("GPU", emulated(again))] {
+                        for (want, got) in want.iter().chain(&want_grads).zip(got.iter().chain(&got_grads)) {
+                            let what = format!("{place}, {tokens} tokens of {dtype:?}, dropout {dropout}, {trained:?}");
+                            assert_close(want, got, tolerance, &what);
+                        }
+                    }
                 }
             }
         }
+    }
+
+    /// An adapter put on later, changed, and taken off again.
+    #[test]
+    fn the_matrix_of_a_group_follows_its_adapters() {
+        emulated(|| {
+            let [x, w, a, b] = [(6, 8), (5, 8), (2, 8), (5, 2)]
+                .map(|(rows, columns)| random(&[rows, columns], (rows * columns) as u64).to_dtype(DType::F32).unwrap());
+            let product = |a: &Tensor, b: &Tensor| a.matmul(&b.t().unwrap()).unwrap();
+            let without = product(&x, &w);
+            let member = LinearMember { weight: Weight::Frozen(w), bias: None, adapter: None };
+            let mut group = LinearGroup::new(vec![member]).unwrap();
+            let input = Value::constant(x.clone());
+            let result = |group: &LinearGroup| group.forward(&input, None).unwrap()[0].tensor().clone();
+            assert_close(&without, &result(&group), 1e-6, "without");
+
+            let shapes = [("a".to_owned(), a.shape().clone()), ("b".to_owned(), b.shape().clone())];
+            let arena = Arena::new(&shapes, DType::F32, &Device::Cpu).unwrap();
+            let [pa, pb] = ["a", "b"].map(|name| arena.param(name).unwrap());
+            let [wa, wb] = [&pa, &pb].map(|param| Weight::Trainable(param.clone()));
+            let adapter = Adapter { a: wa, b: wb, scale: 0.5, dropout: 0.0, place: 0 };
+            group.change(|members| members[0].adapter = Some(adapter)).unwrap();
+            assert_close(&without, &result(&group), 1e-6, "an adapter of zeros");
+            pa.set(&a).unwrap();
+            pb.set(&b).unwrap();
+            let with = (&without + (product(&product(&x, &a), &b) * 0.5).unwrap()).unwrap();
+            assert_close(&with, &result(&group), 1e-6, "an adapter that has changed");
+            group.change(|members| members[0].adapter = None).unwrap();
+            assert_close(&without, &result(&group), 1e-6, "without again");
+        });
     }
 
     #[test]
@@ -250,8 +329,7 @@ mod tests {
         check_op(&inputs, formula, |v| {
             let weight = |i: usize| Weight::Frozen(v[i].tensor().to_dtype(DType::F32).unwrap());
             let adapter = Adapter { a: weight(2), b: weight(3), scale: 0.5, dropout: 0.0, place: 0 };
-            let group =
-                LinearGroup { members: vec![LinearMember { weight: weight(1), bias: None, adapter: Some(adapter) }] };
+            let group = LinearGroup::new(vec![LinearMember { weight: weight(1), bias: None, adapter: Some(adapter) }])?;
             // frozen here: the gradients of weights are proved above, so the oracle's are let through
             let reference = composite(&v.iter().collect::<Vec<_>>(), formula)?;
             let y = group.forward(&v[0], None)?;
@@ -263,7 +341,7 @@ mod tests {
     #[test]
     fn a_frozen_group_on_a_constant_records_nothing() {
         let weight = Weight::Frozen(random(&[4, 6], 1).to_dtype(DType::F32).unwrap());
-        let group = LinearGroup { members: vec![LinearMember { weight, bias: None, adapter: None }] };
+        let group = LinearGroup::new(vec![LinearMember { weight, bias: None, adapter: None }]).unwrap();
         let x = Value::constant(random(&[2, 6], 2).to_dtype(DType::F32).unwrap());
         assert!(!group.forward(&x, None).unwrap()[0].requires_grad());
     }

@@ -133,7 +133,7 @@ impl Engine {
                     return Err(error.into());
                 }
             }
-            None => detach(self.model.as_mut()),
+            None => detach(self.model.as_mut())?,
         }
         self.session.clear();
         self.voice = voice;

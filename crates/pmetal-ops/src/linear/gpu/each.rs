@@ -1,13 +1,16 @@
-//! The group on a GPU: operands and sums in the dtype of the input, f32 inside a product and in the gradients of parameters.
+//! Every member by products of its own: groups with a weight that is trained.
 
 use candle_core::Tensor;
-use pmetal_metal::{Gemm, Gpu, empty};
+use pmetal_metal::{Gpu, empty};
 
-use super::{Adapter, LinearGroup, LinearMember, kernel::mask_seed};
-use crate::{Param, Result, Weight, elementwise};
+use super::{add_dropped, dropped, product, weight_gradient};
+use crate::{
+    Result, Weight, elementwise,
+    linear::{LinearGroup, LinearMember, kernel::mask_seed},
+};
 
 /// Each member's result, and its low-rank half-product `scale * dropout(x) Aᵀ [tokens, r]`.
-pub(super) fn forward(
+pub(in crate::linear) fn forward(
     gpu: &dyn Gpu,
     group: &LinearGroup,
     x: &Tensor,
@@ -39,36 +42,8 @@ fn member_forward(
     Ok((y, low_rank))
 }
 
-/// `c = alpha * a · w (or its transpose) + beta * c`.
-pub(crate) fn product(
-    gpu: &dyn Gpu,
-    a: &Tensor,
-    w: &Tensor,
-    transposed: bool,
-    c: &Tensor,
-    alpha: f32,
-    beta: f32,
-) -> Result<()> {
-    Ok(gpu.gemm(&Gemm { a, a_transposed: false, b: w, b_transposed: transposed, c, alpha, beta })?)
-}
-
-/// The input as the adapter saw it.
-fn dropped(adapter: &Adapter, x: &Tensor, noise: Option<u64>) -> Result<Tensor> {
-    match mask_seed(adapter, noise) {
-        Some(seed) => elementwise::dropout(x, seed, adapter.dropout),
-        None => Ok(x.clone()),
-    }
-}
-
-/// Adds `rowsᵀ · columns` to a parameter's gradient.
-pub(crate) fn weight_gradient(gpu: &dyn Gpu, param: &Param, rows: &Tensor, columns: &Tensor) -> Result<()> {
-    let (c, fresh) = param.grad_target();
-    let beta = if fresh { 0.0 } else { 1.0 };
-    Ok(gpu.gemm(&Gemm { a: rows, a_transposed: true, b: columns, b_transposed: false, c, alpha: 1.0, beta })?)
-}
-
 /// Adds the gradients of every trained weight to the arena; returns that of the input where it is needed.
-pub(super) fn backward(
+pub(in crate::linear) fn backward(
     gpu: &dyn Gpu,
     group: &LinearGroup,
     x: &Tensor,
@@ -98,14 +73,6 @@ impl Dx {
         let beta = if self.fresh { 0.0 } else { 1.0 };
         self.fresh = false;
         product(gpu, dy, weight, false, sum, 1.0, beta)
-    }
-
-    /// `sum += mask * (du · A)` for an input that went through dropout.
-    fn add_dropped(&mut self, gpu: &dyn Gpu, du: &Tensor, a: &Tensor, seed: u64, dropout: f32) -> Result<()> {
-        let Some(sum) = &self.sum else { return Ok(()) };
-        let through = empty(sum.shape(), sum.dtype(), sum.device())?;
-        product(gpu, du, a, false, &through, 1.0, 0.0)?;
-        elementwise::add_assign(sum, &elementwise::dropout(&through, seed, dropout)?)
     }
 
     fn finish(self) -> Result<Option<Tensor>> {
@@ -144,12 +111,10 @@ fn member_backward(
     if let Some(param) = adapter.a.param() {
         weight_gradient(gpu, param, &du, &dropped(adapter, x, noise)?)?;
     }
-    if dx.sum.is_none() {
-        return Ok(());
-    }
+    let Some(sum) = &dx.sum else { return Ok(()) };
     let a = adapter.a.tensor_in(dtype)?;
     match mask_seed(adapter, noise) {
         None => dx.add(gpu, &du, &a),
-        Some(seed) => dx.add_dropped(gpu, &du, &a, seed, adapter.dropout),
+        Some(seed) => add_dropped(gpu, sum, &du, &a, seed, adapter.dropout),
     }
 }
