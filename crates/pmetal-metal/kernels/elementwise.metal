@@ -33,6 +33,15 @@ KERNEL(copy)(READ(T, x, 0), WRITE(T, y, 1), PARAMS(ElementwiseParams, 2))
     for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS) y[i] = x[i];
 }
 
+struct CopyRowsParams { uint rows; uint width; uint x_pitch; uint y_pitch; };
+
+/// `y = x`, both `[rows, width]`. A threadgroup has a row.
+KERNEL(copy_rows)(READ_ROWS(T, x, 0), WRITE_ROWS(T, y, 1), PARAMS(CopyRowsParams, 2))
+{
+    const ulong from = ulong(GROUP_X) * params.x_pitch, to = ulong(GROUP_X) * params.y_pitch;
+    for (uint i = THREAD; i < params.width; i += THREADS) y[to + i] = x[from + i];
+}
+
 /// `y = x` in f32, both `[n]`.
 KERNEL(to_f32)(READ(T, x, 0), WRITE(float, y, 1), PARAMS(ElementwiseParams, 2))
 {
@@ -75,10 +84,10 @@ KERNEL(dropout)(READ(T, x, 0), WRITE(T, y, 1), PARAMS(DropoutParams, 2))
         y[i] = T(dropout_of(float(x[i]), params.seed + (i + 1) * DROPOUT_GAMMA, rate, factor));
 }
 
-struct BiasParams { uint rows; uint n; uint rows_per_group; uint aligned; };
+struct BiasParams { uint rows; uint n; uint rows_per_group; uint aligned; uint pitch; };
 
 /// `y += bias` for every row: `bias [n]`, `y [rows, n]`. A thread has four columns of the rows of GROUP_Y.
-KERNEL(bias_add)(READ(T, bias, 0), UPDATE(T, y, 1), PARAMS(BiasParams, 2))
+KERNEL(bias_add)(READ(T, bias, 0), UPDATE_ROWS(T, y, 1), PARAMS(BiasParams, 2))
 {
     const uint first = GROUP_Y * params.rows_per_group;
     const uint last = min(first + params.rows_per_group, params.rows);
@@ -87,14 +96,14 @@ KERNEL(bias_add)(READ(T, bias, 0), UPDATE(T, y, 1), PARAMS(BiasParams, 2))
     if (params.aligned) {
         const float4 b = load4(bias, c);
         for (uint row = first; row < last; ++row) {
-            const ulong i = ulong(row) * params.n + c;
+            const ulong i = ulong(row) * params.pitch + c;
             const float4 v = load4(y, i);
             store4(y, i, make_float4(v.x + b.x, v.y + b.y, v.z + b.z, v.w + b.w));
         }
     } else {
         for (uint row = first; row < last; ++row) {
             for (uint k = c; k < min(c + 4, params.n); ++k) {
-                const ulong i = ulong(row) * params.n + k;
+                const ulong i = ulong(row) * params.pitch + k;
                 y[i] = T(float(y[i]) + float(bias[k]));
             }
         }
@@ -103,7 +112,7 @@ KERNEL(bias_add)(READ(T, bias, 0), UPDATE(T, y, 1), PARAMS(BiasParams, 2))
 
 /// The sums of the columns of `dy [rows, n]` over the rows of each GROUP_Y: `partial [groups, n]`. 256 threads: a SIMD group adds
 /// an eighth of the rows, 128 columns.
-KERNEL(bias_grad)(READ(T, dy, 0), WRITE(float, partial, 1), PARAMS(BiasParams, 2))
+KERNEL(bias_grad)(READ_ROWS(T, dy, 0), WRITE(float, partial, 1), PARAMS(BiasParams, 2))
 {
     THREADGROUP(float, sums, 1024);
     const uint first = GROUP_Y * params.rows_per_group;
@@ -113,14 +122,14 @@ KERNEL(bias_grad)(READ(T, dy, 0), WRITE(float, partial, 1), PARAMS(BiasParams, 2
     if (params.aligned && c < params.n) {
         const float4 zero = sum;
         for (uint row = first + 4 * SIMD; row < last; row += 4 * SIMDS) {
-            const ulong i = ulong(row) * params.n + c;
+            const ulong i = ulong(row) * params.pitch + c;
             float4 v[4];
-            for (uint k = 0; k < 4; ++k) v[k] = row + k < last ? load4(dy, i + k * params.n) : zero;
+            for (uint k = 0; k < 4; ++k) v[k] = row + k < last ? load4(dy, i + ulong(k) * params.pitch) : zero;
             for (uint k = 0; k < 4; ++k) sum = make_float4(sum.x + v[k].x, sum.y + v[k].y, sum.z + v[k].z, sum.w + v[k].w);
         }
     } else {
         for (uint row = first + SIMD; row < last; row += SIMDS) {
-            const ulong i = ulong(row) * params.n + c;
+            const ulong i = ulong(row) * params.pitch + c;
             if (c < params.n) sum.x += float(dy[i]);
             if (c + 1 < params.n) sum.y += float(dy[i + 1]);
             if (c + 2 < params.n) sum.z += float(dy[i + 2]);

@@ -1,86 +1,133 @@
 // The gates of MLPs.
 //
-// `quads` is how many groups of four are moved whole: all of them, or none where a buffer does not begin at an aligned place.
+// A thread has eight columns of `rows_each` rows. `aligned`: eight elements can be moved at once, in every row. A pitch is the distance
+// between rows.
 
-struct GateParams { ulong n; ulong quads; };
+struct GateParams { uint rows; uint width; uint rows_each; uint aligned; uint gate_pitch; uint up_pitch; uint y_pitch; };
+
+struct GateBackwardParams {
+    uint rows;
+    uint width;
+    uint rows_each;
+    uint aligned;
+    uint dy_pitch;
+    uint gate_pitch;
+    uint up_pitch;
+    uint dgate_pitch;
+    uint dup_pitch;
+};
 
 FUNCTION float gate_sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 
-FUNCTION float swiglu_of(float gate, float up) { return gate * gate_sigmoid(gate) * up; }
+// An activation is `x * sigmoid(argument(x))`.
+struct Silu {
+    static FUNCTION float argument(float x) { return x; }
+    static FUNCTION float slope(float) { return 1.0f; }
+};
 
-/// `y = silu(gate) * up`, all `[n]`.
-KERNEL(swiglu)(READ(T, gate, 0), READ(T, up, 1), WRITE(T, y, 2), PARAMS(GateParams, 3))
+// `(1 + tanh(sqrt(2/π) (x + 0.044715 x³))) / 2` is the sigmoid of twice the tangent's argument.
+struct GeluTanh {
+    static FUNCTION float argument(float x) { return x * (1.5957691f + 0.071354814f * x * x); }
+    static FUNCTION float slope(float x) { return 1.5957691f + 0.21406444f * x * x; }
+};
+
+template <typename A>
+FUNCTION float gate_of(float gate, float up) { return gate * gate_sigmoid(A::argument(gate)) * up; }
+
+template <typename A>
+FUNCTION float4 gate_of_four(float4 g, float4 u) {
+    return make_float4(gate_of<A>(g.x, u.x), gate_of<A>(g.y, u.y), gate_of<A>(g.z, u.z), gate_of<A>(g.w, u.w));
+}
+
+// Turns `gate` and `up` into their gradients.
+template <typename A>
+FUNCTION void gate_slopes(float dy, THREAD_REF(float) gate, THREAD_REF(float) up) {
+    const float g = gate, s = gate_sigmoid(A::argument(g));
+    gate = dy * up * s * (1.0f + g * (1.0f - s) * A::slope(g));
+    up = dy * g * s;
+}
+
+template <typename A>
+FUNCTION void gate_slopes_four(float4 dy, THREAD_REF(float4) gate, THREAD_REF(float4) up) {
+    float g0 = gate.x, g1 = gate.y, g2 = gate.z, g3 = gate.w, u0 = up.x, u1 = up.y, u2 = up.z, u3 = up.w;
+    gate_slopes<A>(dy.x, g0, u0);
+    gate_slopes<A>(dy.y, g1, u1);
+    gate_slopes<A>(dy.z, g2, u2);
+    gate_slopes<A>(dy.w, g3, u3);
+    gate = make_float4(g0, g1, g2, g3);
+    up = make_float4(u0, u1, u2, u3);
+}
+
+template <typename A>
+FUNCTION void gate_rows(DEVICE_PTR(const T) gate, DEVICE_PTR(const T) up, DEVICE_PTR(T) y, uint first, uint c, GateParams p) {
+    const uint last = min(first + p.rows_each, p.rows);
+    if (c >= p.width) return;
+    if (p.aligned) {
+        for (uint row = first; row < last; ++row) {
+            const Octet g = load8(gate, ulong(row) * p.gate_pitch + c), u = load8(up, ulong(row) * p.up_pitch + c);
+            Octet v;
+            v.low = gate_of_four<A>(g.low, u.low);
+            v.high = gate_of_four<A>(g.high, u.high);
+            store8(y, ulong(row) * p.y_pitch + c, v);
+        }
+        return;
+    }
+    for (uint row = first; row < last; ++row) {
+        for (uint k = c; k < min(c + 8, p.width); ++k) {
+            const float g = float(gate[ulong(row) * p.gate_pitch + k]), u = float(up[ulong(row) * p.up_pitch + k]);
+            y[ulong(row) * p.y_pitch + k] = T(gate_of<A>(g, u));
+        }
+    }
+}
+
+/// `y = silu(gate) * up`, all `[rows, width]`.
+KERNEL(swiglu)(READ_ROWS(T, gate, 0), READ_ROWS(T, up, 1), WRITE_ROWS(T, y, 2), PARAMS(GateParams, 3))
 {
-    for (ulong i = THREAD_IN_GRID; i < params.quads; i += GRID_THREADS) {
-        const float4 g = load4(gate, 4 * i), u = load4(up, 4 * i);
-        store4(y, 4 * i, make_float4(swiglu_of(g.x, u.x), swiglu_of(g.y, u.y), swiglu_of(g.z, u.z), swiglu_of(g.w, u.w)));
-    }
-    for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS)
-        y[i] = T(swiglu_of(float(gate[i]), float(up[i])));
+    gate_rows<Silu>(gate, up, y, GROUP_Y * params.rows_each, 8 * THREAD_IN_GRID, params);
 }
 
-FUNCTION float swiglu_dgate(float d, float g, float u) {
-    const float s = gate_sigmoid(g);
-    return d * u * s * (1.0f + g * (1.0f - s));
-}
-
-FUNCTION float swiglu_dup(float d, float g) { return d * g * gate_sigmoid(g); }
-
-/// With `s = sigmoid(gate)`: `dgate = dy * up * s * (1 + gate * (1 - s))`, `dup = dy * gate * s`, all `[n]`.
-KERNEL(swiglu_backward)(READ(T, dy, 0), READ(T, gate, 1), READ(T, up, 2), WRITE(T, dgate, 3), WRITE(T, dup, 4),
-                        PARAMS(GateParams, 5))
+/// `y = gelu(gate) * up` with the approximation by tanh, all `[rows, width]`.
+KERNEL(geglu)(READ_ROWS(T, gate, 0), READ_ROWS(T, up, 1), WRITE_ROWS(T, y, 2), PARAMS(GateParams, 3))
 {
-    for (ulong i = THREAD_IN_GRID; i < params.quads; i += GRID_THREADS) {
-        const float4 d = load4(dy, 4 * i), g = load4(gate, 4 * i), u = load4(up, 4 * i);
-        store4(dgate, 4 * i,
-               make_float4(swiglu_dgate(d.x, g.x, u.x), swiglu_dgate(d.y, g.y, u.y), swiglu_dgate(d.z, g.z, u.z),
-                           swiglu_dgate(d.w, g.w, u.w)));
-        store4(dup, 4 * i, make_float4(swiglu_dup(d.x, g.x), swiglu_dup(d.y, g.y), swiglu_dup(d.z, g.z), swiglu_dup(d.w, g.w)));
+    gate_rows<GeluTanh>(gate, up, y, GROUP_Y * params.rows_each, 8 * THREAD_IN_GRID, params);
+}
+
+template <typename A>
+FUNCTION void gate_rows_backward(DEVICE_PTR(const T) dy, DEVICE_PTR(const T) gate, DEVICE_PTR(const T) up, DEVICE_PTR(T) dgate,
+                                 DEVICE_PTR(T) dup, uint first, uint c, GateBackwardParams p) {
+    const uint last = min(first + p.rows_each, p.rows);
+    if (c >= p.width) return;
+    if (p.aligned) {
+        for (uint row = first; row < last; ++row) {
+            const Octet d = load8(dy, ulong(row) * p.dy_pitch + c);
+            Octet g = load8(gate, ulong(row) * p.gate_pitch + c), u = load8(up, ulong(row) * p.up_pitch + c);
+            gate_slopes_four<A>(d.low, g.low, u.low);
+            gate_slopes_four<A>(d.high, g.high, u.high);
+            store8(dgate, ulong(row) * p.dgate_pitch + c, g);
+            store8(dup, ulong(row) * p.dup_pitch + c, u);
+        }
+        return;
     }
-    for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS) {
-        const float d = float(dy[i]), g = float(gate[i]);
-        dgate[i] = T(swiglu_dgate(d, g, float(up[i])));
-        dup[i] = T(swiglu_dup(d, g));
+    for (uint row = first; row < last; ++row) {
+        for (uint k = c; k < min(c + 8, p.width); ++k) {
+            float g = float(gate[ulong(row) * p.gate_pitch + k]), u = float(up[ulong(row) * p.up_pitch + k]);
+            gate_slopes<A>(float(dy[ulong(row) * p.dy_pitch + k]), g, u);
+            dgate[ulong(row) * p.dgate_pitch + k] = T(g);
+            dup[ulong(row) * p.dup_pitch + k] = T(u);
+        }
     }
 }
 
-// `(1 + tanh(sqrt(2/π) (x + 0.044715 x³))) / 2`, which is the sigmoid of twice the tangent's argument.
-FUNCTION float geglu_sigmoid(float x) { return gate_sigmoid(x * (1.5957691f + 0.071354814f * x * x)); }
-
-FUNCTION float geglu_of(float gate, float up) { return gate * geglu_sigmoid(gate) * up; }
-
-/// `y = gelu(gate) * up` with the approximation by tanh, all `[n]`.
-KERNEL(geglu)(READ(T, gate, 0), READ(T, up, 1), WRITE(T, y, 2), PARAMS(GateParams, 3))
+/// With `s = sigmoid(gate)`: `dgate = dy * up * s * (1 + gate * (1 - s))`, `dup = dy * gate * s`, all `[rows, width]`.
+KERNEL(swiglu_backward)(READ_ROWS(T, dy, 0), READ_ROWS(T, gate, 1), READ_ROWS(T, up, 2), WRITE_ROWS(T, dgate, 3), WRITE_ROWS(T, dup, 4),
+                        PARAMS(GateBackwardParams, 5))
 {
-    for (ulong i = THREAD_IN_GRID; i < params.quads; i += GRID_THREADS) {
-        const float4 g = load4(gate, 4 * i), u = load4(up, 4 * i);
-        store4(y, 4 * i, make_float4(geglu_of(g.x, u.x), geglu_of(g.y, u.y), geglu_of(g.z, u.z), geglu_of(g.w, u.w)));
-    }
-    for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS)
-        y[i] = T(geglu_of(float(gate[i]), float(up[i])));
+    gate_rows_backward<Silu>(dy, gate, up, dgate, dup, GROUP_Y * params.rows_each, 8 * THREAD_IN_GRID, params);
 }
 
-FUNCTION float geglu_dgate(float d, float g, float u) {
-    const float s = geglu_sigmoid(g);
-    return d * u * s * (1.0f + g * (1.0f - s) * (1.5957691f + 0.21406444f * g * g));
-}
-
-FUNCTION float geglu_dup(float d, float g) { return d * g * geglu_sigmoid(g); }
-
-/// `dgate = dy * up * gelu'(gate)`, `dup = dy * gelu(gate)`, all `[n]`.
-KERNEL(geglu_backward)(READ(T, dy, 0), READ(T, gate, 1), READ(T, up, 2), WRITE(T, dgate, 3), WRITE(T, dup, 4),
-                       PARAMS(GateParams, 5))
+/// `dgate = dy * up * gelu'(gate)`, `dup = dy * gelu(gate)`, all `[rows, width]`.
+KERNEL(geglu_backward)(READ_ROWS(T, dy, 0), READ_ROWS(T, gate, 1), READ_ROWS(T, up, 2), WRITE_ROWS(T, dgate, 3), WRITE_ROWS(T, dup, 4),
+                       PARAMS(GateBackwardParams, 5))
 {
-    for (ulong i = THREAD_IN_GRID; i < params.quads; i += GRID_THREADS) {
-        const float4 d = load4(dy, 4 * i), g = load4(gate, 4 * i), u = load4(up, 4 * i);
-        store4(dgate, 4 * i,
-               make_float4(geglu_dgate(d.x, g.x, u.x), geglu_dgate(d.y, g.y, u.y), geglu_dgate(d.z, g.z, u.z),
-                           geglu_dgate(d.w, g.w, u.w)));
-        store4(dup, 4 * i, make_float4(geglu_dup(d.x, g.x), geglu_dup(d.y, g.y), geglu_dup(d.z, g.z), geglu_dup(d.w, g.w)));
-    }
-    for (ulong i = 4 * params.quads + THREAD_IN_GRID; i < params.n; i += GRID_THREADS) {
-        const float d = float(dy[i]), g = float(gate[i]);
-        dgate[i] = T(geglu_dgate(d, g, float(up[i])));
-        dup[i] = T(geglu_dup(d, g));
-    }
+    gate_rows_backward<GeluTanh>(dy, gate, up, dgate, dup, GROUP_Y * params.rows_each, 8 * THREAD_IN_GRID, params);
 }

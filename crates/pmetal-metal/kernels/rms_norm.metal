@@ -1,12 +1,21 @@
 // Root-mean-square norm, alone and with the residual sum before it; its gradients.
 //
-// A threadgroup has a row of at most 16 elements to a thread, which stay in registers; the `narrow` kernels have four rows of at most 128
-// elements to a SIMD group. `aligned`: four elements can be moved at once, in every row.
+// A row of at most 32 elements to a thread stays in registers: where it is `wide`, a threadgroup has it, else a SIMD group. `aligned`: eight
+// elements can be moved at once, in every row. A pitch is the distance between rows.
 
-struct RmsNormParams { uint rows; uint width; uint aligned; float eps; };
+struct RmsNormParams {
+    uint rows;
+    uint width;
+    uint wide;
+    uint aligned;
+    uint x_pitch;
+    uint residual_pitch;
+    uint y_pitch;
+    float eps;
+};
 
-// What a thread holds: four times four elements.
-struct RmsNormQuads { float4 q[4]; };
+// What a thread holds: four times eight elements.
+struct RmsNormRow { Octet part[4]; };
 
 FUNCTION float4 rms_norm_four(DEVICE_PTR(const T) x, ulong row, uint c, uint width) {
     return make_float4(c < width ? float(x[row + c]) : 0.0f, c + 1 < width ? float(x[row + c + 1]) : 0.0f,
@@ -14,42 +23,39 @@ FUNCTION float4 rms_norm_four(DEVICE_PTR(const T) x, ulong row, uint c, uint wid
 }
 
 // Elements of one row from `c` on, every `step`; zeros behind its end.
-FUNCTION RmsNormQuads rms_norm_load(DEVICE_PTR(const T) x, ulong row, uint c, uint step, uint width, uint aligned) {
+FUNCTION RmsNormRow rms_norm_load(DEVICE_PTR(const T) x, ulong row, uint c, uint step, uint width, uint aligned) {
     const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    RmsNormQuads v;
-    if (aligned) {
-        for (uint k = 0; k < 4; ++k) v.q[k] = c + k * step < width ? load4(x, row + c + k * step) : zero;
-    } else {
-        for (uint k = 0; k < 4; ++k) v.q[k] = rms_norm_four(x, row, c + k * step, width);
+    RmsNormRow v;
+    for (uint k = 0; k < 4; ++k, c += step) {
+        v.part[k].low = zero;
+        v.part[k].high = zero;
+        if (c < width && aligned) v.part[k] = load8(x, row + c);
+        if (c < width && !aligned) {
+            v.part[k].low = rms_norm_four(x, row, c, width);
+            v.part[k].high = rms_norm_four(x, row, c + 4, width);
+        }
     }
     return v;
 }
 
-// Elements of four rows from `first_row` on at `c`; zeros behind the last row and behind a row's end.
-FUNCTION RmsNormQuads rms_norm_load_rows(DEVICE_PTR(const T) x, uint first_row, uint c, uint rows, uint width, uint aligned) {
-    const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    const ulong start = ulong(first_row) * width;
-    RmsNormQuads v;
-    if (aligned) {
-        for (uint k = 0; k < 4; ++k) v.q[k] = first_row + k < rows && c < width ? load4(x, start + k * width + c) : zero;
-    } else {
-        for (uint k = 0; k < 4; ++k) v.q[k] = first_row + k < rows ? rms_norm_four(x, start + k * width, c, width) : zero;
-    }
-    return v;
-}
-
-FUNCTION void rms_norm_store(DEVICE_PTR(T) y, ulong row, uint c, uint width, uint aligned, float4 v) {
-    if (c >= width) return;
-    if (aligned) return store4(y, row + c, v);
-    y[row + c] = T(v.x);
+FUNCTION void rms_norm_store_four(DEVICE_PTR(T) y, ulong row, uint c, uint width, float4 v) {
+    if (c < width) y[row + c] = T(v.x);
     if (c + 1 < width) y[row + c + 1] = T(v.y);
     if (c + 2 < width) y[row + c + 2] = T(v.z);
     if (c + 3 < width) y[row + c + 3] = T(v.w);
 }
 
-// The sum of `x` over the threadgroup.
-FUNCTION float rms_norm_total(float x, THREADGROUP_PTR(float) sums, uint lane, uint simd, uint simds) {
+FUNCTION void rms_norm_store(DEVICE_PTR(T) y, ulong row, uint c, uint width, uint aligned, Octet v) {
+    if (c >= width) return;
+    if (aligned) return store8(y, row + c, v);
+    rms_norm_store_four(y, row, c, width, v.low);
+    rms_norm_store_four(y, row, c + 4, width, v.high);
+}
+
+// The sum of `x` over the threads of a row.
+FUNCTION float rms_norm_total(float x, uint wide, THREADGROUP_PTR(float) sums, uint lane, uint simd, uint simds) {
     const float mine = simd_sum(x);
+    if (!wide) return mine;
     if (lane == 0) sums[simd] = mine;
     BARRIER();
     float total = 0.0f;
@@ -69,120 +75,120 @@ FUNCTION float4 rms_norm_of(float4 x, float scale, float4 weight) {
                        rms_norm_rounded(x.z * scale) * weight.z, rms_norm_rounded(x.w * scale) * weight.w);
 }
 
+FUNCTION float4 rms_norm_sum(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
 FUNCTION float4 rms_norm_product(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 
 FUNCTION float rms_norm_dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
+
+FUNCTION float rms_norm_dot_row(RmsNormRow a, RmsNormRow b) {
+    float dot = 0.0f;
+    for (uint k = 0; k < 4; ++k) dot += rms_norm_dot(a.part[k].low, b.part[k].low) + rms_norm_dot(a.part[k].high, b.part[k].high);
+    return dot;
+}
 
 // `g * scale - x * factor`.
 FUNCTION float4 rms_norm_dx(float4 g, float scale, float4 x, float factor) {
     return make_float4(g.x * scale - x.x * factor, g.y * scale - x.y * factor, g.z * scale - x.z * factor, g.w * scale - x.w * factor);
 }
 
-/// `y = round(x * rstd) * weight`, `rstd = 1 / sqrt(mean(x²) + eps)`: `x`, `y [rows, width]`, `weight [width]`, `rstd [rows]`.
-KERNEL(rms_norm)(READ(T, x, 0), READ(T, weight, 1), WRITE(T, y, 2), WRITE(float, rstd, 3), PARAMS(RmsNormParams, 4))
-{
-    THREADGROUP(float, sums, 32);
-    const uint width = params.width, c = 4 * THREAD, step = 4 * THREADS;
-    const ulong row = ulong(GROUP_X) * width;
-    const RmsNormQuads v = rms_norm_load(x, row, c, step, width, params.aligned);
-    float squares = 0.0f;
-    for (uint k = 0; k < 4; ++k) squares += rms_norm_dot(v.q[k], v.q[k]);
-    const float scale = rsqrt(rms_norm_total(squares, sums, LANE, SIMD, SIMDS) / float(width) + params.eps);
-    if (THREAD == 0) rstd[GROUP_X] = scale;
-    const RmsNormQuads w = rms_norm_load(weight, 0, c, step, width, params.aligned);
-    for (uint k = 0; k < 4; ++k)
-        rms_norm_store(y, row, c + k * step, width, params.aligned, rms_norm_of(v.q[k], scale, w.q[k]));
+FUNCTION void rms_norm_store_row(DEVICE_PTR(T) y, ulong row, uint c, uint step, uint width, uint aligned, RmsNormRow x, float scale,
+                                 RmsNormRow weight) {
+    for (uint k = 0; k < 4; ++k, c += step) {
+        Octet v;
+        v.low = rms_norm_of(x.part[k].low, scale, weight.part[k].low);
+        v.high = rms_norm_of(x.part[k].high, scale, weight.part[k].high);
+        rms_norm_store(y, row, c, width, aligned, v);
+    }
 }
 
-/// `rms_norm` of rows of at most 128: a SIMD group has four.
-KERNEL(rms_norm_narrow)(READ(T, x, 0), READ(T, weight, 1), WRITE(T, y, 2), WRITE(float, rstd, 3), PARAMS(RmsNormParams, 4))
+/// `y = round(x * rstd) * weight`, `rstd = 1 / sqrt(mean(x²) + eps)`: `x`, `y [rows, width]`, `weight [width]`, `rstd [rows]`.
+KERNEL(rms_norm)(READ_ROWS(T, x, 0), READ(T, weight, 1), WRITE_ROWS(T, y, 2), WRITE(float, rstd, 3), PARAMS(RmsNormParams, 4))
 {
-    const uint width = params.width, c = 4 * LANE, first = 4 * (GROUP_X * SIMDS + SIMD);
-    if (first >= params.rows) return;
-    const RmsNormQuads v = rms_norm_load_rows(x, first, c, params.rows, width, params.aligned);
-    const float4 w = rms_norm_load_rows(weight, 0, c, 1, width, params.aligned).q[0];
-    for (uint k = 0; k < 4; ++k) {
-        const float scale = rsqrt(simd_sum(rms_norm_dot(v.q[k], v.q[k])) / float(width) + params.eps);
-        if (first + k >= params.rows) return;
-        if (LANE == 0) rstd[first + k] = scale;
-        rms_norm_store(y, ulong(first + k) * width, c, width, params.aligned, rms_norm_of(v.q[k], scale, w));
-    }
+    THREADGROUP(float, sums, 32);
+    const uint width = params.width, wide = params.wide, aligned = params.aligned;
+    const uint row = wide ? GROUP_X : GROUP_X * SIMDS + SIMD, c = 8 * (wide ? THREAD : LANE), step = 8 * (wide ? THREADS : 32);
+    if (row >= params.rows) return;
+    const RmsNormRow v = rms_norm_load(x, ulong(row) * params.x_pitch, c, step, width, aligned);
+    const RmsNormRow w = rms_norm_load(weight, 0, c, step, width, aligned);
+    const float squares = rms_norm_total(rms_norm_dot_row(v, v), wide, sums, LANE, SIMD, SIMDS);
+    const float scale = rsqrt(squares / float(width) + params.eps);
+    if (c == 0) rstd[row] = scale;
+    rms_norm_store_row(y, ulong(row) * params.y_pitch, c, step, width, aligned, v, scale, w);
 }
 
 /// `sum = x + residual`, and its norm as in `rms_norm`.
-KERNEL(add_rms_norm)(READ(T, x, 0), READ(T, residual, 1), READ(T, weight, 2), WRITE(T, sum, 3), WRITE(T, y, 4),
+KERNEL(add_rms_norm)(READ_ROWS(T, x, 0), READ_ROWS(T, residual, 1), READ(T, weight, 2), WRITE(T, sum, 3), WRITE_ROWS(T, y, 4),
                      WRITE(float, rstd, 5), PARAMS(RmsNormParams, 6))
 {
     THREADGROUP(float, sums, 32);
-    const uint width = params.width, c = 4 * THREAD, step = 4 * THREADS;
-    const ulong row = ulong(GROUP_X) * width;
-    RmsNormQuads v = rms_norm_load(x, row, c, step, width, params.aligned);
-    const RmsNormQuads r = rms_norm_load(residual, row, c, step, width, params.aligned);
-    float squares = 0.0f;
+    const uint width = params.width, wide = params.wide, aligned = params.aligned;
+    const uint row = wide ? GROUP_X : GROUP_X * SIMDS + SIMD, c = 8 * (wide ? THREAD : LANE), step = 8 * (wide ? THREADS : 32);
+    if (row >= params.rows) return;
+    RmsNormRow v = rms_norm_load(x, ulong(row) * params.x_pitch, c, step, width, aligned);
+    const RmsNormRow r = rms_norm_load(residual, ulong(row) * params.residual_pitch, c, step, width, aligned);
+    const RmsNormRow w = rms_norm_load(weight, 0, c, step, width, aligned);
     for (uint k = 0; k < 4; ++k) {
-        v.q[k] = rms_norm_rounded_sum(v.q[k], r.q[k]);
-        rms_norm_store(sum, row, c + k * step, width, params.aligned, v.q[k]);
-        squares += rms_norm_dot(v.q[k], v.q[k]);
+        v.part[k].low = rms_norm_rounded_sum(v.part[k].low, r.part[k].low);
+        v.part[k].high = rms_norm_rounded_sum(v.part[k].high, r.part[k].high);
+        rms_norm_store(sum, ulong(row) * width, c + k * step, width, aligned, v.part[k]);
     }
-    const float scale = rsqrt(rms_norm_total(squares, sums, LANE, SIMD, SIMDS) / float(width) + params.eps);
-    if (THREAD == 0) rstd[GROUP_X] = scale;
-    const RmsNormQuads w = rms_norm_load(weight, 0, c, step, width, params.aligned);
-    for (uint k = 0; k < 4; ++k)
-        rms_norm_store(y, row, c + k * step, width, params.aligned, rms_norm_of(v.q[k], scale, w.q[k]));
+    const float squares = rms_norm_total(rms_norm_dot_row(v, v), wide, sums, LANE, SIMD, SIMDS);
+    const float scale = rsqrt(squares / float(width) + params.eps);
+    if (c == 0) rstd[row] = scale;
+    rms_norm_store_row(y, ulong(row) * params.y_pitch, c, step, width, aligned, v, scale, w);
 }
 
-struct RmsNormBackwardParams { uint rows; uint width; uint aligned; uint has_dsum; };
+struct RmsNormBackwardParams {
+    uint rows;
+    uint width;
+    uint wide;
+    uint aligned;
+    uint has_dsum;
+    uint dy_pitch;
+    uint x_pitch;
+    uint dsum_pitch;
+    uint dx_pitch;
+};
 
 /// `dx = rstd * (g - n * mean(g * n)) + dsum` with `g = dy * weight` and `n = x * rstd`; without `has_dsum` nothing is read of `dsum`.
-KERNEL(rms_norm_backward)(READ(T, dy, 0), READ(T, x, 1), READ(T, weight, 2), READ(float, rstd, 3), READ(T, dsum, 4),
-                          WRITE(T, dx, 5), PARAMS(RmsNormBackwardParams, 6))
+KERNEL(rms_norm_backward)(READ_ROWS(T, dy, 0), READ_ROWS(T, x, 1), READ(T, weight, 2), READ(float, rstd, 3), READ_ROWS(T, dsum, 4),
+                          WRITE_ROWS(T, dx, 5), PARAMS(RmsNormBackwardParams, 6))
 {
     THREADGROUP(float, sums, 32);
-    const uint width = params.width, c = 4 * THREAD, step = 4 * THREADS;
-    const ulong row = ulong(GROUP_X) * width;
-    const RmsNormQuads v = rms_norm_load(x, row, c, step, width, params.aligned);
-    RmsNormQuads g = rms_norm_load(dy, row, c, step, width, params.aligned);
-    const RmsNormQuads w = rms_norm_load(weight, 0, c, step, width, params.aligned);
-    float dot = 0.0f;
+    const uint width = params.width, wide = params.wide, aligned = params.aligned;
+    const uint row = wide ? GROUP_X : GROUP_X * SIMDS + SIMD, c = 8 * (wide ? THREAD : LANE), step = 8 * (wide ? THREADS : 32);
+    if (row >= params.rows) return;
+    RmsNormRow g = rms_norm_load(dy, ulong(row) * params.dy_pitch, c, step, width, aligned);
+    const RmsNormRow v = rms_norm_load(x, ulong(row) * params.x_pitch, c, step, width, aligned);
+    // behind the end of every row: nothing is read
+    const RmsNormRow d = rms_norm_load(dsum, ulong(row) * params.dsum_pitch, params.has_dsum ? c : width, step, width, aligned);
+    const RmsNormRow w = rms_norm_load(weight, 0, c, step, width, aligned);
+    const float scale = rstd[row];
     for (uint k = 0; k < 4; ++k) {
-        g.q[k] = rms_norm_product(g.q[k], w.q[k]);
-        dot += rms_norm_dot(g.q[k], v.q[k]);
+        g.part[k].low = rms_norm_product(g.part[k].low, w.part[k].low);
+        g.part[k].high = rms_norm_product(g.part[k].high, w.part[k].high);
     }
-    const float scale = rstd[GROUP_X];
-    const float factor = rms_norm_total(dot, sums, LANE, SIMD, SIMDS) / float(width) * scale * scale * scale;
-    for (uint k = 0; k < 4; ++k) g.q[k] = rms_norm_dx(g.q[k], scale, v.q[k], factor);
-    if (params.has_dsum) {
-        const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        const RmsNormQuads d = rms_norm_load(dsum, row, c, step, width, params.aligned);
-        for (uint k = 0; k < 4; ++k) g.q[k] = rms_norm_rounded_sum(rms_norm_rounded_sum(g.q[k], zero), d.q[k]);
-    }
-    for (uint k = 0; k < 4; ++k) rms_norm_store(dx, row, c + k * step, width, params.aligned, g.q[k]);
-}
-
-/// `rms_norm_backward` of rows of at most 128, without `dsum`: a SIMD group has four.
-KERNEL(rms_norm_backward_narrow)(READ(T, dy, 0), READ(T, x, 1), READ(T, weight, 2), READ(float, rstd, 3), WRITE(T, dx, 4),
-                                 PARAMS(RmsNormBackwardParams, 5))
-{
-    const uint width = params.width, c = 4 * LANE, first = 4 * (GROUP_X * SIMDS + SIMD);
-    if (first >= params.rows) return;
-    const RmsNormQuads v = rms_norm_load_rows(x, first, c, params.rows, width, params.aligned);
-    const RmsNormQuads d = rms_norm_load_rows(dy, first, c, params.rows, width, params.aligned);
-    const float4 w = rms_norm_load_rows(weight, 0, c, 1, width, params.aligned).q[0];
+    const float dot = rms_norm_total(rms_norm_dot_row(g, v), wide, sums, LANE, SIMD, SIMDS);
+    const float factor = dot / float(width) * scale * scale * scale;
     for (uint k = 0; k < 4; ++k) {
-        const float4 g = rms_norm_product(d.q[k], w);
-        const float dot = simd_sum(rms_norm_dot(g, v.q[k]));
-        if (first + k >= params.rows) return;
-        const float scale = rstd[first + k];
-        const float4 dv = rms_norm_dx(g, scale, v.q[k], dot / float(width) * scale * scale * scale);
-        rms_norm_store(dx, ulong(first + k) * width, c, width, params.aligned, dv);
+        Octet o;
+        o.low = rms_norm_sum(rms_norm_dx(g.part[k].low, scale, v.part[k].low, factor), d.part[k].low);
+        o.high = rms_norm_sum(rms_norm_dx(g.part[k].high, scale, v.part[k].high, factor), d.part[k].high);
+        rms_norm_store(dx, ulong(row) * params.dx_pitch, c + k * step, width, aligned, o);
     }
 }
 
-struct RmsNormWeightParams { uint rows; uint width; uint rows_per_group; uint aligned; };
+struct RmsNormWeightParams { uint rows; uint width; uint rows_per_group; uint aligned; uint dy_pitch; uint x_pitch; };
+
+FUNCTION float4 rms_norm_quad(DEVICE_PTR(const T) x, ulong row, uint c, uint width, uint aligned) {
+    if (c < width && aligned) return load4(x, row + c);
+    return rms_norm_four(x, row, c, width);
+}
 
 /// The sums of `dy * round(x * rstd)` over the rows of each GROUP_Y: `partial [groups, width]`. 256 threads: a SIMD group adds four
 /// of every 32 rows, 128 columns.
-KERNEL(rms_norm_weight_grad)(READ(T, dy, 0), READ(T, x, 1), READ(float, rstd, 2), WRITE(float, partial, 3),
+KERNEL(rms_norm_weight_grad)(READ_ROWS(T, dy, 0), READ_ROWS(T, x, 1), READ(float, rstd, 2), WRITE(float, partial, 3),
                              PARAMS(RmsNormWeightParams, 4))
 {
     THREADGROUP(float, sums, 1024);
@@ -190,12 +196,13 @@ KERNEL(rms_norm_weight_grad)(READ(T, dy, 0), READ(T, x, 1), READ(float, rstd, 2)
     const uint last = min(first + params.rows_per_group, params.rows);
     const uint c = 128 * GROUP_X + 4 * LANE;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (uint row = first + 4 * SIMD; row < last; row += 4 * SIMDS) {
-        const RmsNormQuads g = rms_norm_load_rows(dy, row, c, last, width, params.aligned);
-        const RmsNormQuads v = rms_norm_load_rows(x, row, c, last, width, params.aligned);
+    for (uint four = first + 4 * SIMD; four < last; four += 4 * SIMDS) {
         for (uint k = 0; k < 4; ++k) {
-            const float4 n = rms_norm_of(v.q[k], row + k < last ? rstd[row + k] : 0.0f, g.q[k]);
-            sum = make_float4(sum.x + n.x, sum.y + n.y, sum.z + n.z, sum.w + n.w);
+            // a row behind the last is the last without weight
+            const uint row = min(four + k, last - 1);
+            const float4 g = rms_norm_quad(dy, ulong(row) * params.dy_pitch, c, width, params.aligned);
+            const float4 v = rms_norm_quad(x, ulong(row) * params.x_pitch, c, width, params.aligned);
+            sum = rms_norm_sum(sum, rms_norm_of(v, four + k < last ? rstd[row] : 0.0f, g));
         }
     }
     sums[128 * SIMD + 4 * LANE] = sum.x;

@@ -1,7 +1,7 @@
 //! Sums, conversions, biases and dropout: what the walk back, the arenas and linear layers need between operations.
 
 use candle_core::{DType, Tensor};
-use pmetal_metal::{Gpu, Grid, empty, kernels};
+use pmetal_metal::{Gpu, Grid, empty, kernels, pitch};
 
 use crate::{
     Error, Result,
@@ -12,7 +12,7 @@ use crate::{
 
 const OP: &str = "elementwise";
 
-/// `y += x` in place; both contiguous, of one shape, float dtypes that may differ.
+/// `y += x` in place; of one shape, float dtypes that may differ; `y` contiguous, or on a GPU rows with a pitch.
 pub(crate) fn add_assign(y: &Tensor, x: &Tensor) -> Result<()> {
     let _span = profile::backward_span("add_assign");
     same_shape("add_assign", y, x)?;
@@ -25,6 +25,7 @@ pub(crate) fn add_assign(y: &Tensor, x: &Tensor) -> Result<()> {
                 with_slice_mut::<Y, _>(y, "add_assign", |y| pmetal_cpu::add_assign_mixed(y, x))
             }))
         }
+        Place::Gpu(gpu) if !y.is_contiguous() => add_to_rows(&*gpu, y, &x.contiguous()?),
         Place::Gpu(gpu) => add_on_gpu(&*gpu, y, &x.contiguous()?),
         Place::Reference => Ok(y.slice_set(&(y + x.to_dtype(y.dtype())?)?, 0, 0)?),
     }
@@ -43,6 +44,16 @@ fn add_on_gpu(gpu: &dyn Gpu, y: &Tensor, x: &Tensor) -> Result<()> {
     }
     let params = kernels::ElementwiseParams { n, quads };
     Ok(kernels::add_assign(gpu, y.dtype(), grid, x, y, params)?)
+}
+
+/// [`add_on_gpu`] where `y` is rows with a pitch. It happens where a value in a group's place has several consumers, which is rare.
+fn add_to_rows(gpu: &dyn Gpu, y: &Tensor, x: &Tensor) -> Result<()> {
+    let (rows, width) = y.dims2()?;
+    let sum = y.contiguous()?;
+    add_on_gpu(gpu, &sum, x)?;
+    let (x_pitch, y_pitch) = (pitch_of(&sum), pitch_of(y));
+    let params = kernels::CopyRowsParams { rows: rows as u32, width: width as u32, x_pitch, y_pitch };
+    Ok(kernels::copy_rows(gpu, y.dtype(), Grid::line(rows, 256), &sum, y, params)?)
 }
 
 /// Copies `x` into `y`, rounding to its dtype.
@@ -83,7 +94,7 @@ pub(crate) fn converted(x: &Tensor, dtype: DType) -> Result<Tensor> {
     Ok(y)
 }
 
-/// `y += bias` for every row, in place: `y [rows, n]` contiguous, `bias [n]` of its dtype.
+/// `y += bias` for every row, in place: `y [rows, n]` contiguous, or on a GPU rows with a pitch; `bias [n]` of its dtype.
 pub(crate) fn bias_add(y: &Tensor, bias: &Tensor) -> Result<()> {
     let (rows, n) = matrix("bias_add", y, "bias", bias)?;
     let bias = bias.contiguous()?;
@@ -100,7 +111,8 @@ pub(crate) fn bias_add(y: &Tensor, bias: &Tensor) -> Result<()> {
             let (quads, threads) = (n.div_ceil(4), n.div_ceil(4).next_multiple_of(32).clamp(32, 256));
             let grid = Grid { groups: [quads.div_ceil(threads), rows.div_ceil(rows_per_group), 1], threads };
             let (rows_per_group, aligned) = (rows_per_group as u32, rows_in_quads(n, &[y, &bias]));
-            let params = kernels::BiasParams { rows: rows as u32, n: n as u32, rows_per_group, aligned };
+            let pitch = pitch_of(y);
+            let params = kernels::BiasParams { rows: rows as u32, n: n as u32, rows_per_group, aligned, pitch };
             Ok(kernels::bias_add(&*gpu, y.dtype(), grid, &bias, y, params)?)
         }
         Place::Reference => Ok(y.slice_set(&y.broadcast_add(&bias)?, 0, 0)?),
@@ -110,9 +122,9 @@ pub(crate) fn bias_add(y: &Tensor, bias: &Tensor) -> Result<()> {
 /// The gradient of [`bias_add`]: `dbias [n]` (f32) grows by the sum of the rows of `dy [rows, n]`.
 pub(crate) fn bias_grad(dy: &Tensor, dbias: &Tensor) -> Result<()> {
     let (rows, n) = matrix("bias_grad", dy, "gradient of the bias", dbias)?;
-    let dy = dy.contiguous()?;
-    match place(&dy, OP)? {
+    match place(dy, OP)? {
         Place::Cpu => {
+            let dy = dy.contiguous()?;
             let view = View::of_tensor(&dy, "bias_grad")?;
             for_dtype!("bias_grad", dy.dtype(), T => {
                 let dy = view.slice::<T>()?;
@@ -120,10 +132,10 @@ pub(crate) fn bias_grad(dy: &Tensor, dbias: &Tensor) -> Result<()> {
             })
         }
         Place::Gpu(gpu) => {
-            let (rows_per_group, groups) = row_groups(rows);
+            let (dy, (rows_per_group, groups)) = (readable(dy)?, row_groups(rows));
             let partial = empty((groups, n), DType::F32, dy.device())?;
-            let aligned = rows_in_quads(n, &[&dy]);
-            let params = kernels::BiasParams { rows: rows as u32, n: n as u32, rows_per_group, aligned };
+            let (aligned, pitch) = (rows_in_quads(n, &[&dy]), pitch_of(&dy));
+            let params = kernels::BiasParams { rows: rows as u32, n: n as u32, rows_per_group, aligned, pitch };
             kernels::bias_grad(&*gpu, dy.dtype(), column_grid(n, groups), &dy, &partial, params)?;
             column_sums(&*gpu, &partial, dbias, true)
         }
@@ -196,9 +208,30 @@ pub(crate) fn rows_in_quads(width: usize, tensors: &[&Tensor]) -> u32 {
     u32::from(width.is_multiple_of(4) && in_quads(tensors))
 }
 
-/// Allocations are aligned; a view may begin anywhere.
 fn in_quads(tensors: &[&Tensor]) -> bool {
-    tensors.iter().all(|t| t.layout().start_offset().is_multiple_of(4))
+    begin_at_multiples(4, tensors)
+}
+
+/// 1 where eight elements can be moved at once in every row of these tensors, else 0.
+pub(crate) fn in_octets(tensors: &[&Tensor]) -> u32 {
+    let whole = |t: &&Tensor| t.dims().last().is_some_and(|width| width.is_multiple_of(8));
+    u32::from(tensors.iter().all(whole) && begin_at_multiples(8, tensors))
+}
+
+/// Allocations are aligned; a view may begin anywhere, and so may rows with a pitch.
+fn begin_at_multiples(of: usize, tensors: &[&Tensor]) -> bool {
+    let begins = |t: &&Tensor| t.layout().start_offset().is_multiple_of(of);
+    tensors.iter().all(|t| begins(t) && (t.is_contiguous() || pitch(t).is_some_and(|pitch| pitch.is_multiple_of(of))))
+}
+
+/// What kernels of rows are told of a tensor that [`readable`] returned: how far its rows lie apart.
+pub(crate) fn pitch_of(x: &Tensor) -> u32 {
+    pitch(x).unwrap_or_default() as u32
+}
+
+/// A tensor as kernels of rows read it: contiguous, or rows with a pitch.
+pub(crate) fn readable(x: &Tensor) -> Result<Tensor> {
+    if pitch(x).is_some() { Ok(x.clone()) } else { Ok(x.contiguous()?) }
 }
 
 fn matrix(op: &'static str, x: &Tensor, what: &str, row: &Tensor) -> Result<(usize, usize)> {
@@ -252,6 +285,35 @@ mod tests {
             });
             assert_close(&ys[0], &ys[1], 0.0, &what);
             assert_close(&grads[0], &grads[1], 2e-5, &what);
+        }
+    }
+
+    #[test]
+    fn columns_of_a_wider_matrix_on_a_gpu() {
+        for (rows, n, dtype) in [1, 3, 70].iter().flat_map(|&rows| [1, 17, 24].map(|n| (rows, n, DType::BF16))) {
+            let what = format!("{rows} rows of {n}");
+            let wide = |seed| random(&[rows, n + 16], seed).to_dtype(dtype).unwrap();
+            let (bias, x) = (random(&[n], 1).to_dtype(dtype).unwrap(), wide(2).narrow(1, 8, n).unwrap());
+            let wholes = [3, 3].map(wide);
+            let [mut want, got] = wholes.each_ref().map(|whole| whole.narrow(1, 8, n).unwrap());
+            let grads = [0, 1].map(|_| random(&[n], 4).to_dtype(DType::F32).unwrap());
+            want = want.contiguous().unwrap();
+            bias_add(&want, &bias).unwrap();
+            add_assign(&want, &x).unwrap();
+            bias_grad(&want, &grads[0]).unwrap();
+            emulated(|| {
+                bias_add(&got, &bias).unwrap();
+                add_assign(&got, &x).unwrap();
+                bias_grad(&got, &grads[1]).unwrap();
+            });
+            assert_close(&want, &got.contiguous().unwrap(), 0.0, &what);
+            assert_close(&grads[0], &grads[1], 2e-5, &what);
+            for first in [0, n + 8] {
+                let [before, after] = wholes.each_ref().map(|whole| whole.narrow(1, first, 8).unwrap());
+                let untouched = wide(3).narrow(1, first, 8).unwrap().contiguous().unwrap();
+                assert_close(&untouched, &after.contiguous().unwrap(), 0.0, &what);
+                assert_close(&untouched, &before.contiguous().unwrap(), 0.0, &what);
+            }
         }
     }
 

@@ -4,16 +4,19 @@
 //! Sources: Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016. Operands
 //! `[tokens, intermediate]`.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
-use pmetal_metal::{Gpu, empty, kernels};
+use pmetal_metal::{Gpu, Grid, kernels};
 
 use crate::{
     Error, Result,
     autograd::{Value, composite, one, only},
-    elementwise::span,
+    elementwise::{in_octets, pitch_of, readable},
     kernel::{View, for_dtype, room, tensor},
     place::{Place, place},
     profile,
+    rows::{GradPlace, SpareRows, empty_rows},
 };
 
 const OP: &str = "gated_activation";
@@ -27,29 +30,37 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// `act(gate) * up`, operands of one shape and dtype.
-pub fn gated_activation(activation: Activation, gate: &Value, up: &Value) -> Result<Value> {
+/// `act(gate) * up`, operands of one shape and dtype; on a GPU with `spare` free columns behind each row.
+pub fn gated_activation(activation: Activation, gate: &Value, up: &Value, spare: usize) -> Result<Value> {
     let _span = profile::span(OP);
+    gate.tensor().dims2()?;
     if gate.tensor().shape() != up.tensor().shape() || gate.tensor().dtype() != up.tensor().dtype() {
         return Err(Error::operand(OP, "up", gate.tensor().dims(), up.tensor().dims()));
     }
     let place = place(gate.tensor(), OP)?;
+    if let Place::Gpu(gpu) = place {
+        return on_gpu(gpu, activation, gate, up, spare);
+    }
+    if let Place::Reference = place {
+        return Ok(one(composite(&[gate, up], move |t| Ok(vec![reference(activation, &t[0], &t[1])?]))?));
+    }
     let (gate_t, up_t) = (gate.tensor().contiguous()?, up.tensor().contiguous()?);
-    let y = match &place {
-        Place::Cpu => forward(activation, &gate_t, &up_t)?,
-        Place::Gpu(gpu) => forward_on_gpu(&**gpu, activation, &gate_t, &up_t)?,
-        Place::Reference => {
-            return Ok(one(composite(&[gate, up], move |t| Ok(vec![reference(activation, &t[0], &t[1])?]))?));
-        }
-    };
+    let y = forward(activation, &gate_t, &up_t)?;
     Ok(one(Value::record(vec![y], &[gate, up], move |grads| {
-        let dy = only(grads, OP)?.contiguous()?;
-        let (dgate, dup) = match &place {
-            Place::Gpu(gpu) => backward_on_gpu(&**gpu, activation, &dy, &gate_t, &up_t)?,
-            _ => backward(activation, &dy, &gate_t, &up_t)?,
-        };
+        let (dgate, dup) = backward(activation, &only(grads, OP)?.contiguous()?, &gate_t, &up_t)?;
         Ok(vec![Some(dgate), Some(dup)])
     })))
+}
+
+fn on_gpu(gpu: Arc<dyn Gpu>, activation: Activation, gate: &Value, up: &Value, spare: usize) -> Result<Value> {
+    let (gate_t, up_t) = (readable(gate.tensor())?, readable(up.tensor())?);
+    let y = forward_on_gpu(&*gpu, activation, &gate_t, &up_t, spare)?;
+    let places = [gate.grad_place(), up.grad_place()];
+    let value = one(Value::record(vec![y.rows.clone()], &[gate, up], move |grads| {
+        let (dgate, dup) = backward_on_gpu(&*gpu, activation, &only(grads, OP)?, &gate_t, &up_t, &places)?;
+        Ok(vec![Some(dgate), Some(dup)])
+    }));
+    Ok(y.attach(value))
 }
 
 fn forward(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -78,13 +89,28 @@ fn backward(activation: Activation, dy: &Tensor, gate: &Tensor, up: &Tensor) -> 
     })
 }
 
-fn forward_on_gpu(gpu: &dyn Gpu, activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let y = empty(gate.shape(), gate.dtype(), gate.device())?;
-    let (n, quads, grid) = span(&[gate, up]);
-    let params = kernels::GateParams { n, quads };
+fn forward_on_gpu(
+    gpu: &dyn Gpu,
+    activation: Activation,
+    gate: &Tensor,
+    up: &Tensor,
+    spare: usize,
+) -> Result<SpareRows> {
+    let (rows, width) = gate.dims2()?;
+    let (dtype, y) = (gate.dtype(), empty_rows(rows, width, spare, gate.dtype(), gate.device())?);
+    let (grid, rows_each) = grid_of_rows(rows, width);
+    let params = kernels::GateParams {
+        rows: rows as u32,
+        width: width as u32,
+        rows_each,
+        aligned: in_octets(&[gate, up, &y.rows]),
+        gate_pitch: pitch_of(gate),
+        up_pitch: pitch_of(up),
+        y_pitch: pitch_of(&y.rows),
+    };
     match activation {
-        Activation::Silu => kernels::swiglu(gpu, gate.dtype(), grid, gate, up, &y, params)?,
-        Activation::GeluTanh => kernels::geglu(gpu, gate.dtype(), grid, gate, up, &y, params)?,
+        Activation::Silu => kernels::swiglu(gpu, dtype, grid, gate, up, &y.rows, params)?,
+        Activation::GeluTanh => kernels::geglu(gpu, dtype, grid, gate, up, &y.rows, params)?,
     }
     Ok(y)
 }
@@ -95,17 +121,48 @@ fn backward_on_gpu(
     dy: &Tensor,
     gate: &Tensor,
     up: &Tensor,
+    places: &[GradPlace; 2],
 ) -> Result<(Tensor, Tensor)> {
-    let room = || empty(gate.shape(), gate.dtype(), gate.device());
-    let (dgate, dup) = (room()?, room()?);
-    let (n, quads, grid) = span(&[dy, gate, up]);
-    let (dtype, params) = (gate.dtype(), kernels::GateParams { n, quads });
+    let (rows, width) = gate.dims2()?;
+    let (dtype, dy) = (gate.dtype(), &readable(dy)?);
+    let room = |place: &GradPlace| place.empty((rows, width), dtype, gate.device());
+    let (dgate, dup) = (room(&places[0])?, room(&places[1])?);
+    let (grid, rows_each) = grid_of_rows(rows, width);
+    let params = kernels::GateBackwardParams {
+        rows: rows as u32,
+        width: width as u32,
+        rows_each,
+        aligned: in_octets(&[dy, gate, up, &dgate, &dup]),
+        dy_pitch: pitch_of(dy),
+        gate_pitch: pitch_of(gate),
+        up_pitch: pitch_of(up),
+        dgate_pitch: pitch_of(&dgate),
+        dup_pitch: pitch_of(&dup),
+    };
     match activation {
         Activation::Silu => kernels::swiglu_backward(gpu, dtype, grid, dy, gate, up, &dgate, &dup, params)?,
         Activation::GeluTanh => kernels::geglu_backward(gpu, dtype, grid, dy, gate, up, &dgate, &dup, params)?,
     }
     Ok((dgate, dup))
 }
+
+/// Threads that have eight columns each, and how many rows.
+fn grid_of_rows(rows: usize, width: usize) -> (Grid, u32) {
+    let rows_each = rows.div_ceil(MAX_GROUPS).max(ROWS_EACH);
+    let octets = width.div_ceil(8);
+    let groups = octets.div_ceil(MAX_THREADS);
+    let threads = octets.div_ceil(groups.max(1)).next_multiple_of(32).max(32);
+    (Grid { groups: [octets.div_ceil(threads), rows.div_ceil(rows_each), 1], threads }, rows_each as u32)
+}
+
+/// Threads of a threadgroup at most.
+const MAX_THREADS: usize = 256;
+
+/// Enough for several loads in flight.
+const ROWS_EACH: usize = 2;
+
+/// Threadgroups in y at most.
+const MAX_GROUPS: usize = 65_535;
 
 /// The formula in plain candle.
 fn reference(activation: Activation, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
@@ -126,13 +183,14 @@ mod tests {
 
     #[test]
     fn gated_activations_and_their_gradients() {
-        for (activation, shape) in
-            [Activation::Silu, Activation::GeluTanh].iter().flat_map(|&a| [[1, 1], [3, 19], [2, 520]].map(|s| (a, s)))
+        for (activation, (shape, spare)) in [Activation::Silu, Activation::GeluTanh]
+            .iter()
+            .flat_map(|&a| [([1, 1], 0), ([3, 19], 5), ([3, 24], 0), ([2, 520], 16), ([5, 2056], 8)].map(|s| (a, s)))
         {
             check_op(
                 &[(random(&shape, 1) * 4.0).unwrap(), random(&shape, 2)],
                 move |t| Ok(vec![reference(activation, &t[0], &t[1])?]),
-                |v| Ok(vec![gated_activation(activation, &v[0], &v[1])?]),
+                move |v| Ok(vec![gated_activation(activation, &v[0], &v[1], spare)?]),
             );
         }
     }

@@ -1,50 +1,126 @@
 //! The norm of each head of q or k and the rotary position embedding behind it, as Qwen3 has them.
 //!
-//! `y = rope(rms_norm(x))` for `x [tokens, heads, head_dim]` and `weight [head_dim]`; the formulas are those of [`rms_norm`] and [`rope`].
-//! Source: Qwen3's attention in Hugging Face's transformers. On a CPU it is one pass; elsewhere the two operations one after the other.
+//! `y = rope(rms_norm(x))` for `x [tokens, heads * head_dim]` and `weight [head_dim]`; the formulas are those of [`rms_norm`] and [`rope`],
+//! and nothing between the two is stored.
+//! Source: Qwen3's attention in Hugging Face's transformers.
+//!
+//! [`rms_norm`]: crate::rms_norm
+//! [`rope`]: crate::rope
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use pmetal_cpu::HeadAngles;
+use pmetal_metal::{Gpu, empty, kernels};
 
 use crate::{
     Error, Result, RopeTable,
-    autograd::{Value, one, only},
+    autograd::{Value, composite, one, only},
+    elementwise::{converted, pitch_of, readable},
     kernel::{View, for_dtype, room, tensor},
-    place::{Place, place},
-    profile, rms_norm, rope,
+    place::Place,
+    profile,
+    rms_norm::weight_grad_on_gpu,
+    rope::{aligned, place_of_heads, turned_on_gpu},
+    rows::GradPlace,
 };
 
 const OP: &str = "rms_norm_rope";
 
-/// The norm of every head of `x [tokens, heads, head_dim]` with `weight [head_dim]` (any float dtype), turned by the angles of its token.
+/// The norm of every head of `x [tokens, heads * head_dim]` with `weight [head_dim]` (any float dtype), turned by the angles of its token.
 pub fn rms_norm_rope(x: &Value, weight: &Value, eps: f64, table: &RopeTable) -> Result<Value> {
     let _span = profile::span(OP);
-    let (tokens, heads, head_dim) = x.tensor().dims3()?;
-    table.check(OP, tokens, head_dim)?;
-    if weight.tensor().dims() != [head_dim] {
-        return Err(Error::operand(OP, "weight", [head_dim], weight.tensor().dims()));
+    let heads = table.heads(OP, x.tensor())?;
+    if weight.tensor().dims() != [table.head_dim()] {
+        return Err(Error::operand(OP, "weight", [table.head_dim()], weight.tensor().dims()));
     }
-    if !matches!(place(x.tensor(), OP)?, Place::Cpu) {
-        let normed = rms_norm(&x.reshape((tokens * heads, head_dim))?, weight, eps)?;
-        return rope(&normed.reshape((tokens, heads, head_dim))?, table);
-    }
-    let (x_t, weight_t) = (x.tensor().contiguous()?, weight.tensor().contiguous()?);
-    let (y, rstd) = forward(&x_t, &weight_t, eps as f32, table, heads)?;
-    let (needs_x, needs_weight) = (x.requires_grad(), weight.requires_grad());
-    let saved = Saved { x: x_t, weight: weight_t, rstd, table: table.clone(), heads };
+    let place = place_of_heads(OP, x.tensor(), table, heads)?;
+    let (needs, table, weight_t) = ([x.requires_grad(), weight.requires_grad()], table.clone(), weight.tensor());
+    let (x_t, y, rstd) = match &place {
+        Place::Reference => {
+            return Ok(one(composite(&[x, weight], move |t| Ok(vec![reference(&t[0], &t[1], eps, &table)?]))?));
+        }
+        Place::Gpu(gpu) => {
+            let x_t = readable(x.tensor())?;
+            let (y, rstd) = forward_on_gpu(&**gpu, &x_t, weight_t, eps as f32, &table)?;
+            (x_t, y, rstd)
+        }
+        Place::Cpu => {
+            let x_t = x.tensor().contiguous()?;
+            let (y, rstd) = forward(&x_t, &weight_t.contiguous()?, eps as f32, &table, heads)?;
+            (x_t, y, rstd)
+        }
+    };
+    let saved = Saved { x: x_t, weight: weight_t.contiguous()?, rstd, table, heads, grad_place: x.grad_place() };
     Ok(one(Value::record(vec![y], &[x, weight], move |grads| {
-        let (dx, dweight) = backward(&only(grads, OP)?.contiguous()?, &saved, needs_weight)?;
-        Ok(vec![needs_x.then_some(dx), dweight])
+        let dy = only(grads, OP)?;
+        let (dx, dweight) = match &place {
+            Place::Gpu(gpu) => backward_on_gpu(&**gpu, &readable(&dy)?, &saved, needs[1])?,
+            _ => backward(&dy.contiguous()?, &saved, needs[1])?,
+        };
+        Ok(vec![needs[0].then_some(dx), dweight])
     })))
 }
 
-/// What the backward needs: what was normalised, the weight, and `1 / sqrt(mean(x²) + eps)` of each head.
+/// What the backward needs: what was normalised, the weight, `1 / sqrt(mean(x²) + eps)` of each head (f32), and where the gradient goes.
 struct Saved {
     x: Tensor,
     weight: Tensor,
-    rstd: Vec<f32>,
+    rstd: Tensor,
     table: RopeTable,
     heads: usize,
+    grad_place: GradPlace,
+}
+
+fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32, table: &RopeTable) -> Result<(Tensor, Tensor)> {
+    let ((tokens, width), heads, dtype) = (x.dims2()?, table.heads(OP, x)?, x.dtype());
+    let shares = table.shares(heads).ok_or_else(|| too_wide(table))?;
+    let weight = converted(weight, dtype)?;
+    let (y, rstd) = (empty((tokens, width), dtype, x.device())?, empty((tokens, heads), DType::F32, x.device())?);
+    let params = kernels::NormRopeParams {
+        tokens: tokens as u32,
+        heads: heads as u32,
+        pairs: (table.head_dim() / 2) as u32,
+        known: shares.known,
+        lanes: shares.lanes,
+        chunks: shares.chunks,
+        aligned: aligned(table, &[x, &weight]),
+        x_pitch: pitch_of(x),
+        eps,
+    };
+    let (angles, positions) = table.on(x.device())?;
+    kernels::norm_rope(gpu, dtype, shares.grid, x, &weight, &angles, &positions, &y, &rstd, params)?;
+    Ok((y, rstd))
+}
+
+fn backward_on_gpu(gpu: &dyn Gpu, dy: &Tensor, saved: &Saved, needs_weight: bool) -> Result<(Tensor, Option<Tensor>)> {
+    let Saved { x, weight, rstd, table, heads, grad_place } = saved;
+    let ((tokens, width), dtype) = (x.dims2()?, x.dtype());
+    let shares = table.shares(*heads).ok_or_else(|| too_wide(table))?;
+    let weight = converted(weight, dtype)?;
+    let dx = grad_place.empty((tokens, width), dtype, x.device())?;
+    let params = kernels::NormRopeBackwardParams {
+        tokens: tokens as u32,
+        heads: *heads as u32,
+        pairs: (table.head_dim() / 2) as u32,
+        known: shares.known,
+        lanes: shares.lanes,
+        chunks: shares.chunks,
+        aligned: aligned(table, &[dy, x, &weight, &dx]),
+        dy_pitch: pitch_of(dy),
+        x_pitch: pitch_of(x),
+        dx_pitch: pitch_of(&dx),
+    };
+    let (angles, positions) = table.on(x.device())?;
+    kernels::norm_rope_backward(gpu, dtype, shares.grid, dy, x, &weight, &angles, &positions, rstd, &dx, params)?;
+    let dweight = needs_weight.then(|| {
+        let back = turned_on_gpu(gpu, dy, table, true, &GradPlace::default())?;
+        let of_heads = |t: &Tensor| t.contiguous()?.reshape(((), table.head_dim()));
+        weight_grad_on_gpu(gpu, &of_heads(&back)?, &of_heads(x)?, &rstd.flatten_all()?)
+    });
+    Ok((dx, dweight.transpose()?))
+}
+
+fn too_wide(table: &RopeTable) -> Error {
+    Error::operand(OP, "heads", "at most 256 wide", table.head_dim())
 }
 
 fn angles(table: &RopeTable, heads: usize) -> HeadAngles<'_> {
@@ -52,7 +128,7 @@ fn angles(table: &RopeTable, heads: usize) -> HeadAngles<'_> {
     HeadAngles { cos, sin, heads }
 }
 
-fn forward(x: &Tensor, weight: &Tensor, eps: f32, table: &RopeTable, heads: usize) -> Result<(Tensor, Vec<f32>)> {
+fn forward(x: &Tensor, weight: &Tensor, eps: f32, table: &RopeTable, heads: usize) -> Result<(Tensor, Tensor)> {
     let (xv, wv) = (View::of_tensor(x, OP)?, View::of_tensor(weight, OP)?);
     let mut rstd = room::<f32>(x.elem_count() / weight.elem_count());
     let y = for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
@@ -61,18 +137,19 @@ fn forward(x: &Tensor, weight: &Tensor, eps: f32, table: &RopeTable, heads: usiz
         pmetal_cpu::rms_norm_rope_forward(xs, ws, eps, angles(table, heads), &mut y, &mut rstd);
         tensor(y, x.shape().clone())
     }))?;
-    Ok((y, rstd))
+    Ok((y, tensor(rstd, (x.dim(0)?, heads))?))
 }
 
 fn backward(dy: &Tensor, saved: &Saved, needs_weight: bool) -> Result<(Tensor, Option<Tensor>)> {
-    let Saved { x, weight, rstd, table, heads } = saved;
+    let Saved { x, weight, rstd, table, heads, .. } = saved;
+    let rstdv = View::of_tensor(rstd, OP)?;
     let (dyv, xv, wv) = (View::of_tensor(dy, OP)?, View::of_tensor(x, OP)?, View::of_tensor(weight, OP)?);
     let mut dweight = needs_weight.then(|| vec![0f32; weight.elem_count()]);
     let dx = for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
         let mut dx = room::<T>(x.elem_count());
         let (dys, xs, ws) = (dyv.slice::<T>()?, xv.slice::<T>()?, wv.slice::<W>()?);
         let dweight = dweight.as_deref_mut();
-        pmetal_cpu::rms_norm_rope_backward(dys, xs, ws, rstd, angles(table, *heads), &mut dx, dweight);
+        pmetal_cpu::rms_norm_rope_backward(dys, xs, ws, rstdv.slice::<f32>()?, angles(table, *heads), &mut dx, dweight);
         tensor(dx, x.shape().clone())
     }))?;
     let dweight = dweight.map(|d| tensor(d, weight.elem_count())).transpose()?;
@@ -80,9 +157,9 @@ fn backward(dy: &Tensor, saved: &Saved, needs_weight: bool) -> Result<(Tensor, O
 }
 
 /// The formula in plain candle.
-#[cfg(test)]
 fn reference(x: &Tensor, weight: &Tensor, eps: f64, table: &RopeTable) -> candle_core::Result<Tensor> {
-    crate::rope::reference(&crate::rms_norm::reference(x, weight, eps)?, table)
+    let heads = x.reshape(((), table.head_dim()))?;
+    crate::rope::reference(&crate::rms_norm::reference(&heads, weight, eps)?.reshape(x.shape())?, table)
 }
 
 #[cfg(test)]
@@ -92,12 +169,13 @@ mod tests {
 
     #[test]
     fn norm_and_rope_of_heads_and_their_gradients() {
-        for (heads, inv_freq) in [(1, vec![0.7]), (2, vec![1.0, 0.31, 0.04]), (3, vec![0.3; 40]), (16, vec![0.5; 64])] {
+        let heads = [(1, vec![0.7]), (2, vec![1.0, 0.31, 0.04]), (3, vec![0.3; 40]), (16, vec![0.5; 64])];
+        for (heads, inv_freq) in heads.into_iter().chain([(5, vec![0.2; 128]), (1, vec![0.1; 133])]) {
             let table = RopeTable::new(&[0, 1, 2, 0, 1], &inv_freq, 1.3);
             let reference_table = table.clone();
             let head_dim = 2 * inv_freq.len();
             check_op(
-                &[random(&[5, heads, head_dim], 1), random(&[head_dim], 2)],
+                &[random(&[5, heads * head_dim], 1), random(&[head_dim], 2)],
                 move |t| Ok(vec![reference(&t[0], &t[1], 1e-5, &reference_table)?]),
                 |v| Ok(vec![rms_norm_rope(&v[0], &v[1], 1e-5, &table)?]),
             );
@@ -107,7 +185,7 @@ mod tests {
     #[test]
     fn a_weight_of_another_width_is_refused() {
         let table = RopeTable::new(&[0], &[1.0], 1.0);
-        let [x, weight] = [random(&[1, 1, 2], 1), random(&[3], 2)].map(Value::constant);
+        let [x, weight] = [random(&[1, 2], 1), random(&[3], 2)].map(Value::constant);
         assert!(rms_norm_rope(&x, &weight, 1e-5, &table).is_err());
     }
 }

@@ -9,49 +9,75 @@ use pmetal_metal::{Gpu, Grid, empty, kernels};
 
 use crate::{
     Error, Result,
-    autograd::{Value, composite, one, only},
-    elementwise::{column_grid, column_sums, converted, row_groups, rows_in_quads},
+    autograd::{Value, composite, one},
+    elementwise::{column_grid, column_sums, converted, in_octets, pitch_of, readable, row_groups, rows_in_quads},
     kernel::{View, for_dtype, room, tensor},
     place::{Place, place},
     profile,
+    rows::{GradPlace, SpareRows, empty_rows},
 };
 
 const OP: &str = "rms_norm";
 
-/// The norm of `x [rows, width]` with `weight [width]` (any float dtype).
-pub fn rms_norm(x: &Value, weight: &Value, eps: f64) -> Result<Value> {
+/// The norm of `x [rows, width]` with `weight [width]` (any float dtype); on a GPU with `spare` free columns behind each row.
+pub fn rms_norm(x: &Value, weight: &Value, eps: f64, spare: usize) -> Result<Value> {
+    Ok(rms_norm_beside(x, weight, eps, spare)?.1)
+}
+
+/// `x` itself and its norm, as [`rms_norm`]: what else the first leads to adds its gradient where that of the norm is formed.
+pub fn rms_norm_beside(x: &Value, weight: &Value, eps: f64, spare: usize) -> Result<(Value, Value)> {
     let _span = profile::span(OP);
     let width = check(x, weight)?;
     let place = place_of_rows(x.tensor(), width)?;
-    let (x_t, weight_t) = (x.tensor().contiguous()?, weight.tensor().contiguous()?);
-    let (y, rstd) = match &place {
-        Place::Cpu => forward(&x_t, &weight_t, eps as f32, width)?,
-        Place::Gpu(gpu) => forward_on_gpu(&**gpu, &x_t, &weight_t, eps as f32)?,
+    let (x_t, weight_t) = (operand(&place, x.tensor())?, weight.tensor().contiguous()?);
+    let (y, rstd, room) = match &place {
+        Place::Cpu => {
+            let (y, rstd) = forward(&x_t, &weight_t, eps as f32, width)?;
+            (y, rstd, None)
+        }
+        Place::Gpu(gpu) => {
+            let (y, rstd) = forward_on_gpu(&**gpu, &x_t, &weight_t, eps as f32, spare)?;
+            (y.rows.clone(), rstd, Some(y))
+        }
         Place::Reference => {
-            return Ok(one(composite(&[x, weight], move |t| Ok(vec![reference(&t[0], &t[1], eps)?]))?));
+            let norm = one(composite(&[x, weight], move |t| Ok(vec![reference(&t[0], &t[1], eps)?]))?);
+            return Ok((x.clone(), norm));
         }
     };
-    let needs = [x.requires_grad(), weight.requires_grad()];
-    Ok(one(Value::record(vec![y], &[x, weight], move |grads| {
-        let saved = Saved { x: x_t, weight: weight_t, rstd };
-        let (dx, dweight) = backward(&place, &only(grads, OP)?, &saved, None, needs[1])?;
+    let (needs, grad_place) = ([x.requires_grad(), weight.requires_grad()], x.grad_place());
+    let mut outputs = Value::record(vec![x_t.clone(), y], &[x, weight], move |grads| {
+        let mut grads = grads.into_iter();
+        let (beside, dy) = (grads.next().flatten(), grads.next().flatten());
+        let Some(dy) = dy else { return Ok(vec![beside, None]) };
+        let saved = Saved { x: x_t, weight: weight_t, rstd, grad_place };
+        let (dx, dweight) = backward(&place, &dy, &saved, beside.as_ref(), needs[1])?;
         Ok(vec![needs[0].then_some(dx), dweight])
-    })))
+    })
+    .into_iter();
+    let (x, y) = pair(&mut outputs)?;
+    Ok((x, attached(room, y)))
 }
 
-/// `sum = x + residual` and its norm, both `[rows, width]`: returns `(sum, norm)`.
-pub fn add_rms_norm(x: &Value, residual: &Value, weight: &Value, eps: f64) -> Result<(Value, Value)> {
+/// `sum = x + residual` and its norm, both `[rows, width]`: returns `(sum, norm)`, on a GPU the norm with `spare` free columns behind each
+/// row.
+pub fn add_rms_norm(x: &Value, residual: &Value, weight: &Value, eps: f64, spare: usize) -> Result<(Value, Value)> {
     let _span = profile::span("add_rms_norm");
     let width = check(x, weight)?;
     if x.tensor().shape() != residual.tensor().shape() || x.tensor().dtype() != residual.tensor().dtype() {
         return Err(Error::operand(OP, "residual", x.tensor().dims(), residual.tensor().dims()));
     }
     let place = place_of_rows(x.tensor(), width)?;
-    let (x_t, residual_t) = (x.tensor().contiguous()?, residual.tensor().contiguous()?);
+    let (x_t, residual_t) = (operand(&place, x.tensor())?, operand(&place, residual.tensor())?);
     let weight_t = weight.tensor().contiguous()?;
-    let (sum, y, rstd) = match &place {
-        Place::Cpu => add_forward(&x_t, &residual_t, &weight_t, eps as f32, width)?,
-        Place::Gpu(gpu) => add_forward_on_gpu(&**gpu, &x_t, &residual_t, &weight_t, eps as f32)?,
+    let (sum, y, rstd, room) = match &place {
+        Place::Cpu => {
+            let (sum, y, rstd) = add_forward(&x_t, &residual_t, &weight_t, eps as f32, width)?;
+            (sum, y, rstd, None)
+        }
+        Place::Gpu(gpu) => {
+            let (sum, y, rstd) = add_forward_on_gpu(&**gpu, &x_t, &residual_t, &weight_t, eps as f32, spare)?;
+            (sum, y.rows.clone(), rstd, Some(y))
+        }
         Place::Reference => {
             let outputs = composite(&[x, residual, weight], move |t| {
                 let sum = (&t[0] + &t[1])?;
@@ -62,7 +88,7 @@ pub fn add_rms_norm(x: &Value, residual: &Value, weight: &Value, eps: f64) -> Re
         }
     };
     let needs_weight = weight.requires_grad();
-    let saved = Saved { x: sum.clone(), weight: weight_t, rstd };
+    let saved = Saved { x: sum.clone(), weight: weight_t, rstd, grad_place: x.grad_place() };
     let mut outputs = Value::record(vec![sum, y], &[x, residual, weight], move |grads| {
         let mut grads = grads.into_iter();
         let (dsum, dy) = (grads.next().flatten(), grads.next().flatten());
@@ -71,7 +97,23 @@ pub fn add_rms_norm(x: &Value, residual: &Value, weight: &Value, eps: f64) -> Re
         Ok(vec![Some(dx.clone()), Some(dx), dweight])
     })
     .into_iter();
-    pair(&mut outputs)
+    let (sum, y) = pair(&mut outputs)?;
+    Ok((sum, attached(room, y)))
+}
+
+/// An operand as kernels read it.
+fn operand(place: &Place, x: &Tensor) -> Result<Tensor> {
+    match place {
+        Place::Gpu(_) => readable(x),
+        _ => Ok(x.contiguous()?),
+    }
+}
+
+fn attached(room: Option<SpareRows>, value: Value) -> Value {
+    match room {
+        Some(room) => room.attach(value),
+        None => value,
+    }
 }
 
 fn pair(outputs: &mut impl Iterator<Item = Value>) -> Result<(Value, Value)> {
@@ -89,11 +131,12 @@ fn check(x: &Value, weight: &Value) -> Result<usize> {
     }
 }
 
-/// What the backward needs: what was normalised, the weight, and `1 / sqrt(mean(x²) + eps)` of each row (f32).
+/// What the backward needs: what was normalised, the weight, `1 / sqrt(mean(x²) + eps)` of each row (f32), and where the gradient goes.
 struct Saved {
     x: Tensor,
     weight: Tensor,
     rstd: Tensor,
+    grad_place: GradPlace,
 }
 
 fn forward(x: &Tensor, weight: &Tensor, eps: f32, width: usize) -> Result<(Tensor, Tensor)> {
@@ -133,8 +176,8 @@ fn backward(
     dsum: Option<&Tensor>,
     needs_weight: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
-    let dy = dy.contiguous()?;
-    let dsum = dsum.map(Tensor::contiguous).transpose()?;
+    let dy = operand(place, dy)?;
+    let dsum = dsum.map(|dsum| operand(place, dsum)).transpose()?;
     match place {
         Place::Gpu(gpu) => backward_on_gpu(&**gpu, &dy, saved, dsum.as_ref(), needs_weight),
         _ => backward_on_cpu(&dy, saved, dsum.as_ref(), needs_weight),
@@ -143,7 +186,7 @@ fn backward(
 
 fn backward_on_cpu(
     dy: &Tensor,
-    Saved { x, weight, rstd }: &Saved,
+    Saved { x, weight, rstd, .. }: &Saved,
     dsum: Option<&Tensor>,
     needs_weight: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
@@ -165,13 +208,13 @@ fn backward_on_cpu(
 }
 
 /// Elements of a row that a thread of the kernels holds.
-const PER_THREAD: usize = 16;
+const PER_THREAD: usize = 32;
 
 /// Threads of a threadgroup: so many have the registers for what they hold, on every GPU.
-const MAX_THREADS: usize = 512;
+const MAX_THREADS: usize = 256;
 
-/// Up to here four rows go to a SIMD group, else one to a threadgroup.
-const NARROW: usize = 128;
+/// SIMD groups of a threadgroup that has a row for each.
+const ROWS: usize = 4;
 
 /// As [`place`]; rows that no threadgroup holds go the reference path.
 fn place_of_rows(x: &Tensor, width: usize) -> Result<Place> {
@@ -181,26 +224,31 @@ fn place_of_rows(x: &Tensor, width: usize) -> Result<Place> {
     })
 }
 
-fn grid_of_rows(rows: usize, width: usize) -> Grid {
-    Grid::line(rows, width.div_ceil(PER_THREAD).next_multiple_of(32))
+/// The kernels' grid, and 1 where a threadgroup has one row, 0 where each of its SIMD groups has one.
+fn grid_of_rows(rows: usize, width: usize) -> (Grid, u32) {
+    match width.div_ceil(PER_THREAD).next_multiple_of(32) {
+        32 => (Grid::line(rows.div_ceil(ROWS), 32 * ROWS), 0),
+        threads => (Grid::line(rows, threads), 1),
+    }
 }
 
-fn grid_of_narrow_rows(rows: usize) -> Grid {
-    Grid::line(rows.div_ceil(8), 64)
-}
-
-fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
+fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32, spare: usize) -> Result<(SpareRows, Tensor)> {
     let (rows, width) = x.dims2()?;
     let weight = converted(weight, x.dtype())?;
-    let (y, rstd) = (empty((rows, width), x.dtype(), x.device())?, empty(rows, DType::F32, x.device())?);
-    let aligned = rows_in_quads(width, &[x, &weight]);
-    if width <= NARROW {
-        let params = kernels::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
-        kernels::rms_norm_narrow(gpu, x.dtype(), grid_of_narrow_rows(rows), x, &weight, &y, &rstd, params)?;
-    } else {
-        let params = kernels::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
-        kernels::rms_norm(gpu, x.dtype(), grid_of_rows(rows, width), x, &weight, &y, &rstd, params)?;
-    }
+    let y = empty_rows(rows, width, spare, x.dtype(), x.device())?;
+    let rstd = empty(rows, DType::F32, x.device())?;
+    let (grid, wide) = grid_of_rows(rows, width);
+    let params = kernels::RmsNormParams {
+        rows: rows as u32,
+        width: width as u32,
+        wide,
+        aligned: in_octets(&[x, &weight, &y.rows]),
+        x_pitch: pitch_of(x),
+        residual_pitch: 0,
+        y_pitch: pitch_of(&y.rows),
+        eps,
+    };
+    kernels::rms_norm(gpu, x.dtype(), grid, x, &weight, &y.rows, &rstd, params)?;
     Ok((y, rstd))
 }
 
@@ -210,42 +258,57 @@ fn add_forward_on_gpu(
     residual: &Tensor,
     weight: &Tensor,
     eps: f32,
-) -> Result<(Tensor, Tensor, Tensor)> {
+    spare: usize,
+) -> Result<(Tensor, SpareRows, Tensor)> {
     let (rows, width) = x.dims2()?;
     let weight = converted(weight, x.dtype())?;
-    let room = || empty((rows, width), x.dtype(), x.device());
-    let (sum, y, rstd) = (room()?, room()?, empty(rows, DType::F32, x.device())?);
-    let (aligned, grid) = (rows_in_quads(width, &[x, residual, &weight]), grid_of_rows(rows, width));
-    let params = kernels::RmsNormParams { rows: rows as u32, width: width as u32, aligned, eps };
-    kernels::add_rms_norm(gpu, x.dtype(), grid, x, residual, &weight, &sum, &y, &rstd, params)?;
+    let y = empty_rows(rows, width, spare, x.dtype(), x.device())?;
+    let (sum, rstd) = (empty((rows, width), x.dtype(), x.device())?, empty(rows, DType::F32, x.device())?);
+    let (grid, wide) = grid_of_rows(rows, width);
+    let params = kernels::RmsNormParams {
+        rows: rows as u32,
+        width: width as u32,
+        wide,
+        aligned: in_octets(&[x, residual, &weight, &y.rows]),
+        x_pitch: pitch_of(x),
+        residual_pitch: pitch_of(residual),
+        y_pitch: pitch_of(&y.rows),
+        eps,
+    };
+    kernels::add_rms_norm(gpu, x.dtype(), grid, x, residual, &weight, &sum, &y.rows, &rstd, params)?;
     Ok((sum, y, rstd))
 }
 
 fn backward_on_gpu(
     gpu: &dyn Gpu,
     dy: &Tensor,
-    Saved { x, weight, rstd }: &Saved,
+    Saved { x, weight, rstd, grad_place }: &Saved,
     dsum: Option<&Tensor>,
     needs_weight: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let (rows, width) = x.dims2()?;
     let weight = converted(weight, x.dtype())?;
-    let dx = empty((rows, width), x.dtype(), x.device())?;
-    let has_dsum = u32::from(dsum.is_some());
-    let aligned = rows_in_quads(width, &[dy, x, &weight, dsum.unwrap_or(dy)]);
-    let params = kernels::RmsNormBackwardParams { rows: rows as u32, width: width as u32, aligned, has_dsum };
-    if width <= NARROW && dsum.is_none() {
-        let grid = grid_of_narrow_rows(rows);
-        kernels::rms_norm_backward_narrow(gpu, x.dtype(), grid, dy, x, &weight, rstd, &dx, params)?;
-    } else {
-        let (grid, dsum) = (grid_of_rows(rows, width), dsum.unwrap_or(dy));
-        kernels::rms_norm_backward(gpu, x.dtype(), grid, dy, x, &weight, rstd, dsum, &dx, params)?;
-    }
+    let dx = grad_place.empty((rows, width), x.dtype(), x.device())?;
+    let (has_dsum, dsum) = (u32::from(dsum.is_some()), dsum.unwrap_or(dy));
+    let (grid, wide) = grid_of_rows(rows, width);
+    let params = kernels::RmsNormBackwardParams {
+        rows: rows as u32,
+        width: width as u32,
+        wide,
+        aligned: in_octets(&[dy, x, &weight, dsum, &dx]),
+        has_dsum,
+        dy_pitch: pitch_of(dy),
+        x_pitch: pitch_of(x),
+        dsum_pitch: pitch_of(dsum),
+        dx_pitch: pitch_of(&dx),
+    };
+    kernels::rms_norm_backward(gpu, x.dtype(), grid, dy, x, &weight, rstd, dsum, &dx, params)?;
     let dweight = needs_weight.then(|| weight_grad_on_gpu(gpu, dy, x, rstd)).transpose()?;
     Ok((dx, dweight))
 }
 
-fn weight_grad_on_gpu(gpu: &dyn Gpu, dy: &Tensor, x: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+/// `[width]` f32: the sum over rows of `dy * x * rstd`, all of `[rows, width]` but `rstd [rows]`.
+pub(crate) fn weight_grad_on_gpu(gpu: &dyn Gpu, dy: &Tensor, x: &Tensor, rstd: &Tensor) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     let (rows_per_group, groups) = row_groups(rows);
     let partial = empty((groups, width), DType::F32, x.device())?;
@@ -255,6 +318,8 @@ fn weight_grad_on_gpu(gpu: &dyn Gpu, dy: &Tensor, x: &Tensor, rstd: &Tensor) -> 
         width: width as u32,
         rows_per_group,
         aligned: rows_in_quads(width, &[dy, x]),
+        dy_pitch: pitch_of(dy),
+        x_pitch: pitch_of(x),
     };
     kernels::rms_norm_weight_grad(gpu, x.dtype(), column_grid(width, groups), dy, x, rstd, &partial, params)?;
     column_sums(gpu, &partial, &dweight, false)?;
@@ -276,35 +341,35 @@ mod tests {
     use crate::testing::{assert_close, check_op, emulated, random};
 
     /// Rows to a SIMD group and to a threadgroup, in fours and not, one and many.
-    const SHAPES: [(usize, usize); 8] = [(1, 1), (5, 24), (3, 17), (70, 6), (2, 128), (9, 130), (3, 1030), (1, 2052)];
+    const SHAPES: [(usize, usize); 8] = [(1, 1), (5, 24), (3, 17), (70, 6), (2, 128), (9, 130), (3, 1030), (1, 2056)];
 
     #[test]
     fn norm_and_its_gradients() {
-        for (rows, width) in SHAPES {
+        for ((rows, width), spare) in SHAPES.iter().flat_map(|&shape| [0, 16].map(|spare| (shape, spare))) {
             let inputs = [random(&[rows, width], 1), random(&[width], 2)];
             let formula = |t: &[Tensor]| Ok(vec![reference(&t[0], &t[1], 1e-5)?]);
-            check_op(&inputs, formula, |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5)?]));
+            check_op(&inputs, formula, move |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5, spare)?]));
         }
     }
 
     #[test]
     fn a_row_too_wide_for_a_threadgroup() {
         let [x, weight] = [random(&[2, 8200], 1), random(&[8200], 2)].map(|t| t.to_dtype(DType::F32).unwrap());
-        let y = emulated(|| rms_norm(&Value::constant(x.clone()), &Value::constant(weight.clone()), 1e-6).unwrap());
+        let y = emulated(|| rms_norm(&Value::constant(x.clone()), &Value::constant(weight.clone()), 1e-6, 0).unwrap());
         assert_close(&reference(&x, &weight, 1e-6).unwrap(), y.tensor(), 1e-6, "norm");
     }
 
     #[test]
     fn sum_and_norm_and_their_gradients() {
-        for (rows, width) in SHAPES {
+        for ((rows, width), spare) in SHAPES.iter().flat_map(|&shape| [0, 16].map(|spare| (shape, spare))) {
             let inputs = [random(&[rows, width], 1), random(&[rows, width], 2), random(&[width], 3)];
             let formula = |t: &[Tensor]| {
                 let sum = (&t[0] + &t[1])?;
                 let y = reference(&sum, &t[2], 1e-6)?;
                 Ok(vec![sum, y])
             };
-            check_op(&inputs, formula, |v| {
-                let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-6)?;
+            check_op(&inputs, formula, move |v| {
+                let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-6, spare)?;
                 Ok(vec![sum, y])
             });
         }

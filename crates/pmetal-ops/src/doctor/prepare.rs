@@ -20,25 +20,25 @@ fn prepared(leaves: Vec<Value>, forward: impl Fn(&[Value]) -> Result<Vec<Value>>
 
 pub(super) fn norm(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let leaves = run.variables(&[&[rows, width], &[width]])?;
-    prepared(leaves, |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5)?]))
+    prepared(leaves, |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5, 0)?]))
 }
 
 pub(super) fn add_norm(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let leaves = run.variables(&[&[rows, width], &[rows, width], &[width]])?;
     prepared(leaves, |v| {
-        let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-5)?;
+        let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-5, 0)?;
         Ok(vec![sum, y])
     })
 }
 
 pub(super) fn turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let table = angles(rows, width);
-    prepared(run.variables(&[&[rows, 16, width]])?, move |v| Ok(vec![rope(&v[0], &table)?]))
+    prepared(run.variables(&[&[rows, 16 * width]])?, move |v| Ok(vec![rope(&v[0], &table)?]))
 }
 
 pub(super) fn norm_and_turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let table = angles(rows, width);
-    let leaves = run.variables(&[&[rows, 16, width], &[width]])?;
+    let leaves = run.variables(&[&[rows, 16 * width], &[width]])?;
     prepared(leaves, move |v| Ok(vec![rms_norm_rope(&v[0], &v[1], 1e-5, &table)?]))
 }
 
@@ -57,7 +57,7 @@ pub(super) fn gelu_gate(run: &Run, Size { rows, width }: Size) -> Result<Prepare
 }
 
 fn gate_of(activation: Activation, run: &Run, shape: &[usize]) -> Result<Prepared> {
-    prepared(run.variables(&[shape, shape])?, move |v| Ok(vec![gated_activation(activation, &v[0], &v[1])?]))
+    prepared(run.variables(&[shape, shape])?, move |v| Ok(vec![gated_activation(activation, &v[0], &v[1], 0)?]))
 }
 
 pub(super) fn look_up(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
@@ -80,7 +80,7 @@ pub(super) fn low_rank(run: &Run, Size { rows, width }: Size) -> Result<Prepared
         bias: Some(weight(&arena, "bias")?),
         adapter: Some(Adapter { a, b, scale: 1.5, dropout: 0.1, place: 7 }),
     };
-    let group = LinearGroup { members: vec![member] };
+    let group = LinearGroup::new(vec![member])?;
     let leaves = run.variables(&[&[rows, width]])?;
     Ok(Prepared { leaves, arena: Some(arena), forward: Box::new(move |v| group.forward(&v[0], Some(3))) })
 }
@@ -89,7 +89,7 @@ pub(super) fn trained_linear(run: &Run, Size { rows, width }: Size) -> Result<Pr
     let arena = run.arena(&[("w", &[width, width])])?;
     let members = vec![LinearMember { weight: weight(&arena, "w")?, bias: None, adapter: None }];
     let leaves = run.variables(&[&[rows, width]])?;
-    let group = LinearGroup { members };
+    let group = LinearGroup::new(members)?;
     Ok(Prepared { leaves, arena: Some(arena), forward: Box::new(move |v| group.forward(&v[0], None)) })
 }
 
@@ -140,9 +140,9 @@ fn attention_spec(rows: usize, width: usize) -> AttentionSpec {
 
 fn attend(run: &Run, rows: Rows, [queries, keys]: [usize; 2], spec: AttentionSpec) -> Result<Prepared> {
     let AttentionSpec { heads, kv_heads, head_dim, .. } = spec;
-    let kv = [keys, kv_heads, head_dim];
-    let leaves = run.variables(&[&[queries, heads, head_dim], &kv, &kv])?;
-    prepared(leaves, move |v| Ok(vec![attention(&v[0], &v[1], &v[2], &rows, spec)?]))
+    let kv = [keys, kv_heads * head_dim];
+    let leaves = run.variables(&[&[queries, heads * head_dim], &kv, &kv])?;
+    prepared(leaves, move |v| Ok(vec![attention(&v[0], &v[1], &v[2], &rows, spec, 0)?]))
 }
 
 /// Rows of different lengths behind one another, one of them a single token.
@@ -168,9 +168,9 @@ pub(super) fn cached(run: &Run, Size { rows, width }: Size) -> Result<Prepared> 
 /// One new token a row, as in generation: without gradients.
 pub(super) fn decoding(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let (lengths, spec) = (Rows::cached(&[1, 1], &[rows, rows / 3], rows), attention_spec(rows, width));
-    let kv = |seed| Ok::<_, crate::Error>(Value::constant(run.tensor(&[2 * rows, spec.kv_heads, width], seed)?));
-    let (q, k, v) = (Value::constant(run.tensor(&[2, spec.heads, width], 1)?), kv(2)?, kv(3)?);
-    prepared(vec![], move |_| Ok(vec![attention(&q, &k, &v, &lengths, spec)?]))
+    let kv = |seed| Ok::<_, crate::Error>(Value::constant(run.tensor(&[2 * rows, spec.kv_heads * width], seed)?));
+    let (q, k, v) = (Value::constant(run.tensor(&[2, spec.heads * width], 1)?), kv(2)?, kv(3)?);
+    prepared(vec![], move |_| Ok(vec![attention(&q, &k, &v, &lengths, spec, 0)?]))
 }
 
 pub(super) fn write(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
