@@ -24,7 +24,13 @@ fn expected_loss(fixture: &Fixture, name: &str) -> f64 {
     f64::from(fixture.expected[name].to_scalar::<f32>().unwrap())
 }
 
-const WAYS: [Option<Checkpointing>; 3] = [None, Some(Checkpointing::INPUTS), Some(Checkpointing::ATTENTION)];
+const WAYS: [Option<Checkpointing>; 5] = [
+    None,
+    Some(Checkpointing::INPUTS),
+    Some(Checkpointing::ATTENTION),
+    Some(Checkpointing::HOST),
+    Some(Checkpointing { whole: 1, ..Checkpointing::INPUTS }),
+];
 
 #[test]
 fn gradients_of_adapters() {

@@ -12,10 +12,10 @@ use pmetal_data::{Example, TOKENIZER_FILES, Template, TemplateChoice, Tokenizer}
 use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
-    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, refuse_too_large,
-    save_pretrained, spec_of, tensors_of,
+    CausalLMModel, Checkpoint, Checkpointing, DecoderSpec, Input, dtype_of, load, random, read_config,
+    refuse_too_large, save_pretrained, spec_of, tensors_of,
 };
-use pmetal_ops::{Arena, Policy, no_grad};
+use pmetal_ops::{Arena, no_grad};
 
 use crate::{
     Error, FineTuneType, LoopSettings, MetricsFile, Observer, Result, Schedule, SftOptions, StepSettings, Summary,
@@ -231,7 +231,7 @@ pub(crate) fn loop_settings(options: &SftOptions) -> LoopSettings {
         step: StepSettings {
             max_grad_norm: options.max_grad_norm,
             weight_decay: options.weight_decay,
-            checkpointing: options.gradient_checkpointing.then_some(Policy::KeepNothing),
+            checkpointing: options.gradient_checkpointing.then_some(Checkpointing::INPUTS),
             seed: options.seed,
         },
     }

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use pmetal_data::Example;
-use pmetal_models::{CausalLMModel, Input};
-use pmetal_ops::{AdamW, Arena, Policy, StepOutcome, adamw, backward, linear_cross_entropy, no_grad, random};
+use pmetal_models::{CausalLMModel, Checkpointing, Input};
+use pmetal_ops::{AdamW, Arena, StepOutcome, adamw, backward, linear_cross_entropy, no_grad, random};
 
 use crate::Result;
 
@@ -18,7 +18,7 @@ pub struct StepSettings {
     /// Decoupled weight decay.
     pub weight_decay: f64,
     /// Whether layers are run again in backward instead of kept.
-    pub checkpointing: Option<Policy>,
+    pub checkpointing: Option<Checkpointing>,
     /// Seeds the dropout.
     pub seed: u64,
 }

@@ -9,8 +9,8 @@ use std::{
 use candle_core::{DType, Device, Tensor, safetensors};
 use pmetal_data::{Example, Examples};
 use pmetal_lora::{AdapterFile, Use, attach_file};
-use pmetal_models::{CausalLMModel, Checkpoint, load, tensors_of};
-use pmetal_ops::{Arena, Policy};
+use pmetal_models::{CausalLMModel, Checkpoint, Checkpointing, load, tensors_of};
+use pmetal_ops::Arena;
 use pmetal_trainer::{
     Epochs, LoopSettings, MetricsFile, Observer, Schedule, SchedulerType, StepMetrics, StepSettings, TrainingData,
     train,
@@ -65,7 +65,7 @@ impl Epochs for InOrder {
 /// How the rows of a step are spread.
 #[derive(Clone, Copy, Default)]
 struct Variant {
-    checkpointing: Option<Policy>,
+    checkpointing: Option<Checkpointing>,
     /// Micro-batches of one row each, as many as the step has rows.
     one_by_one: bool,
 }
@@ -165,8 +165,8 @@ fn lora_steps_of_qwen3_equal_pefts() {
 
 #[test]
 fn checkpointed_and_accumulated_steps_equal_pefts_too() {
-    lora_runs("llama", Variant { checkpointing: Some(Policy::KeepNothing), one_by_one: false });
-    lora_runs("qwen3", Variant { checkpointing: Some(Policy::KeepAttention), one_by_one: true });
+    lora_runs("llama", Variant { checkpointing: Some(Checkpointing::INPUTS), one_by_one: false });
+    lora_runs("qwen3", Variant { checkpointing: Some(Checkpointing::ATTENTION), one_by_one: true });
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn full_run(model_name: &str) {
     let folder = fixtures().join("sft-full").join(model_name);
     let expected = &expected(&folder)["linear"];
     let end = safetensors::load(folder.join("linear.safetensors"), &Device::Cpu).unwrap();
-    for variant in [Variant::default(), Variant { checkpointing: Some(Policy::KeepNothing), one_by_one: true }] {
+    for variant in [Variant::default(), Variant { checkpointing: Some(Checkpointing::INPUTS), one_by_one: true }] {
         let checkpoint = checkpoint(model_name);
         let arena = Arena::new(&tensors_of(checkpoint.spec()), DType::F32, &Device::Cpu).unwrap();
         let model = load(&checkpoint, DType::F32, &Device::Cpu, Some(&arena)).unwrap();

@@ -3,8 +3,8 @@
 use candle_core::{DType, Device};
 use pmetal_data::Example;
 use pmetal_lora::{LoraConfig, attach};
-use pmetal_models::{CausalLMModel, random, spec_of, tensors_of};
-use pmetal_ops::{Arena, Policy};
+use pmetal_models::{CausalLMModel, Checkpointing, random, spec_of, tensors_of};
+use pmetal_ops::Arena;
 use pmetal_trainer::{StepSettings, train_step};
 
 /// Wide enough that every kernel has work for several threads, with sizes that no block divides.
@@ -28,7 +28,7 @@ fn rows() -> Vec<Example> {
 }
 
 /// Bits of the losses and gradient norms of some steps, and of every parameter behind them.
-fn run(model: &dyn CausalLMModel, arena: &Arena, checkpointing: Option<Policy>) -> (Vec<[u64; 2]>, Vec<u32>) {
+fn run(model: &dyn CausalLMModel, arena: &Arena, checkpointing: Option<Checkpointing>) -> (Vec<[u64; 2]>, Vec<u32>) {
     let rows = rows();
     let micro_batches = [rows[..3].iter().collect(), rows[3..].iter().collect()];
     let settings = StepSettings { max_grad_norm: 1.0, weight_decay: 0.01, checkpointing, seed: 3 };
@@ -45,7 +45,7 @@ fn run(model: &dyn CausalLMModel, arena: &Arena, checkpointing: Option<Policy>) 
 fn lora(dtype: DType) -> (Vec<[u64; 2]>, Vec<u32>) {
     let mut model = random(&config(), dtype, &Device::Cpu, 1, None).unwrap();
     let arena = attach(model.as_mut(), &LoraConfig { lora_dropout: 0.1, ..LoraConfig::default() }, 2).unwrap();
-    run(model.as_ref(), &arena, Some(Policy::KeepAttention))
+    run(model.as_ref(), &arena, Some(Checkpointing::ATTENTION))
 }
 
 fn full(dtype: DType) -> (Vec<[u64; 2]>, Vec<u32>) {

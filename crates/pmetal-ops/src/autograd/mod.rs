@@ -19,7 +19,8 @@ use std::{
 
 use candle_core::Tensor;
 
-pub use checkpoint::{Policy, checkpoint, keep};
+pub(crate) use checkpoint::unread;
+pub use checkpoint::{Fate, Policy, Saved, checkpoint, keep, last, saved};
 pub use composite::composite;
 pub use engine::{backward, gradients};
 

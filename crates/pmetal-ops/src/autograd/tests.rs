@@ -1,8 +1,8 @@
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::*;
 use crate::{
-    Activation, Arena, AttentionSpec, LinearGroup, LinearMember, Rows, Weight, attention, gated_activation, rms_norm,
+    Activation, gated_activation,
     testing::{assert_close, random},
 };
 
@@ -11,7 +11,7 @@ fn f32_of(shape: &[usize], seed: u64) -> Tensor {
 }
 
 fn swiglu(gate: &Value, up: &Value) -> Result<Value> {
-    gated_activation(Activation::Silu, gate, up)
+    gated_activation(Activation::Silu, gate, up, 0)
 }
 
 fn ones_like(v: &Value) -> Tensor {
@@ -65,66 +65,6 @@ fn nothing_is_recorded_without_need() {
     assert!(!no_grad(|| swiglu(&x, &x).unwrap()).requires_grad());
     let c = Value::constant(f32_of(&[2, 4], 1));
     assert!(!swiglu(&c, &c).unwrap().requires_grad());
-}
-
-/// A block with a trained product, attention and a norm.
-fn block(v: &[Value], weight: &Weight, attended: &std::sync::atomic::AtomicUsize) -> Result<Vec<Value>> {
-    let spec = AttentionSpec { heads: 2, kv_heads: 2, head_dim: 3, scale: 0.6 };
-    let group = LinearGroup { members: vec![LinearMember { weight: weight.clone(), bias: None, adapter: None }] };
-    let x = rms_norm(&v[0], &v[1], 1e-5)?;
-    let q = one(group.forward(&x, None)?).reshape((5, 2, 3))?;
-    attended.fetch_add(1, Ordering::Relaxed);
-    Ok(vec![attention(&q, &q, &q, &Rows::packed(&[2, 3]), spec)?])
-}
-
-#[test]
-fn checkpointed_gradients_are_the_same_bits() {
-    let weight_t = f32_of(&[6, 6], 3);
-    let run = |policy: Option<Policy>| {
-        let arena = Arena::new(&[("w".into(), weight_t.shape().clone())], DType::F32, &Device::Cpu).unwrap();
-        let param = arena.param("w").unwrap();
-        param.set(&weight_t).unwrap();
-        let weight = Weight::Trainable(param.clone());
-        let calls = Arc::new(std::sync::atomic::AtomicUsize::new(0));
-        let leaves = [Value::variable(f32_of(&[5, 6], 1)), Value::constant(f32_of(&[6], 2))];
-        let y = match policy {
-            None => block(&leaves, &weight, &calls).unwrap(),
-            Some(policy) => {
-                let calls = calls.clone();
-                checkpoint(policy, &[&leaves[0], &leaves[1]], move |v| block(v, &weight, &calls)).unwrap()
-            }
-        };
-        let dy = f32_of(&[5, 2, 3], 4);
-        let dx = gradients(vec![(y[0].clone(), dy)], &[&leaves[0]]).unwrap().remove(0).unwrap();
-        let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        (bits(y[0].tensor()), bits(&dx), bits(&param.grad().unwrap()), calls.load(Ordering::Relaxed))
-    };
-    let plain = run(None);
-    for policy in [Policy::KeepNothing, Policy::KeepAttention] {
-        let again = run(Some(policy));
-        assert_eq!((&plain.0, &plain.1, &plain.2), (&again.0, &again.1, &again.2), "{policy:?}");
-        assert_eq!((plain.3, again.3), (1, 2), "the block runs a second time in backward");
-    }
-}
-
-#[test]
-fn what_a_policy_keeps_is_not_computed_again() {
-    for (policy, runs) in [(Policy::KeepNothing, 2), (Policy::KeepAttention, 1)] {
-        let computed = Arc::new(std::sync::atomic::AtomicUsize::new(0));
-        let x = Value::variable(f32_of(&[2], 1));
-        let count = computed.clone();
-        let y = checkpoint(policy, &[&x], move |v| {
-            let results = keep("attention", || {
-                count.fetch_add(1, Ordering::Relaxed);
-                Ok(vec![v[0].tensor().clone()])
-            })?;
-            Ok(Value::record(results, &[&v[0]], Ok))
-        })
-        .unwrap();
-        let dy = ones_like(&y[0]);
-        assert!(gradients(vec![(y[0].clone(), dy)], &[&x]).unwrap()[0].is_some());
-        assert_eq!(computed.load(Ordering::Relaxed), runs, "{policy:?}");
-    }
 }
 
 #[test]

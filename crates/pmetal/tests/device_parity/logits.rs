@@ -1,6 +1,5 @@
 use candle_core::{DType, Device, Tensor};
-use pmetal_models::{Input, KvCache};
-use pmetal_ops::Policy;
+use pmetal_models::{Checkpointing, Input, KvCache};
 
 use crate::{
     common::{Fixture, adapt, assert_close, packed_logits},
@@ -12,7 +11,7 @@ fn f32_logits_are_those_of_transformers() {
     on_device(|device| {
         for fixture in Fixture::all() {
             let model = fixture.model_on(device, DType::F32, None);
-            for (how, checkpointing) in [("plain", None), ("checkpointed", Some(Policy::KeepAttention))] {
+            for (how, checkpointing) in [("plain", None), ("checkpointed", Some(Checkpointing::ATTENTION))] {
                 for (i, got) in packed_logits(&*model, &fixture.rows(), checkpointing).iter().enumerate() {
                     let want = &fixture.expected[&format!("logits.{i}")];
                     assert_close(want, got, 1e-4, &format!("{} row {i} {how}", fixture.name));

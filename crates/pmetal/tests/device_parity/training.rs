@@ -4,8 +4,8 @@ use pmetal::{
     lora::{LoraConfig, attach},
     trainer::{StepResult, StepSettings, train_step},
 };
-use pmetal_models::{CausalLMModel, Checkpoint, Input, tensors_of};
-use pmetal_ops::{Arena, Policy, backward, linear_cross_entropy};
+use pmetal_models::{CausalLMModel, Checkpoint, Checkpointing, Input, tensors_of};
+use pmetal_ops::{Arena, backward, linear_cross_entropy};
 use serde_json::Value;
 
 use crate::{
@@ -14,11 +14,11 @@ use crate::{
 };
 
 /// Backpropagates the mean loss of the fixture's rows and returns it.
-fn loss(model: &dyn CausalLMModel, fixture: &Fixture, checkpointing: Option<Policy>) -> f64 {
+pub fn loss(model: &dyn CausalLMModel, fixture: &Fixture, checkpointing: Option<Checkpointing>) -> f64 {
     let rows = fixture.rows();
     let ((ids, q_lens), labels) = (pack(&rows), labels(&rows));
     let counted = labels.iter().filter(|&&label| label >= 0).count();
-    let input = Input { checkpointing, ..Input::rows(&ids, &q_lens) };
+    let input = Input { checkpointing, noise: Some(17), ..Input::rows(&ids, &q_lens) };
     let hidden = model.forward(&input, None).unwrap();
     let entropy = linear_cross_entropy(&hidden, model.head(), &labels, 1.0 / counted as f32).unwrap();
     let loss = entropy.loss.tensor().to_scalar::<f32>().unwrap();
@@ -27,7 +27,7 @@ fn loss(model: &dyn CausalLMModel, fixture: &Fixture, checkpointing: Option<Poli
 }
 
 fn check_gradients(model: &dyn CausalLMModel, arena: &Arena, fixture: &Fixture, loss_name: &str, prefix: &str) {
-    for checkpointing in [None, Some(Policy::KeepNothing)] {
+    for checkpointing in [None, Some(Checkpointing::INPUTS)] {
         arena.clear_grads();
         let want = f64::from(fixture.expected[loss_name].to_scalar::<f32>().unwrap());
         let got = loss(model, fixture, checkpointing);
