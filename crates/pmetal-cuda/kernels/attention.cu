@@ -5,62 +5,13 @@
 // All three kernels have one shape. A block owns 64 rows for each of its groups of four warps and keeps them in shared memory; tiles of the
 // other side stream past, copied while the tile before is worked on. Queries own the forward and dQ, keys own dK and dV.
 //
-// q, out, dout, dq: [tokens, heads, D]; k, v, dk, dv: [kv_tokens, kv_heads, D]; rows: first query, queries, first key, keys of each;
-// stats, delta: [heads, tokens], the log2-sum-exp2 of a query's scores and the dot product of its dout and out.
+// q, out, dout, dq: [tokens, heads * D]; k, v, dk, dv: [kv_tokens, kv_heads * D], each with a pitch; rows: first query, queries, first key,
+// keys of each; stats, delta: [heads, tokens], the log2-sum-exp2 of a query's scores and the dot product of its dout and out.
 //
-// This text stands behind attention_tiles.cuh. The host defines how each kernel's work is cut: FORWARD_GROUPS, FORWARD_TILE (rows of a
+// This text stands behind attention_tiles.cuh and attention_softmax.cuh. The host defines how each kernel's work is cut: FORWARD_GROUPS, FORWARD_TILE (rows of a
 // streamed tile, 64 or 128) and FORWARD_STAGES (tiles in shared memory at a time), the same of DQ and DKV.
 
-// ---- Softmax and results ----
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// A row's queries and keys, and how much its queries see beyond the key of their own number.
-struct Row {
-    int first_query, queries, first_key, keys, offset;
-    __device__ __forceinline__ Row(uint4 r) : first_query(r.x), queries(r.y), first_key(r.z), keys(r.w), offset((int)r.w - (int)r.y) {}
-};
-
-// Puts `with` where a column (`last` counts from this thread's first) is beyond what the row sees: one key more from row to row.
-template <int TILE> __device__ __forceinline__ void mask(float (&s)[TILE / 2], int last, float with) {
-#pragma unroll
-    for (int e = 0; e < TILE / 2; e++)
-        if (e / 4 * 8 + e % 2 > last + e / 2 % 2 * 8) s[e] = with;
-}
-
-// One step of the running softmax: scores of a tile become exponentials relative to the largest score so far, `largest` and `sum` (of this
-// thread's columns) follow, and `shrink` is what earlier results must be multiplied with.
-template <int N>
-__device__ __forceinline__ void softmax(float (&s)[N / 2], float (&largest)[2], float (&sum)[2], float (&shrink)[2], float scale2) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float most = largest[r];
-#pragma unroll
-        for (int e = 2 * r; e < N / 2; e += 4) most = fmaxf(most, fmaxf(s[e], s[e + 1]));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        const float base = most == -INF ? 0 : most * scale2;
-        shrink[r] = exp2_fast(largest[r] * scale2 - base);
-        largest[r] = most;
-        float total = 0;
-#pragma unroll
-        for (int e = 2 * r; e < N / 2; e += 4) {
-            s[e] = exp2_fast(s[e] * scale2 - base);
-            s[e + 1] = exp2_fast(s[e + 1] * scale2 - base);
-            total += s[e] + s[e + 1];
-        }
-        sum[r] = sum[r] * shrink[r] + total;
-    }
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
+// ---- Results ----
 
 // Writes the group's 64 rows, each times its factor, through its part of a tile that it has done with; `count` rows of the block exist.
 template <int ROWS>
@@ -86,30 +37,20 @@ __device__ __forceinline__ void store(const float (&c)[WIDTH / 2], float factor0
     }
 }
 
-// Two groups take turns at starting products: one is at its softmax while the other has the tensor cores. Group 0 is first.
-template <int GROUPS> __device__ __forceinline__ void await_turn() {
-    if (GROUPS == 2) asm volatile("bar.sync %0, 256;" ::"r"(3 + group()) : "memory");
-}
-template <int GROUPS> __device__ __forceinline__ void pass_turn() {
-    if (GROUPS == 2) asm volatile("bar.arrive %0, 256;" ::"r"(4 - group()) : "memory");
-}
-
 // ---- Forward ----
 // Grid: heads, rows, blocks of queries of the longest row. The last queries see most and go first.
 
 extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS * 128)
 attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, const uint4* rows, int tokens, int heads, int kv_heads,
-                  float scale) {
+                  Pitches pitches, float scale) {
     constexpr int GROUPS = FORWARD_GROUPS, ROWS = GROUPS * 64, TILE = FORWARD_TILE;
     static_assert(FORWARD_STAGES == 2, "keys are one tile ahead of values");
     const Row row(rows[blockIdx.y]);
     const int first = (gridDim.z - 1 - blockIdx.z) * ROWS, head = blockIdx.x;
     if (first >= row.queries) return;
     const int count = min(row.queries - first, ROWS);
-    const uint q_stride = heads * D, k_stride = kv_heads * D;
-    const u64 q_at = (u64)(row.first_query + first) * q_stride + head * D;
-    const u64 k_at = (u64)row.first_key * k_stride + head / (heads / kv_heads) * D;
-    k += k_at, v += k_at;
+    const u64 query = row.first_query + first, key = row.first_key, kv_head = head / (heads / kv_heads);
+    k += key * pitches.k + kv_head * D, v += key * pitches.v + kv_head * D;
     const uint q_tile = first_tile(), k_tiles = q_tile + TILE_BYTES<ROWS>, v_tiles = k_tiles + 2 * TILE_BYTES<TILE>;
     const int seen = max(row.offset + first + count, 0), tiles = (seen + TILE - 1) / TILE;
     const int limit = row.offset + first + own_row(), open = max(row.offset + first + 1, 0) / TILE;
@@ -119,8 +60,8 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
     uint p[TILE / 4] = {};
     auto tile_of = [&](uint of, int j) { return of + (j & 1) * TILE_BYTES<TILE>; };
     // Before the first tile there are only zeros: a branch would keep the assembler from running products under what follows.
-    auto load_tile = [&](uint of, const T* from, int j) {
-        load<TILE, GROUPS>(tile_of(of, j), from + (long long)j * TILE * k_stride, k_stride, j < 0 ? 0 : row.keys - j * TILE);
+    auto load_tile = [&](uint of, const T* from, uint pitch, int j) {
+        load<TILE, GROUPS * 128>(tile_of(of, j), from + (long long)j * TILE * pitch, pitch, j < 0 ? 0 : row.keys - j * TILE, threadIdx.x);
     };
     // The scores of tile j become weights.
     auto weigh = [&](int j, bool masked) {
@@ -137,8 +78,8 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
         multiply_transposed<TILE, ROWS>(s, q_tile, tile_of(k_tiles, j));
         multiply_add<TILE>(o, p, tile_of(v_tiles, j + 1));
         pass_turn<GROUPS>();
-        load_tile(k_tiles, k, j - 1);
-        load_tile(v_tiles, v, j);
+        load_tile(k_tiles, k, pitches.k, j - 1);
+        load_tile(v_tiles, v, pitches.v, j);
         end_of_load();
         await_products<1>();
         weigh(j, masked);
@@ -157,13 +98,13 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
 
     if (tiles > 0) {
         int j = tiles - 1;
-        load<ROWS, GROUPS>(q_tile, q + q_at, q_stride, count);
-        load_tile(k_tiles, k, j);
+        load<ROWS, GROUPS * 128>(q_tile, q + query * pitches.q + head * D, pitches.q, count, threadIdx.x);
+        load_tile(k_tiles, k, pitches.k, j);
         end_of_load();
         await_loads();
         multiply_transposed<TILE, ROWS>(s, q_tile, tile_of(k_tiles, j));
-        load_tile(k_tiles, k, j - 1);
-        load_tile(v_tiles, v, j);
+        load_tile(k_tiles, k, pitches.k, j - 1);
+        load_tile(v_tiles, v, pitches.v, j);
         end_of_load();
         await_products<0>();
         weigh(j, true);
@@ -191,37 +132,24 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
         const u64 number = (u64)head * tokens + row.first_query + first + i;
         if (lane() % 4 == 0 && i < count) stats[number] = total > 0 ? largest[r] * scale2 + log2f(total) : INF;
     }
-    store<ROWS>(o, factor[0], factor[1], q_tile, out + q_at, q_stride, count);
+    store<ROWS>(o, factor[0], factor[1], q_tile, out + query * pitches.out + head * D, pitches.out, count);
 }
 
 // ---- Backward ----
 // With P = exp(scale S - lse) and dP = dO Vᵀ: dV = Pᵀ dO, dS = P (dP - delta), dQ = scale dS K, dK = scale dSᵀ Q.
 
-// The dot product of eight numbers with eight.
-__device__ __forceinline__ float dot(uint4 x, uint4 y) {
-    const uint a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float2 u = unpack(a[i]), v = unpack(b[i]);
-        sum += u.x * v.x + u.y * v.y;
-    }
-    return sum;
-}
-
 // Grid as of the forward. Writes delta as well: it goes before the kernel of keys.
 extern "C" __global__ void __launch_bounds__(DQ_GROUPS * 128)
 attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, const float* stats, float* delta, T* dq, const uint4* rows,
-             int tokens, int heads, int kv_heads, float scale) {
+             int tokens, int heads, int kv_heads, Pitches pitches, float scale) {
     constexpr int GROUPS = DQ_GROUPS, ROWS = GROUPS * 64, TILE = DQ_TILE, STAGES = DQ_STAGES;
     const Row row(rows[blockIdx.y]);
     const int first = (gridDim.z - 1 - blockIdx.z) * ROWS, head = blockIdx.x;
     if (first >= row.queries) return;
     const int count = min(row.queries - first, ROWS);
-    const uint q_stride = heads * D, k_stride = kv_heads * D;
-    const u64 q_at = (u64)(row.first_query + first) * q_stride + head * D;
-    const u64 k_at = (u64)row.first_key * k_stride + head / (heads / kv_heads) * D;
-    k += k_at, v += k_at;
+    const u64 query = row.first_query + first, key = row.first_key, kv_head = head / (heads / kv_heads);
+    k += key * pitches.k + kv_head * D, v += key * pitches.v + kv_head * D;
+    dout += query * pitches.dout + head * D, out += query * pitches.out + head * D;
     const uint q_tile = first_tile(), dout_tile = q_tile + TILE_BYTES<ROWS>, streamed = dout_tile + TILE_BYTES<ROWS>;
     const int seen = max(row.offset + first + count, 0), tiles = (seen + TILE - 1) / TILE;
     const int limit = row.offset + first + own_row(), open = max(row.offset + first + 1, 0) / TILE;
@@ -233,10 +161,10 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int i = own_row() + 8 * r;
-        const u64 number = (u64)head * tokens + row.first_query + first + i, from = q_at + (u64)i * q_stride;
+        const u64 number = (u64)head * tokens + query + i;
         base[r] = i < count ? stats[number] : INF;
         for (int d = lane() % 4 * 8; d < D && i < count; d += 32)
-            shift[r] += dot(*(const uint4*)(dout + from + d), *(const uint4*)(out + from + d));
+            shift[r] += dot(*(const uint4*)(dout + (u64)i * pitches.dout + d), *(const uint4*)(out + (u64)i * pitches.out + d));
         shift[r] = quad_sum(shift[r]);
         if (lane() % 4 == 0 && i < count) delta[number] = shift[r];
     }
@@ -244,10 +172,10 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
     uint at = streamed;
     auto after = [&](uint tile) { return tile + STAGE == streamed + STAGES * STAGE ? streamed : tile + STAGE; };
     auto load_tile = [&](int j, uint to) {
-        const long long from = (long long)j * TILE * k_stride;
+        const long long from = (long long)j * TILE;
         const int left = j < 0 ? 0 : row.keys - j * TILE;
-        load<TILE, GROUPS>(to, k + from, k_stride, left);
-        load<TILE, GROUPS>(to + TILE_BYTES<TILE>, v + from, k_stride, left);
+        load<TILE, GROUPS * 128>(to, k + from * pitches.k, pitches.k, left, threadIdx.x);
+        load<TILE, GROUPS * 128>(to + TILE_BYTES<TILE>, v + from * pitches.v, pitches.v, left, threadIdx.x);
         end_of_load();
     };
     auto step = [&](int j, bool masked) {
@@ -272,8 +200,8 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
         at = after(at);
     };
 
-    load<ROWS, GROUPS>(q_tile, q + q_at, q_stride, count);
-    load<ROWS, GROUPS>(dout_tile, dout + q_at, q_stride, count);
+    load<ROWS, GROUPS * 128>(q_tile, q + query * pitches.q + head * D, pitches.q, count, threadIdx.x);
+    load<ROWS, GROUPS * 128>(dout_tile, dout, pitches.dout, count, threadIdx.x);
     load_tile(tiles - 1, at);
     hold(c);
     int j = tiles - 1;
@@ -284,21 +212,20 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
     await_loads();
     await_products<0>();
     hold(c);
-    store<ROWS>(c, scale, scale, q_tile, dq + q_at, q_stride, count);
+    store<ROWS>(c, scale, scale, q_tile, dq + query * pitches.dq + head * D, pitches.dq, count);
 }
 
 // Grid: key heads, rows, blocks of keys of the longest row. The first keys are seen most and go first. A block goes over all query heads
 // of its key head; scores stand transposed, keys by queries.
 extern "C" __global__ void __launch_bounds__(DKV_GROUPS * 128)
 attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* stats, const float* delta, T* dk, T* dv, const uint4* rows,
-              int tokens, int heads, int kv_heads, float scale) {
+              int tokens, int heads, int kv_heads, Pitches pitches, float scale) {
     constexpr int GROUPS = DKV_GROUPS, ROWS = GROUPS * 64, TILE = DKV_TILE, STAGES = DKV_STAGES, STAGE = 2 * TILE_BYTES<TILE> + 1024;
     const Row row(rows[blockIdx.y]);
     const int first = blockIdx.z * ROWS, kv_head = blockIdx.x, shared_by = heads / kv_heads;
     if (first >= row.keys) return;
     const int count = min(row.keys - first, ROWS);
-    const uint q_stride = heads * D, k_stride = kv_heads * D;
-    const u64 k_at = (u64)(row.first_key + first) * k_stride + kv_head * D;
+    const u64 key = row.first_key + first;
     const uint k_tile = first_tile(), v_tile = k_tile + TILE_BYTES<ROWS>, streamed = v_tile + TILE_BYTES<ROWS>;
     // Tiles of queries that see none of the block's keys are left out.
     const int all = (row.queries + TILE - 1) / TILE, skipped = max(first - row.offset, 0) / TILE;
@@ -313,12 +240,12 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
     int head = skipped < all ? kv_head * shared_by : end, tile = skipped;
     auto load_tile = [&](uint to) {
         const int start = tile * TILE, left = head < end ? row.queries - start : 0;
-        const u64 from = (u64)(row.first_query + start) * q_stride + head * D, number = (u64)head * tokens + row.first_query + start;
-        load<TILE, GROUPS>(to, q + from, q_stride, left);
-        load<TILE, GROUPS>(to + TILE_BYTES<TILE>, dout + from, q_stride, left);
+        const u64 query = row.first_query + start, number = (u64)head * tokens + query;
+        load<TILE, GROUPS * 128>(to, q + query * pitches.q + head * D, pitches.q, left, threadIdx.x);
+        load<TILE, GROUPS * 128>(to + TILE_BYTES<TILE>, dout + query * pitches.dout + head * D, pitches.dout, left, threadIdx.x);
         // Queries beyond the row are zeros in all four, which adds nothing to any sum.
-        load_floats(to + 2 * TILE_BYTES<TILE>, stats + number, TILE, left);
-        load_floats(to + 2 * TILE_BYTES<TILE> + 512, delta + number, TILE, left);
+        load_floats(to + 2 * TILE_BYTES<TILE>, stats + number, TILE, left, threadIdx.x);
+        load_floats(to + 2 * TILE_BYTES<TILE> + 512, delta + number, TILE, left, threadIdx.x);
         end_of_load();
     };
     // Of a tile's floats, the two of this thread's columns 8 i and next.
@@ -328,8 +255,8 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
         return x;
     };
 
-    load<ROWS, GROUPS>(k_tile, k + k_at, k_stride, count);
-    load<ROWS, GROUPS>(v_tile, v + k_at, k_stride, count);
+    load<ROWS, GROUPS * 128>(k_tile, k + key * pitches.k + kv_head * D, pitches.k, count, threadIdx.x);
+    load<ROWS, GROUPS * 128>(v_tile, v + key * pitches.v + kv_head * D, pitches.v, count, threadIdx.x);
     load_tile(at);
     hold(dk_sum);
     hold(dv_sum);
@@ -379,6 +306,6 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
     await_products<0>();
     hold(dk_sum);
     hold(dv_sum);
-    store<ROWS>(dk_sum, scale, scale, k_tile, dk + k_at, k_stride, count);
-    store<ROWS>(dv_sum, 1, 1, v_tile, dv + k_at, k_stride, count);
+    store<ROWS>(dk_sum, scale, scale, k_tile, dk + key * pitches.dk + kv_head * D, pitches.dk, count);
+    store<ROWS>(dv_sum, 1, 1, v_tile, dv + key * pitches.dv + kv_head * D, pitches.dv, count);
 }

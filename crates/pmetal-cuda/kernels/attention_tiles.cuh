@@ -1,5 +1,5 @@
-// Tiles in shared memory and their products on tensor cores, for the kernels of attention.cu, which stands behind this text: with wgmma on
-// sm_90a, with mma.sync elsewhere. The host defines BF16 or F16 and D, the width of a head: a multiple of 8, at most 128.
+// Tiles in shared memory and their products on tensor cores, for attention's kernels, which stand behind this text: with wgmma on sm_90a,
+// with mma.sync elsewhere. The host defines BF16 or F16 and D, the width of a head: a multiple of 8, at most 128.
 
 typedef unsigned short T;
 typedef unsigned int uint;
@@ -31,23 +31,27 @@ __device__ __forceinline__ uint first_tile() {
     return ((uint)__cvta_generic_to_shared(memory) + 1023) & ~1023u;
 }
 
-// Starts copying a tile; rows from `count` on and columns from D on become zeros.
-template <int TILE, int GROUPS> __device__ __forceinline__ void load(uint tile, const T* source, uint stride, int count) {
-    constexpr int CHUNKS = PANELS * 8, STEPS = (TILE * CHUNKS + GROUPS * 128 - 1) / (GROUPS * 128);
+// Starts copying a tile, with THREADS threads of which this is number `thread`; rows from `count` on and columns from D on become zeros.
+template <int TILE, int THREADS> __device__ __forceinline__ void load(uint tile, const T* source, uint pitch, int count, int thread) {
+    // A thread keeps its chunk, and its place in the swizzle: rows go on by a multiple of 8.
+    constexpr int CHUNKS = PANELS * 8, AT_ONCE = THREADS / CHUNKS;
+    static_assert(AT_ONCE % 8 == 0 && TILE % AT_ONCE == 0, "whole rows of threads");
+    const int row = thread / CHUNKS, chunk = thread % CHUNKS;
+    const uint to = place<TILE>(tile, row, chunk);
+    const T* from = source + (u64)row * pitch + chunk * 8;
+    if (chunk * 8 >= D) count = 0;
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        const int i = step * GROUPS * 128 + threadIdx.x, row = i / CHUNKS, chunk = i % CHUNKS;
-        if (TILE * CHUNKS % (GROUPS * 128) != 0 && i >= TILE * CHUNKS) break;
-        const int bytes = row < count && chunk * 8 < D ? 16 : 0;
-        const T* from = source + (row * stride + chunk * 8);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place<TILE>(tile, row, chunk)), "l"(from), "r"(bytes));
+    for (int step = 0; step < TILE / AT_ONCE; step++) {
+        const int bytes = row + step * AT_ONCE < count ? 16 : 0;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + step * AT_ONCE * 128), "l"(from), "r"(bytes));
+        from += (u64)AT_ONCE * pitch;
     }
 }
 
-// Starts copying `n` floats, of which a block has no fewer threads; those from `count` on become zeros.
-__device__ __forceinline__ void load_floats(uint to, const float* source, int n, int count) {
-    const int i = threadIdx.x;
-    if (i < n) asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + i * 4), "l"(source + i), "r"(i < count ? 4 : 0));
+// Starts copying `n` floats, of which there are no more than threads; those from `count` on become zeros.
+__device__ __forceinline__ void load_floats(uint to, const float* source, int n, int count, int thread) {
+    if (thread < n)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + thread * 4), "l"(source + thread), "r"(thread < count ? 4 : 0));
 }
 
 __device__ __forceinline__ void end_of_load() { asm volatile("cp.async.commit_group;"); }
@@ -128,6 +132,15 @@ __device__ __forceinline__ void wgmma(float (&c)[64], const uint* a, u64 b) {
                  : F32("+f", c, 0), F32("+f", c, 32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+// c [64, 64] = a bᵀ, or c += a bᵀ, with a in registers.
+#define WGMMA_LEFT_TRANSPOSED(name, IO, add)                                                            \
+    __device__ __forceinline__ void name(float (&c)[32], const uint* a, u64 b) {                        \
+        asm volatile(WGMMA("64") "{" N32 "}, {%32,%33,%34,%35}, %36, " add ", 1, 1, 0;"                 \
+                     : F32(IO, c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));             \
+    }
+WGMMA_LEFT_TRANSPOSED(wgmma_left_first, "=f", "0")
+WGMMA_LEFT_TRANSPOSED(wgmma_left_next, "+f", "1")
+
 // Keeps the compiler from moving uses of registers over this place: products run on while the threads do something else.
 template <int N> __device__ __forceinline__ void hold(float (&c)[N]) {
 #pragma unroll
@@ -145,13 +158,29 @@ template <int PENDING> __device__ __forceinline__ void await_products() {
 
 // Starts c [64, N] = a bᵀ: the group's 64 rows of tile `a` of ROWS rows with tile `b` of N rows.
 template <int N, int ROWS> __device__ __forceinline__ void multiply_transposed(float (&c)[N / 2], uint a, uint b) {
+    a += group() * 8192;
+    // Eight addresses that a loop does not change would be kept in registers that are not there.
+    asm volatile("" : "+r"(a));
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < (D + 15) / 16; k++) {
-        const u64 left = matrix(a + group() * 8192 + k / 4 * ROWS * 128 + k % 4 * 32, 16);
+        const u64 left = matrix(a + k / 4 * ROWS * 128 + k % 4 * 32, 16);
         const u64 right = matrix(b + k / 4 * N * 128 + k % 4 * 32, 16);
         if (k == 0) wgmma_transposed_first(c, left, right);
         else wgmma_transposed_next(c, left, right);
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// The same with the group's 64 rows of `a` in registers.
+template <int N> __device__ __forceinline__ void multiply_left_transposed(float (&c)[N / 2], uint (&a)[WIDTH / 4], uint b) {
+    hold(a);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < (D + 15) / 16; k++) {
+        const u64 right = matrix(b + k / 4 * N * 128 + k % 4 * 32, 16);
+        if (k == 0) wgmma_left_first(c, a, right);
+        else wgmma_left_next(c, a + 4 * k, right);
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }

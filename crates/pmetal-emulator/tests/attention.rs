@@ -17,12 +17,24 @@ fn random(tokens: usize, heads: usize, d: usize, seed: u64, dtype: DType) -> Ten
         (state >> 40) as f32 / (1 << 23) as f32 - 1.0
     };
     let values: Vec<f32> = std::iter::repeat_with(next).take(tokens * heads * d).collect();
-    Tensor::from_vec(values, (tokens, heads, d), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    let tensor = Tensor::from_vec(values, (tokens, heads * d), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+    pitched(&tensor, 8 * seed as usize)
+}
+
+/// The tensor as columns of a wider one, with `spare` columns around it.
+fn pitched(tensor: &Tensor, spare: usize) -> Tensor {
+    let (rows, width) = tensor.dims2().unwrap();
+    let parent = empty((rows, width + spare + 16), tensor.dtype(), &Device::Cpu).unwrap();
+    let fill = tensor.zeros_like().unwrap().narrow(1, 0, 1).unwrap();
+    let [before, behind] = [16, spare].map(|columns| fill.broadcast_as((rows, columns)).unwrap().affine(1.0, 9.0));
+    let all = Tensor::cat(&[before.unwrap(), tensor.clone(), behind.unwrap()], 1).unwrap();
+    parent.slice_set(&all.contiguous().unwrap(), 0, 0).unwrap();
+    parent.narrow(1, 16, width).unwrap()
 }
 
 /// One head of a tensor as rows in f64.
-fn head(t: &Tensor, head: usize) -> Vec<Vec<f64>> {
-    t.narrow(1, head, 1).unwrap().squeeze(1).unwrap().to_dtype(DType::F64).unwrap().to_vec2().unwrap()
+fn head(t: &Tensor, head: usize, d: usize) -> Vec<Vec<f64>> {
+    t.narrow(1, head * d, d).unwrap().to_dtype(DType::F64).unwrap().to_vec2().unwrap()
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -34,13 +46,13 @@ fn add(to: &mut [f64], factor: f64, x: &[f64]) {
 }
 
 /// `[out, dq, dk, dv]`, each a list of heads.
-fn expected(inputs: &[Tensor; 4], rows: &[[usize; 4]], scale: f64) -> [Vec<Vec<Vec<f64>>>; 4] {
+fn expected(inputs: &[Tensor; 4], rows: &[[usize; 4]], d: usize, scale: f64) -> [Vec<Vec<Vec<f64>>>; 4] {
     let [q, k, v, dout] = inputs;
-    let zeros = |t: &Tensor, heads: usize| vec![vec![vec![0.0; t.dims()[2]]; t.dims()[0]]; heads];
+    let zeros = |t: &Tensor, heads: usize| vec![vec![vec![0.0; d]; t.dims()[0]]; heads];
     let mut all = [zeros(q, HEADS), zeros(q, HEADS), zeros(k, KV_HEADS), zeros(k, KV_HEADS)];
     for h in 0..HEADS {
         let kv = h * KV_HEADS / HEADS;
-        let (q, k, v, dout) = (head(q, h), head(k, kv), head(v, kv), head(dout, h));
+        let (q, k, v, dout) = (head(q, h, d), head(k, kv, d), head(v, kv, d), head(dout, h, d));
         let [outs, dqs, dks, dvs] = &mut all;
         for &[q_start, queries, kv_start, keys] in rows {
             for i in 0..queries {
@@ -77,8 +89,9 @@ fn check(rows: &[[usize; 4]], d: usize, dtype: DType) {
         max_kv_len: rows.iter().map(|row| row[3]).max().unwrap(),
         packed: rows.iter().all(|row| row[1] == row[3]),
     };
-    let out = empty(q.shape(), dtype, &Device::Cpu).unwrap();
-    let (dq, dk, dv) = (q.zeros_like().unwrap(), k.zeros_like().unwrap(), v.zeros_like().unwrap());
+    let zeros = |like: &Tensor, spare| pitched(&like.zeros_like().unwrap().contiguous().unwrap(), spare);
+    let out = zeros(&q, 24);
+    let (dq, dk, dv) = (zeros(&q, 0), zeros(&k, 40), zeros(&v, 48));
     let lse = attention_forward(&gpu, [&q, &k, &v], &out, &rows_of, &spec).unwrap().unwrap();
     attention_backward(&gpu, &dout, [&q, &k, &v], &out, &lse, [&dq, &dk, &dv], &rows_of, &spec).unwrap();
 
@@ -88,12 +101,12 @@ fn check(rows: &[[usize; 4]], d: usize, dtype: DType) {
         DType::F16 => 1e-3,
         _ => 5e-3,
     };
-    let want = expected(&[q, k, v, dout], rows, f64::from(spec.scale));
+    let want = expected(&[q, k, v, dout], rows, d, f64::from(spec.scale));
     for (what, want, got) in [("out", &want[0], out), ("dq", &want[1], dq), ("dk", &want[2], dk), ("dv", &want[3], dv)]
     {
         let largest = want.iter().flatten().flatten().fold(0f64, |max, x| max.max(x.abs()));
         for (h, want) in want.iter().enumerate() {
-            for (token, (want, got)) in want.iter().zip(head(&got, h)).enumerate() {
+            for (token, (want, got)) in want.iter().zip(head(&got, h, d)).enumerate() {
                 for (column, (want, got)) in want.iter().zip(got).enumerate() {
                     let error = (want - got).abs() / largest;
                     assert!(

@@ -44,7 +44,7 @@ impl Case {
         Grid { groups: [x, y, self.rows.len()], threads: self.threads }
     }
 
-    fn random(&self, shape: [usize; 3], seed: u64) -> Tensor {
+    fn random(&self, shape: [usize; 2], seed: u64) -> Tensor {
         let n = shape.iter().product::<usize>() as u64;
         let values: Vec<f32> = (0..n).map(|i| 2.0 * pmetal_cpu::uniform(seed, i) - 1.0).collect();
         Tensor::from_vec(values, &shape[..], &Device::Cpu).unwrap().to_dtype(self.dtype).unwrap()
@@ -104,13 +104,27 @@ fn want(case: &Case, [q, k, v, dout]: [&Tensor; 4]) -> [Vec<f64>; 5] {
 fn check(case: &Case) {
     let gpu = Emulator::new();
     let (tokens, kv_tokens, d, dtype) = (case.tokens(), case.kv_tokens(), case.d, case.dtype);
-    let (q_shape, kv_shape) = ([tokens, case.heads, d], [kv_tokens, case.kv_heads, d]);
+    let (q_shape, kv_shape) = ([tokens, case.heads * d], [kv_tokens, case.kv_heads * d]);
     let [q, dout] = [1, 2].map(|seed| case.random(q_shape, seed));
     let [k, v] = [3, 4].map(|seed| case.random(kv_shape, seed));
     let table: Vec<u32> = case.table().iter().flatten().map(|&x| x as u32).collect();
     let rows = Tensor::from_vec(table, (case.rows.len(), 4), &Device::Cpu).unwrap();
     let (heads, kv_heads, width) = (case.heads as u32, case.kv_heads as u32, d as u32);
-    let params = kernels::AttentionParams { heads, kv_heads, d: width, scale: SCALE };
+    let [q_pitch, kv_pitch] = [q_shape, kv_shape].map(|[_, width]| width as u32);
+    let params = kernels::AttentionParams {
+        heads,
+        kv_heads,
+        d: width,
+        scale: SCALE,
+        q_pitch,
+        k_pitch: kv_pitch,
+        v_pitch: kv_pitch,
+        out_pitch: q_pitch,
+        dout_pitch: q_pitch,
+        dq_pitch: q_pitch,
+        dk_pitch: kv_pitch,
+        dv_pitch: kv_pitch,
+    };
     let new = |shape: &[usize], dtype| empty(shape, dtype, &Device::Cpu).unwrap();
     let (longest, most_keys) =
         (case.rows.iter().map(|row| row.0).max().unwrap(), case.rows.iter().map(|row| row.1).max().unwrap());
@@ -140,11 +154,15 @@ fn check(case: &Case) {
             kv_heads,
             d: width,
             scale: SCALE,
+            q_pitch,
+            k_pitch: kv_pitch,
+            v_pitch: kv_pitch,
         };
         let grid = case.grid(longest * splits, case.heads);
         kernels::attention_plain_split(&gpu, dtype, grid, &q, &k, &v, &rows, &part, &part_lse, split).unwrap();
         let places = tokens * case.heads;
-        let merge = kernels::MergeParams { places: places as u32, d: width, splits: splits as u32 };
+        let merge =
+            kernels::MergeParams { places: places as u32, heads, d: width, splits: splits as u32, out_pitch: q_pitch };
         let (out, lse) = (new(&q_shape, dtype), new(&[tokens, case.heads], DType::F32));
         let grid = Grid::line(places, 32);
         kernels::attention_plain_merge(&gpu, dtype, grid, &part, &part_lse, &out, &lse, merge).unwrap();
@@ -153,12 +171,10 @@ fn check(case: &Case) {
     }
 
     let (dq, delta) = (new(&q_shape, dtype), new(&[tokens, case.heads], DType::F32));
-    let params = kernels::AttentionParams { heads, kv_heads, d: width, scale: SCALE };
     kernels::attention_plain_dq(&gpu, dtype, grid, &dout, &q, &k, &v, &out, &lse, &rows, &dq, &delta, params).unwrap();
     // keys of no row keep what they had
     let zeros = || Tensor::zeros(&kv_shape[..], dtype, &Device::Cpu).unwrap();
     let (dk, dv) = (zeros(), zeros());
-    let params = kernels::AttentionParams { heads, kv_heads, d: width, scale: SCALE };
     let grid = case.grid(most_keys, case.kv_heads);
     kernels::attention_plain_dkv(&gpu, dtype, grid, &dout, &q, &k, &v, &lse, &delta, &rows, &dk, &dv, params).unwrap();
     let rounding = if dtype == DType::F32 { 1e-5 } else { 1e-2 };

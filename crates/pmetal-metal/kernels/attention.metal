@@ -5,12 +5,17 @@
 // they go through threadgroup memory again: which lane holds what inside a matrix is Metal's own affair. Factors of rows are multiplied
 // in as diagonal matrices. Operands are of the dtype, sums and scores in float.
 //
-// q, out and their gradients are [tokens, heads, width], k and v [tokens, kv_heads, width], lse and delta [tokens, heads]; a row of `rows`
-// is its first query, queries, first key, keys. Query i of a row sees its keys 0 ..= keys - queries + i.
+// q, out and their gradients are [tokens, heads * width], k and v [tokens, kv_heads * width], each with a pitch, a multiple of 4; lse and
+// delta are [tokens, heads]. A row of `rows` is its first query, queries, first key, keys. Query i of a row sees its keys 0 ..= keys -
+// queries + i.
 // Source: Dao, "FlashAttention-2", 2023.
 
-struct MatrixAttentionParams { uint heads; uint kv_heads; uint width; float scale; };
-struct DeltaParams { uint n; uint width; };
+struct MatrixAttentionParams {
+    uint heads; uint kv_heads; uint width; float scale;
+    uint q_pitch; uint k_pitch; uint v_pitch; uint out_pitch;
+    uint dout_pitch; uint dq_pitch; uint dk_pitch; uint dv_pitch;
+};
+struct DeltaParams { uint n; uint heads; uint width; uint out_pitch; uint dout_pitch; };
 
 typedef simdgroup_matrix<T, 8, 8> Operand;
 typedef simdgroup_matrix<float, 8, 8> Matrix;
@@ -32,6 +37,9 @@ FUNCTION Row row_of(DEVICE_PTR(const uint) rows, uint row) {
     r.keys = rows[4 * row + 3];
     return r;
 }
+
+// Where a token's head begins.
+FUNCTION ulong start_of(uint token, uint pitch, uint head, uint width) { return ulong(token) * pitch + head * width; }
 
 // The threadgroup's tile and head, and the thread in it: a function does not see what a kernel sees.
 struct Place { uint tile; uint head; uint index; uint threads; uint lane; uint simd; };
@@ -105,10 +113,9 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
     if (first >= row.queries) return;
     const uint mine = first + 8 * place.simd, query = mine + lane / 4, before = row.keys - row.queries;
     const bool works = mine < row.queries;
-    const uint q_pitch = params.heads * width, kv_pitch = params.kv_heads * width;
     const uint kv_head = place.head / (params.heads / params.kv_heads);
-    const ulong q_start = ulong(row.first_query) * q_pitch + place.head * width;
-    const ulong kv_start = ulong(row.first_key) * kv_pitch + kv_head * width;
+    const ulong k_start = start_of(row.first_key, params.k_pitch, kv_head, width);
+    const ulong v_start = start_of(row.first_key, params.v_pitch, kv_head, width);
     THREADGROUP_PTR(float) scores = all_scores + 8 * WIDE * place.simd;
     THREADGROUP_PTR(float) factors = all_factors + 64 * place.simd;
     factors[lane] = 0.0f;
@@ -117,7 +124,8 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
     const Matrix zero = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     Operand queries[BLOCKS];
     Matrix sums[BLOCKS];
-    stage<32, BLOCKS>(q, q_start + ulong(first) * q_pitch, q_pitch, row.queries - first, width, tile, place);
+    stage<32, BLOCKS>(q, start_of(row.first_query + first, params.q_pitch, place.head, width), params.q_pitch, row.queries - first, width,
+                      tile, place);
     BARRIER();
     UNROLL for (uint i = 0; i < BLOCKS; ++i) {
         sums[i] = zero;
@@ -128,7 +136,7 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
     const uint end = min(row.keys, before + first + 32);
     for (uint key = 0; key < end; key += 32) {
         BARRIER();
-        stage<32, BLOCKS>(k, kv_start + ulong(key) * kv_pitch, kv_pitch, row.keys - key, width, tile, place);
+        stage<32, BLOCKS>(k, k_start + ulong(key) * params.k_pitch, params.k_pitch, row.keys - key, width, tile, place);
         BARRIER();
         if (works) {
             Matrix products[4];
@@ -144,7 +152,7 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
             UNROLL for (uint b = 0; b < 4; ++b) simdgroup_store(products[b], scores + 8 * b, WIDE);
         }
         BARRIER();
-        stage<32, BLOCKS>(v, kv_start + ulong(key) * kv_pitch, kv_pitch, row.keys - key, width, tile, place);
+        stage<32, BLOCKS>(v, v_start + ulong(key) * params.v_pitch, params.v_pitch, row.keys - key, width, tile, place);
         if (works) {
             const uint last = before + query;
             const float factor = soften(scores, last < key ? 0 : last - key + 1, params.scale, top, total, lane);
@@ -173,18 +181,19 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
     set_diagonal(1.0f / total, factors, lane);
     Matrix diagonal;
     simdgroup_load(diagonal, factors, 8);
+    const ulong start = start_of(row.first_query + mine, params.out_pitch, place.head, width);
     UNROLL for (uint i = 0; i < BLOCKS; ++i) {
         if (8 * i >= width) continue;
         Matrix result;
         simdgroup_multiply_accumulate(result, diagonal, sums[i], zero);
-        unload(result, factors, out, q_start + ulong(mine) * q_pitch + 8 * i, q_pitch, row.queries - mine, lane);
+        unload(result, factors, out, start + 8 * i, params.out_pitch, row.queries - mine, lane);
     }
     if (lane % 4 == 0 && query < row.queries) lse[ulong(row.first_query + query) * params.heads + place.head] = top + log(total);
 }
 
 /// Fills `out` and `lse`, the log-sum-exp of each query; heads of at most 64. Threadgroups of 128: 32 queries, heads, rows.
-KERNEL(attention_forward_64)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(uint, rows, 3), WRITE(T, out, 4), WRITE(float, lse, 5),
-                             PARAMS(MatrixAttentionParams, 6))
+KERNEL(attention_forward_64)(READ_ROWS(T, q, 0), READ_ROWS(T, k, 1), READ_ROWS(T, v, 2), READ(uint, rows, 3), WRITE_ROWS(T, out, 4),
+                             WRITE(float, lse, 5), PARAMS(MatrixAttentionParams, 6))
 {
     THREADGROUP(T, tile, 32 * PITCH(8));
     THREADGROUP(float, scores, 4 * 8 * WIDE);
@@ -195,8 +204,8 @@ KERNEL(attention_forward_64)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(u
 }
 
 /// The same for heads of at most 128.
-KERNEL(attention_forward_128)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(uint, rows, 3), WRITE(T, out, 4), WRITE(float, lse, 5),
-                              PARAMS(MatrixAttentionParams, 6))
+KERNEL(attention_forward_128)(READ_ROWS(T, q, 0), READ_ROWS(T, k, 1), READ_ROWS(T, v, 2), READ(uint, rows, 3), WRITE_ROWS(T, out, 4),
+                              WRITE(float, lse, 5), PARAMS(MatrixAttentionParams, 6))
 {
     THREADGROUP(T, tile, 32 * PITCH(16));
     THREADGROUP(float, scores, 4 * 8 * WIDE);
@@ -206,13 +215,14 @@ KERNEL(attention_forward_128)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(
 }
 
 /// The sum of `out * dout` over the width of each of `n` queries and heads; a SIMD group each.
-KERNEL(attention_delta)(READ(T, out, 0), READ(T, dout, 1), WRITE(float, delta, 2), PARAMS(DeltaParams, 3))
+KERNEL(attention_delta)(READ_ROWS(T, out, 0), READ_ROWS(T, dout, 1), WRITE(float, delta, 2), PARAMS(DeltaParams, 3))
 {
     const uint i = GROUP_X * SIMDS + SIMD;
     if (i >= params.n) return;
-    const ulong start = ulong(i) * params.width;
+    const ulong start = start_of(i / params.heads, params.out_pitch, i % params.heads, params.width);
+    const ulong dstart = start_of(i / params.heads, params.dout_pitch, i % params.heads, params.width);
     float sum = 0.0f;
-    for (uint c = LANE; c < params.width; c += 32) sum += float(out[start + c]) * float(dout[start + c]);
+    for (uint c = LANE; c < params.width; c += 32) sum += float(out[start + c]) * float(dout[dstart + c]);
     sum = simd_sum(sum);
     if (LANE == 0) delta[i] = sum;
 }
@@ -227,10 +237,9 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
     if (first >= row.queries) return;
     const uint mine = first + 8 * place.simd, query = mine + lane / 4, before = row.keys - row.queries;
     const bool works = mine < row.queries;
-    const uint q_pitch = params.heads * width, kv_pitch = params.kv_heads * width;
     const uint kv_head = place.head / (params.heads / params.kv_heads);
-    const ulong q_start = ulong(row.first_query) * q_pitch + place.head * width;
-    const ulong kv_start = ulong(row.first_key) * kv_pitch + kv_head * width;
+    const ulong k_start = start_of(row.first_key, params.k_pitch, kv_head, width);
+    const ulong v_start = start_of(row.first_key, params.v_pitch, kv_head, width);
     THREADGROUP_PTR(float) scores = all_scores + 2 * 8 * NARROW * place.simd;
     THREADGROUP_PTR(float) slopes = scores + 8 * NARROW;
     THREADGROUP_PTR(T) value_tile = tiles + 16 * PITCH(BLOCKS);
@@ -241,14 +250,16 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
     const Matrix zero = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     Operand queries[BLOCKS], douts[BLOCKS];
     Matrix sums[BLOCKS];
-    stage<32, BLOCKS>(q, q_start + ulong(first) * q_pitch, q_pitch, row.queries - first, width, tiles, place);
+    stage<32, BLOCKS>(q, start_of(row.first_query + first, params.q_pitch, place.head, width), params.q_pitch, row.queries - first, width,
+                      tiles, place);
     BARRIER();
     UNROLL for (uint i = 0; i < BLOCKS; ++i) {
         sums[i] = zero;
         if (8 * i < width) simdgroup_load(queries[i], tiles + 8 * place.simd * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
     }
     BARRIER();
-    stage<32, BLOCKS>(dout, q_start + ulong(first) * q_pitch, q_pitch, row.queries - first, width, tiles, place);
+    stage<32, BLOCKS>(dout, start_of(row.first_query + first, params.dout_pitch, place.head, width), params.dout_pitch, row.queries - first,
+                      width, tiles, place);
     BARRIER();
     UNROLL for (uint i = 0; i < BLOCKS; ++i) {
         if (8 * i < width) simdgroup_load(douts[i], tiles + 8 * place.simd * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
@@ -257,8 +268,8 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
     const uint end = min(row.keys, before + first + 32);
     for (uint key = 0; key < end; key += 16) {
         BARRIER();
-        stage<16, BLOCKS>(k, kv_start + ulong(key) * kv_pitch, kv_pitch, row.keys - key, width, tiles, place);
-        stage<16, BLOCKS>(v, kv_start + ulong(key) * kv_pitch, kv_pitch, row.keys - key, width, value_tile, place);
+        stage<16, BLOCKS>(k, k_start + ulong(key) * params.k_pitch, params.k_pitch, row.keys - key, width, tiles, place);
+        stage<16, BLOCKS>(v, v_start + ulong(key) * params.v_pitch, params.v_pitch, row.keys - key, width, value_tile, place);
         BARRIER();
         if (!works) continue;
         Matrix products[2], slope_products[2];
@@ -297,9 +308,10 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
         }
     }
     if (!works) return;
+    const ulong start = start_of(row.first_query + mine, params.dq_pitch, place.head, width);
     UNROLL for (uint i = 0; i < BLOCKS; ++i) {
         if (8 * i >= width) continue;
-        unload(sums[i], scores, dq, q_start + ulong(mine) * q_pitch + 8 * i, q_pitch, row.queries - mine, lane);
+        unload(sums[i], scores, dq, start + 8 * i, params.dq_pitch, row.queries - mine, lane);
     }
 }
 
@@ -314,8 +326,9 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
     const uint first = 32 * place.tile, width = params.width, simd = place.simd;
     if (first >= row.keys) return;
     const uint before = row.keys - row.queries, block = simd % 4, group = params.heads / params.kv_heads;
-    const uint q_pitch = params.heads * width, kv_pitch = params.kv_heads * width;
-    const ulong kv_start = ulong(row.first_key + first) * kv_pitch + place.head * width;
+    const uint k_pitch = params.k_pitch, v_pitch = params.v_pitch, q_pitch = params.q_pitch, dout_pitch = params.dout_pitch;
+    const ulong k_start = start_of(row.first_key + first, k_pitch, place.head, width);
+    const ulong v_start = start_of(row.first_key + first, v_pitch, place.head, width);
     THREADGROUP_PTR(T) dout_tile = tiles + 16 * PITCH(BLOCKS);
     const bool is_key = simd < 4;
 
@@ -327,7 +340,8 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
     }
     for (uint side = 0; side < 2; ++side) {
         BARRIER();
-        stage<32, BLOCKS>(side == 0 ? k : v, kv_start, kv_pitch, row.keys - first, width, tiles, place);
+        if (side == 0) stage<32, BLOCKS>(k, k_start, k_pitch, row.keys - first, width, tiles, place);
+        else stage<32, BLOCKS>(v, v_start, v_pitch, row.keys - first, width, tiles, place);
         BARRIER();
         if (is_key != (side == 0)) continue;
         UNROLL for (uint i = 0; i < BLOCKS; ++i) {
@@ -337,10 +351,11 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
 
     for (uint head = group * place.head; head < group * (place.head + 1); ++head) {
         for (uint query = first > before ? first - before : 0; query < row.queries; query += 16) {
-            const ulong q_start = ulong(row.first_query + query) * q_pitch + head * width;
+            const ulong q_start = start_of(row.first_query + query, q_pitch, head, width);
+            const ulong dout_start = start_of(row.first_query + query, dout_pitch, head, width);
             BARRIER();
             stage<16, BLOCKS>(q, q_start, q_pitch, row.queries - query, width, tiles, place);
-            stage<16, BLOCKS>(dout, q_start, q_pitch, row.queries - query, width, dout_tile, place);
+            stage<16, BLOCKS>(dout, dout_start, dout_pitch, row.queries - query, width, dout_tile, place);
             BARRIER();
             THREADGROUP_PTR(T) partners = is_key ? tiles : dout_tile;
             Matrix products[2];
@@ -392,17 +407,18 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
         const uint column = 8 * (simd + 8 * c);
         if (column >= width) continue;
         UNROLL for (uint b = 0; b < 4; ++b) {
-            const uint count = row.keys > first + 8 * b ? row.keys - first - 8 * b : 0;
-            const ulong start = kv_start + ulong(8 * b) * kv_pitch + column;
-            unload(dk_sums[b][c], scores + 64 * simd, dk, start, kv_pitch, count, place.lane);
-            unload(dv_sums[b][c], scores + 64 * simd, dv, start, kv_pitch, count, place.lane);
+            const uint key = first + 8 * b, count = row.keys > key ? row.keys - key : 0;
+            const ulong dk_start = start_of(row.first_key + key, params.dk_pitch, place.head, width) + column;
+            const ulong dv_start = start_of(row.first_key + key, params.dv_pitch, place.head, width) + column;
+            unload(dk_sums[b][c], scores + 64 * simd, dk, dk_start, params.dk_pitch, count, place.lane);
+            unload(dv_sums[b][c], scores + 64 * simd, dv, dv_start, params.dv_pitch, count, place.lane);
         }
     }
 }
 
 /// Fills `dq`; heads of at most 64. Threadgroups of 128: 32 queries, heads, rows.
-KERNEL(attention_dq_64)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(float, lse, 4), READ(float, delta, 5),
-                        READ(uint, rows, 6), WRITE(T, dq, 7), PARAMS(MatrixAttentionParams, 8))
+KERNEL(attention_dq_64)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T, k, 2), READ_ROWS(T, v, 3), READ(float, lse, 4),
+                        READ(float, delta, 5), READ(uint, rows, 6), WRITE_ROWS(T, dq, 7), PARAMS(MatrixAttentionParams, 8))
 {
     THREADGROUP(T, tiles, 32 * PITCH(8));
     THREADGROUP(float, scores, 4 * 2 * 8 * NARROW);
@@ -411,8 +427,8 @@ KERNEL(attention_dq_64)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, 
 }
 
 /// The same for heads of at most 128.
-KERNEL(attention_dq_128)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(float, lse, 4), READ(float, delta, 5),
-                         READ(uint, rows, 6), WRITE(T, dq, 7), PARAMS(MatrixAttentionParams, 8))
+KERNEL(attention_dq_128)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T, k, 2), READ_ROWS(T, v, 3), READ(float, lse, 4),
+                         READ(float, delta, 5), READ(uint, rows, 6), WRITE_ROWS(T, dq, 7), PARAMS(MatrixAttentionParams, 8))
 {
     THREADGROUP(T, tiles, 32 * PITCH(16));
     THREADGROUP(float, scores, 4 * 2 * 8 * NARROW);
@@ -421,8 +437,9 @@ KERNEL(attention_dq_128)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T,
 }
 
 /// Fills `dk` and `dv` of the keys that rows hold; heads of at most 64. Threadgroups of 256: 32 keys, key heads, rows.
-KERNEL(attention_dkv_64)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(float, lse, 4), READ(float, delta, 5),
-                         READ(uint, rows, 6), UPDATE(T, dk, 7), UPDATE(T, dv, 8), PARAMS(MatrixAttentionParams, 9))
+KERNEL(attention_dkv_64)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T, k, 2), READ_ROWS(T, v, 3), READ(float, lse, 4),
+                         READ(float, delta, 5), READ(uint, rows, 6), UPDATE_ROWS(T, dk, 7), UPDATE_ROWS(T, dv, 8),
+                         PARAMS(MatrixAttentionParams, 9))
 {
     THREADGROUP(T, tiles, 32 * PITCH(8));
     THREADGROUP(float, scores, 32 * NARROW);
@@ -432,8 +449,9 @@ KERNEL(attention_dkv_64)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T,
 }
 
 /// The same for heads of at most 128.
-KERNEL(attention_dkv_128)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(float, lse, 4), READ(float, delta, 5),
-                          READ(uint, rows, 6), UPDATE(T, dk, 7), UPDATE(T, dv, 8), PARAMS(MatrixAttentionParams, 9))
+KERNEL(attention_dkv_128)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T, k, 2), READ_ROWS(T, v, 3), READ(float, lse, 4),
+                          READ(float, delta, 5), READ(uint, rows, 6), UPDATE_ROWS(T, dk, 7), UPDATE_ROWS(T, dv, 8),
+                          PARAMS(MatrixAttentionParams, 9))
 {
     THREADGROUP(T, tiles, 32 * PITCH(16));
     THREADGROUP(float, scores, 32 * NARROW);

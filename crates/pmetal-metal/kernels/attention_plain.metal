@@ -1,17 +1,25 @@
 // Attention without matrix units: for decoding, and for any dtype and head's width up to 256.
 //
-// q, out [tokens, heads, d]; k, v [kv_tokens, kv_heads, d]; rows [rows, 4]: first query, queries, first key, keys. Query i of a row sees its
-// keys 0 ..= keys - queries + i. The running softmax is that of Dao et al., "FlashAttention", 2022.
+// q, out [tokens, heads * d]; k, v [kv_tokens, kv_heads * d], each with a pitch, a multiple of 4 where d is one; rows [rows, 4]: first query,
+// queries, first key, keys. Query i of a row sees its keys 0 ..= keys - queries + i. The running softmax is that of Dao et al.,
+// "FlashAttention", 2022.
 //
-// A threadgroup of at most 256 threads has one query (or one key, in attention_plain_dkv) of one head. Teams of 8, 16 or 32 lanes share the keys
-// (or the queries): the smallest team whose lanes hold a head with eight elements each, 4 l .. 4 l + 4 and as many behind those of all lanes.
-// Fewer lanes to a key are fewer shuffles for its score. The grid is `[longest row, heads, rows]`.
+// A threadgroup of at most 256 threads has one query (or one key, in attention_plain_dkv) of one head. Teams of 8, 16 or 32 lanes share the
+// keys (or the queries): the smallest team whose lanes hold a head with eight elements each, 4 l .. 4 l + 4 and as many behind those of all
+// lanes. Fewer lanes to a key are fewer shuffles for its score. The grid is `[longest row, heads, rows]`.
 
 #define LOWEST -3.0e38f
 
-struct AttentionParams { uint heads; uint kv_heads; uint d; float scale; };
-struct SplitParams { uint tokens; uint splits; uint heads; uint kv_heads; uint d; float scale; };
-struct MergeParams { uint places; uint d; uint splits; };
+struct AttentionParams {
+    uint heads; uint kv_heads; uint d; float scale;
+    uint q_pitch; uint k_pitch; uint v_pitch; uint out_pitch;
+    uint dout_pitch; uint dq_pitch; uint dk_pitch; uint dv_pitch;
+};
+struct SplitParams {
+    uint tokens; uint splits; uint heads; uint kv_heads; uint d; float scale;
+    uint q_pitch; uint k_pitch; uint v_pitch;
+};
+struct MergeParams { uint places; uint heads; uint d; uint splits; uint out_pitch; };
 
 // A lane's place in its team, and its team's among those of the threadgroup.
 struct Team { uint lanes; uint lane; uint team; uint teams; };
@@ -36,6 +44,22 @@ FUNCTION float team_sum(float x, Team t)
     return x;
 }
 
+// Where a token's head begins.
+FUNCTION ulong start_of(uint token, uint pitch, uint head, uint d) { return ulong(token) * pitch + head * d; }
+
+// The keys and values of a row's head: where they begin, and how far they lie apart.
+struct Keys { ulong k; ulong v; uint k_pitch; uint v_pitch; };
+
+FUNCTION Keys keys_of(uint token, uint k_pitch, uint v_pitch, uint head, uint d)
+{
+    Keys keys;
+    keys.k = start_of(token, k_pitch, head, d);
+    keys.v = start_of(token, v_pitch, head, d);
+    keys.k_pitch = k_pitch;
+    keys.v_pitch = v_pitch;
+    return keys;
+}
+
 // A lane's share of a head.
 struct Share { float4 low; float4 high; };
 
@@ -57,22 +81,22 @@ FUNCTION float4 load_within(DEVICE_PTR(const T) x, ulong start, uint i, uint d)
 }
 
 // The threadgroup's own query or key: zero beyond the head's width.
-FUNCTION Share load_own(DEVICE_PTR(const T) x, ulong head, uint d, Team t)
+FUNCTION Share load_own(DEVICE_PTR(const T) x, ulong start, uint d, Team t)
 {
     Share share;
-    share.low = load_within(x, head * d, 4 * t.lane, d);
-    share.high = load_within(x, head * d, 4 * (t.lanes + t.lane), d);
+    share.low = load_within(x, start, 4 * t.lane, d);
+    share.high = load_within(x, start, 4 * (t.lanes + t.lane), d);
     return share;
 }
 
 // One of those that it meets: without a branch where the width is a multiple of 4 (`quads`), so that several loads are on their way at once.
 // What a lane beyond the width then holds meets zeros only, or is never stored.
-FUNCTION Share load_other(DEVICE_PTR(const T) x, ulong head, uint d, Team t, bool quads)
+FUNCTION Share load_other(DEVICE_PTR(const T) x, ulong start, uint d, Team t, bool quads)
 {
-    if (!quads) return load_own(x, head, d, t);
+    if (!quads) return load_own(x, start, d, t);
     Share share;
-    share.low = load4(x, head * d + min(4 * t.lane, d - 4));
-    share.high = load4(x, head * d + min(4 * (t.lanes + t.lane), d - 4));
+    share.low = load4(x, start + min(4 * t.lane, d - 4));
+    share.high = load4(x, start + min(4 * (t.lanes + t.lane), d - 4));
     return share;
 }
 
@@ -124,8 +148,8 @@ FUNCTION float sum_taken(THREADGROUP_PTR(const float) shares, uint i, Team t)
 struct Softmax { float top; float sum; Share value; };
 
 // The softmax of a team's keys: `first + team`, `first + team + teams` and so on, below `end`; four at a time.
-FUNCTION Softmax attend(Share q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, ulong start, uint stride, uint first, uint end, float scale,
-                        uint d, Team t, bool quads)
+FUNCTION Softmax attend(Share q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, Keys keys, uint first, uint end, float scale, uint d, Team t,
+                        bool quads)
 {
     Softmax state;
     state.top = LOWEST;
@@ -133,12 +157,11 @@ FUNCTION Softmax attend(Share q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, u
     state.value = no_share();
     for (uint base = first; base < end; base += 4 * t.teams) {
         const uint key = base + t.team, last = end - 1;
-        const ulong a = start + ulong(min(key, last)) * stride, b = start + ulong(min(key + t.teams, last)) * stride;
-        const ulong c = start + ulong(min(key + 2 * t.teams, last)) * stride, e = start + ulong(min(key + 3 * t.teams, last)) * stride;
-        const Share k0 = load_other(k, a, d, t, quads), k1 = load_other(k, b, d, t, quads);
-        const Share k2 = load_other(k, c, d, t, quads), k3 = load_other(k, e, d, t, quads);
-        const Share v0 = load_other(v, a, d, t, quads), v1 = load_other(v, b, d, t, quads);
-        const Share v2 = load_other(v, c, d, t, quads), v3 = load_other(v, e, d, t, quads);
+        const ulong a = min(key, last), b = min(key + t.teams, last), c = min(key + 2 * t.teams, last), e = min(key + 3 * t.teams, last);
+        const Share k0 = load_other(k, keys.k + a * keys.k_pitch, d, t, quads), k1 = load_other(k, keys.k + b * keys.k_pitch, d, t, quads);
+        const Share k2 = load_other(k, keys.k + c * keys.k_pitch, d, t, quads), k3 = load_other(k, keys.k + e * keys.k_pitch, d, t, quads);
+        const Share v0 = load_other(v, keys.v + a * keys.v_pitch, d, t, quads), v1 = load_other(v, keys.v + b * keys.v_pitch, d, t, quads);
+        const Share v2 = load_other(v, keys.v + c * keys.v_pitch, d, t, quads), v3 = load_other(v, keys.v + e * keys.v_pitch, d, t, quads);
         // a key that is not there repeats the last one, with no weight
         const float s0 = scale * team_dot(q, k0, t), s1 = scale * team_dot(q, k1, t);
         const float s2 = scale * team_dot(q, k2, t), s3 = scale * team_dot(q, k3, t);
@@ -189,32 +212,32 @@ FUNCTION float merged_value(THREADGROUP_PTR(const float) shares, THREADGROUP_PTR
 }
 
 /// Attention, and the log-sum-exp of its scores `lse [tokens, heads]`. Grid `[longest row's queries, heads, rows]`, at most 256 threads.
-KERNEL(attention_plain)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(uint, rows, 3), WRITE(T, out, 4), WRITE(float, lse, 5),
-                        PARAMS(AttentionParams, 6))
+KERNEL(attention_plain)(READ_ROWS(T, q, 0), READ_ROWS(T, k, 1), READ_ROWS(T, v, 2), READ(uint, rows, 3), WRITE_ROWS(T, out, 4),
+                        WRITE(float, lse, 5), PARAMS(AttentionParams, 6))
 {
     THREADGROUP(float, shares, 2048);
     THREADGROUP(float, tops, 32);
     THREADGROUP(float, sums, 32);
     const uint queries = rows[4 * GROUP_Z + 1], keys = rows[4 * GROUP_Z + 3], d = params.d;
     if (GROUP_X >= queries) return;
-    const ulong place = ulong(rows[4 * GROUP_Z] + GROUP_X) * params.heads + GROUP_Y;
-    const uint kv_head = GROUP_Y / (params.heads / params.kv_heads);
-    const ulong start = ulong(rows[4 * GROUP_Z + 2]) * params.kv_heads + kv_head;
+    const uint token = rows[4 * GROUP_Z] + GROUP_X, kv_head = GROUP_Y / (params.heads / params.kv_heads);
+    const Keys others = keys_of(rows[4 * GROUP_Z + 2], params.k_pitch, params.v_pitch, kv_head, d);
     const uint visible = keys - queries + GROUP_X + 1;
     const Team t = team_of(d, LANE, SIMD, SIMDS);
-    const Share query = load_own(q, place, d, t);
-    const Softmax state = d % 4 == 0 ? attend(query, k, v, start, params.kv_heads, 0, visible, params.scale, d, t, true)
-                                     : attend(query, k, v, start, params.kv_heads, 0, visible, params.scale, d, t, false);
+    const Share query = load_own(q, start_of(token, params.q_pitch, GROUP_Y, d), d, t);
+    const Softmax state = d % 4 == 0 ? attend(query, k, v, others, 0, visible, params.scale, d, t, true)
+                                     : attend(query, k, v, others, 0, visible, params.scale, d, t, false);
     share_softmax(state, shares, tops, sums, t, LANE, SIMD);
     float top, sum;
     merged(tops, sums, t.teams, top, sum);
-    for (uint i = THREAD; i < d; i += THREADS) out[place * d + i] = T(merged_value(shares, tops, t, top, i) / sum);
-    if (THREAD == 0) lse[place] = top + log(sum);
+    const ulong start = start_of(token, params.out_pitch, GROUP_Y, d);
+    for (uint i = THREAD; i < d; i += THREADS) out[start + i] = T(merged_value(shares, tops, t, top, i) / sum);
+    if (THREAD == 0) lse[ulong(token) * params.heads + GROUP_Y] = top + log(sum);
 }
 
 /// `attention_plain` of one of `splits` parts of each query's keys, for long caches: `partial [splits, tokens, heads, d]` and
 /// `partial_lse [splits, tokens, heads]` go to `attention_plain_merge`. Grid `[longest row's queries * splits, heads, rows]`.
-KERNEL(attention_plain_split)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(uint, rows, 3), WRITE(float, partial, 4),
+KERNEL(attention_plain_split)(READ_ROWS(T, q, 0), READ_ROWS(T, k, 1), READ_ROWS(T, v, 2), READ(uint, rows, 3), WRITE(float, partial, 4),
                               WRITE(float, partial_lse, 5), PARAMS(SplitParams, 6))
 {
     THREADGROUP(float, shares, 2048);
@@ -223,94 +246,101 @@ KERNEL(attention_plain_split)(READ(T, q, 0), READ(T, k, 1), READ(T, v, 2), READ(
     const uint queries = rows[4 * GROUP_Z + 1], keys = rows[4 * GROUP_Z + 3], d = params.d;
     const uint query = GROUP_X / params.splits, split = GROUP_X % params.splits;
     if (query >= queries) return;
-    const ulong place = ulong(rows[4 * GROUP_Z] + query) * params.heads + GROUP_Y;
-    const uint kv_head = GROUP_Y / (params.heads / params.kv_heads);
-    const ulong start = ulong(rows[4 * GROUP_Z + 2]) * params.kv_heads + kv_head;
+    const uint token = rows[4 * GROUP_Z] + query, kv_head = GROUP_Y / (params.heads / params.kv_heads);
+    const Keys others = keys_of(rows[4 * GROUP_Z + 2], params.k_pitch, params.v_pitch, kv_head, d);
     const uint visible = keys - queries + query + 1;
     const uint part = (visible + params.splits - 1) / params.splits;
     const uint first = min(part * split, visible), end = min(first + part, visible);
     const Team t = team_of(d, LANE, SIMD, SIMDS);
-    const Share own = load_own(q, place, d, t);
-    const Softmax state = d % 4 == 0 ? attend(own, k, v, start, params.kv_heads, first, end, params.scale, d, t, true)
-                                     : attend(own, k, v, start, params.kv_heads, first, end, params.scale, d, t, false);
+    const Share own = load_own(q, start_of(token, params.q_pitch, GROUP_Y, d), d, t);
+    const Softmax state = d % 4 == 0 ? attend(own, k, v, others, first, end, params.scale, d, t, true)
+                                     : attend(own, k, v, others, first, end, params.scale, d, t, false);
     share_softmax(state, shares, tops, sums, t, LANE, SIMD);
     float top, sum;
     merged(tops, sums, t.teams, top, sum);
     // a part without keys weighs nothing
     const float factor = first < end ? 1.0f / sum : 0.0f;
-    const ulong to = split * ulong(params.tokens) * params.heads + place;
+    const ulong to = (split * ulong(params.tokens) + token) * params.heads + GROUP_Y;
     for (uint i = THREAD; i < d; i += THREADS) partial[to * d + i] = factor * merged_value(shares, tops, t, top, i);
     if (THREAD == 0) partial_lse[to] = first < end ? top + log(sum) : LOWEST;
 }
 
 /// Merges what `attention_plain_split` wrote into `out` and `lse`. One threadgroup for each of the `places` (tokens times heads).
-KERNEL(attention_plain_merge)(READ(float, partial, 0), READ(float, partial_lse, 1), WRITE(T, out, 2), WRITE(float, lse, 3),
+KERNEL(attention_plain_merge)(READ(float, partial, 0), READ(float, partial_lse, 1), WRITE_ROWS(T, out, 2), WRITE(float, lse, 3),
                               PARAMS(MergeParams, 4))
 {
     float top = LOWEST, sum = 0.0f;
     for (uint s = 0; s < params.splits; ++s) top = fmax(top, partial_lse[ulong(s) * params.places + GROUP_X]);
     for (uint s = 0; s < params.splits; ++s) sum += exp(partial_lse[ulong(s) * params.places + GROUP_X] - top);
+    const ulong start = start_of(GROUP_X / params.heads, params.out_pitch, GROUP_X % params.heads, params.d);
     for (uint i = THREAD; i < params.d; i += THREADS) {
         float value = 0.0f;
         for (uint s = 0; s < params.splits; ++s) {
             const ulong from = ulong(s) * params.places + GROUP_X;
             value += partial[from * params.d + i] * exp(partial_lse[from] - top);
         }
-        out[ulong(GROUP_X) * params.d + i] = T(value / sum);
+        out[start + i] = T(value / sum);
     }
     if (THREAD == 0) lse[GROUP_X] = top + log(sum);
 }
 
 /// The gradient of the queries, and `delta [tokens, heads]`, the sums of `dout * out` that `attention_plain_dkv` needs. Grid and threads as
 /// of `attention_plain`.
-KERNEL(attention_plain_dq)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(T, out, 4), READ(float, lse, 5),
-                           READ(uint, rows, 6), WRITE(T, dq, 7), WRITE(float, delta, 8), PARAMS(AttentionParams, 9))
+KERNEL(attention_plain_dq)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T, k, 2), READ_ROWS(T, v, 3), READ_ROWS(T, out, 4),
+                           READ(float, lse, 5), READ(uint, rows, 6), WRITE_ROWS(T, dq, 7), WRITE(float, delta, 8),
+                           PARAMS(AttentionParams, 9))
 {
     THREADGROUP(float, shares, 2048);
     const uint queries = rows[4 * GROUP_Z + 1], keys = rows[4 * GROUP_Z + 3], d = params.d;
     if (GROUP_X >= queries) return;
-    const ulong place = ulong(rows[4 * GROUP_Z] + GROUP_X) * params.heads + GROUP_Y;
-    const uint kv_head = GROUP_Y / (params.heads / params.kv_heads);
-    const ulong start = ulong(rows[4 * GROUP_Z + 2]) * params.kv_heads + kv_head;
+    const uint token = rows[4 * GROUP_Z] + GROUP_X, kv_head = GROUP_Y / (params.heads / params.kv_heads);
+    const ulong place = ulong(token) * params.heads + GROUP_Y;
+    const Keys others = keys_of(rows[4 * GROUP_Z + 2], params.k_pitch, params.v_pitch, kv_head, d);
     const uint visible = keys - queries + GROUP_X + 1;
     const Team t = team_of(d, LANE, SIMD, SIMDS);
-    const Share query = load_own(q, place, d, t), upstream = load_own(dout, place, d, t);
-    const float own_delta = team_dot(upstream, load_own(out, place, d, t), t);
+    const Share query = load_own(q, start_of(token, params.q_pitch, GROUP_Y, d), d, t);
+    const Share upstream = load_own(dout, start_of(token, params.dout_pitch, GROUP_Y, d), d, t);
+    const float own_delta = team_dot(upstream, load_own(out, start_of(token, params.out_pitch, GROUP_Y, d), d, t), t);
     const float own_lse = lse[place];
     Share sum = no_share();
     for (uint base = 0; base < visible; base += t.teams) {
         const uint key = base + t.team;
-        const ulong at = start + ulong(min(key, visible - 1)) * params.kv_heads;
-        const Share other = load_other(k, at, d, t, d % 4 == 0);
+        const ulong at = min(key, visible - 1);
+        const Share other = load_other(k, others.k + at * others.k_pitch, d, t, d % 4 == 0);
         const float weight = exp(params.scale * team_dot(query, other, t) - own_lse);
-        const float dweight = team_dot(upstream, load_other(v, at, d, t, d % 4 == 0), t);
+        const float dweight = team_dot(upstream, load_other(v, others.v + at * others.v_pitch, d, t, d % 4 == 0), t);
         if (key < visible) add(sum, params.scale * weight * (dweight - own_delta), other);
     }
     put(sum, shares, LANE, SIMD);
     BARRIER();
-    for (uint i = THREAD; i < d; i += THREADS) dq[place * d + i] = T(sum_taken(shares, i, t));
+    const ulong start = start_of(token, params.dq_pitch, GROUP_Y, d);
+    for (uint i = THREAD; i < d; i += THREADS) dq[start + i] = T(sum_taken(shares, i, t));
     if (THREAD == 0) delta[place] = own_delta;
 }
 
 /// The gradients of keys and values; places that belong to no row are left as they are. Grid `[longest row's keys, kv_heads, rows]`, at most
 /// 256 threads.
-KERNEL(attention_plain_dkv)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ(T, v, 3), READ(float, lse, 4), READ(float, delta, 5),
-                            READ(uint, rows, 6), UPDATE(T, dk, 7), UPDATE(T, dv, 8), PARAMS(AttentionParams, 9))
+KERNEL(attention_plain_dkv)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T, k, 2), READ_ROWS(T, v, 3), READ(float, lse, 4),
+                            READ(float, delta, 5), READ(uint, rows, 6), UPDATE_ROWS(T, dk, 7), UPDATE_ROWS(T, dv, 8),
+                            PARAMS(AttentionParams, 9))
 {
     THREADGROUP(float, shares, 2048);
     const uint queries = rows[4 * GROUP_Z + 1], keys = rows[4 * GROUP_Z + 3], d = params.d;
     if (GROUP_X >= keys) return;
-    const ulong own = ulong(rows[4 * GROUP_Z + 2] + GROUP_X) * params.kv_heads + GROUP_Y;
+    const uint token = rows[4 * GROUP_Z + 2] + GROUP_X;
     const uint group = params.heads / params.kv_heads;
     const uint before = keys - queries;
     const uint first = GROUP_X > before ? GROUP_X - before : 0;
     const Team t = team_of(d, LANE, SIMD, SIMDS);
-    const Share key = load_own(k, own, d, t), value = load_own(v, own, d, t);
+    const Share key = load_own(k, start_of(token, params.k_pitch, GROUP_Y, d), d, t);
+    const Share value = load_own(v, start_of(token, params.v_pitch, GROUP_Y, d), d, t);
     Share dkey = no_share(), dvalue = no_share();
     for (uint base = first * group; base < queries * group; base += t.teams) {
         const uint i = base + t.team, there = min(i, queries * group - 1);
-        const ulong place = ulong(rows[4 * GROUP_Z] + there / group) * params.heads + GROUP_Y * group + there % group;
-        const Share query = load_other(q, place, d, t, d % 4 == 0), upstream = load_other(dout, place, d, t, d % 4 == 0);
+        const uint other = rows[4 * GROUP_Z] + there / group, head = GROUP_Y * group + there % group;
+        const ulong place = ulong(other) * params.heads + head;
+        const Share query = load_other(q, start_of(other, params.q_pitch, head, d), d, t, d % 4 == 0);
+        const Share upstream = load_other(dout, start_of(other, params.dout_pitch, head, d), d, t, d % 4 == 0);
         const float weight = exp(params.scale * team_dot(query, key, t) - lse[place]);
         const float dweight = team_dot(upstream, value, t);
         if (i < queries * group) {
@@ -320,9 +350,10 @@ KERNEL(attention_plain_dkv)(READ(T, dout, 0), READ(T, q, 1), READ(T, k, 2), READ
     }
     put(dkey, shares, LANE, SIMD);
     BARRIER();
-    for (uint i = THREAD; i < d; i += THREADS) dk[own * d + i] = T(sum_taken(shares, i, t));
+    const ulong dk_start = start_of(token, params.dk_pitch, GROUP_Y, d), dv_start = start_of(token, params.dv_pitch, GROUP_Y, d);
+    for (uint i = THREAD; i < d; i += THREADS) dk[dk_start + i] = T(sum_taken(shares, i, t));
     BARRIER();
     put(dvalue, shares, LANE, SIMD);
     BARRIER();
-    for (uint i = THREAD; i < d; i += THREADS) dv[own * d + i] = T(sum_taken(shares, i, t));
+    for (uint i = THREAD; i < d; i += THREADS) dv[dv_start + i] = T(sum_taken(shares, i, t));
 }

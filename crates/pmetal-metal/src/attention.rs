@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use crate::{AttentionRows, AttentionSpec, Error, Gpu, Grid, Result, empty, kernels};
+use crate::{AttentionRows, AttentionSpec, Error, Gpu, Grid, Result, empty, kernels, pitch};
 
 /// Queries, and in the backward keys, of a threadgroup.
 const TILE: usize = 32;
@@ -26,9 +26,8 @@ pub fn attention_forward(
     }
     let lse = empty((q.dim(0)?, spec.heads), DType::F32, q.device())?;
     let grid = Grid { groups: [rows.max_q_len.div_ceil(TILE), spec.heads, rows.rows], threads: 128 };
-    let (heads, kv_heads, width) = (spec.heads as u32, spec.kv_heads as u32, width as u32);
-    let (dtype, table, scale) = (q.dtype(), &rows.table, spec.scale);
-    let params = kernels::MatrixAttentionParams { heads, kv_heads, width, scale };
+    let (dtype, table) = (q.dtype(), &rows.table);
+    let params = params([q, k, v, out], None, spec)?;
     let kernel = if width <= 64 { kernels::attention_forward_64 } else { kernels::attention_forward_128 };
     kernel(gpu, dtype, grid, q, k, v, table, out, &lse, params)?;
     Ok(Some(lse))
@@ -49,22 +48,68 @@ pub fn attention_backward(
     rows: &AttentionRows,
     spec: &AttentionSpec,
 ) -> Result<()> {
-    let dtype = q.dtype();
-    let (heads, kv_heads, width) = (spec.heads as u32, spec.kv_heads as u32, spec.head_dim as u32);
+    let (dtype, width) = (q.dtype(), spec.head_dim);
+    let params = params([q, k, v, out], Some([dout, dq, dk, dv]), spec)?;
     let delta = empty(lse.shape(), DType::F32, q.device())?;
-    let count = u32::try_from(lse.elem_count()).map_err(|_| too_many(lse))?;
-    let params = kernels::DeltaParams { n: count, width };
     let grid = Grid::line(lse.elem_count().div_ceil(8), 256);
-    kernels::attention_delta(gpu, dtype, grid, out, dout, &delta, params)?;
+    let of_delta = kernels::DeltaParams {
+        n: u32::try_from(lse.elem_count()).map_err(|_| too_many(lse))?,
+        heads: params.heads,
+        width: params.width,
+        out_pitch: params.out_pitch,
+        dout_pitch: params.dout_pitch,
+    };
+    kernels::attention_delta(gpu, dtype, grid, out, dout, &delta, of_delta)?;
 
-    let (table, scale) = (&rows.table, spec.scale);
+    let table = &rows.table;
     let queries = Grid { groups: [rows.max_q_len.div_ceil(TILE), spec.heads, rows.rows], threads: 128 };
     let keys = Grid { groups: [rows.max_kv_len.div_ceil(TILE), spec.kv_heads, rows.rows], threads: 256 };
-    let params = kernels::MatrixAttentionParams { heads, kv_heads, width, scale };
     let dq_kernel = if width <= 64 { kernels::attention_dq_64 } else { kernels::attention_dq_128 };
     dq_kernel(gpu, dtype, queries, dout, q, k, v, lse, &delta, table, dq, params)?;
     let dkv_kernel = if width <= 64 { kernels::attention_dkv_64 } else { kernels::attention_dkv_128 };
     dkv_kernel(gpu, dtype, keys, dout, q, k, v, lse, &delta, table, dk, dv, params)
+}
+
+/// Of `[q, k, v, out]`, and in the backward `[dout, dq, dk, dv]`.
+fn params(
+    forward: [&Tensor; 4],
+    backward: Option<[&Tensor; 4]>,
+    spec: &AttentionSpec,
+) -> Result<kernels::MatrixAttentionParams> {
+    let [q_pitch, k_pitch, v_pitch, out_pitch] = pitches(forward)?;
+    let [dout_pitch, dq_pitch, dk_pitch, dv_pitch] = backward.map_or(Ok([0; 4]), pitches)?;
+    Ok(kernels::MatrixAttentionParams {
+        heads: spec.heads as u32,
+        kv_heads: spec.kv_heads as u32,
+        width: spec.head_dim as u32,
+        scale: spec.scale,
+        q_pitch,
+        k_pitch,
+        v_pitch,
+        out_pitch,
+        dout_pitch,
+        dq_pitch,
+        dk_pitch,
+        dv_pitch,
+    })
+}
+
+/// The pitches of an attention's operands, as kernels take them: multiples of 4 where heads are.
+///
+/// # Errors
+/// Where one has no contiguous rows.
+pub fn pitches<const N: usize>(tensors: [&Tensor; N]) -> Result<[u32; N]> {
+    let mut all = [0; N];
+    for (to, tensor) in all.iter_mut().zip(tensors) {
+        let found = pitch(tensor).and_then(|pitch| u32::try_from(pitch).ok());
+        *to = found.ok_or_else(|| Error::Buffer {
+            kernel: "attention",
+            buffer: "an operand",
+            expected: "two-dimensional, of contiguous rows".into(),
+            got: format!("{:?} with strides {:?}", tensor.dims(), tensor.stride()),
+        })?;
+    }
+    Ok(all)
 }
 
 fn too_many(lse: &Tensor) -> Error {

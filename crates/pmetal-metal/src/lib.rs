@@ -17,7 +17,7 @@ mod metal;
 #[path = "metal_absent.rs"]
 mod metal;
 
-pub use attention::{attention_backward, attention_forward};
+pub use attention::{attention_backward, attention_forward, pitches};
 pub use error::{Error, Result};
 pub use gpu::{AttentionRows, AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
 pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel, launches, pitch};

@@ -14,12 +14,13 @@ use candle_core::{
         cudarc::driver::{CudaFunction, result, sys},
     },
 };
-use pmetal_metal::{AttentionRows, AttentionSpec, Error, Result, empty};
+use pmetal_metal::{AttentionRows, AttentionSpec, Error, Result, empty, pitch};
 
 use super::CudaGpu;
 
 const TEXT: &str = concat!(
     include_str!("../../kernels/attention_tiles.cuh"),
+    include_str!("../../kernels/attention_softmax.cuh"),
     "#line 1 \"attention.cu\"\n",
     include_str!("../../kernels/attention.cu")
 );
@@ -54,10 +55,10 @@ impl Attention {
         let plan = built.plan;
         let grid = [spec.heads, rows.rows, rows.max_q_len.div_ceil(plan.forward.rows())];
         let mut call = Launch::new(gpu, grid, plan.forward.threads(), plan.forward_bytes());
-        call.tensors(&[q, k, v, out], &[spec.heads, spec.kv_heads, spec.kv_heads, spec.heads], spec.head_dim)?;
+        call.tensors(&[q, k, v, out])?;
         call.tables(&[&stats, &rows.table])?;
         call.numbers(&[tokens, spec.heads, spec.kv_heads])?;
-        call.run(&built.forward, Some(spec.scale))?;
+        call.run(&built.forward, pitches(&[q, k, v, out]), spec.scale)?;
         Ok(Some(stats))
     }
 
@@ -79,25 +80,26 @@ impl Attention {
             reason: format!("no attention on tensor cores for heads of {} in {:?}", spec.head_dim, q.dtype()),
         })?;
         let (plan, tokens) = (built.plan, q.dim(0)?);
-        let [queries, keys] = [spec.heads, spec.kv_heads];
+        let pitches = pitches(&[q, k, v, out, dout, dq, dk, dv]);
+        let numbers = [tokens, spec.heads, spec.kv_heads];
         let delta = empty((spec.heads, tokens), DType::F32, q.device())?;
         let grid = [spec.heads, rows.rows, rows.max_q_len.div_ceil(plan.dq.rows())];
         let mut call = Launch::new(gpu, grid, plan.dq.threads(), plan.dq_bytes());
-        call.tensors(&[q, k, v, dout, out], &[queries, keys, keys, queries, queries], spec.head_dim)?;
+        call.tensors(&[q, k, v, dout, out])?;
         call.tables(&[stats, &delta])?;
-        call.tensors(&[dq], &[queries], spec.head_dim)?;
+        call.tensors(&[dq])?;
         call.tables(&[&rows.table])?;
-        call.numbers(&[tokens, spec.heads, spec.kv_heads])?;
-        call.run(&built.dq, Some(spec.scale))?;
+        call.numbers(&numbers)?;
+        call.run(&built.dq, pitches, spec.scale)?;
 
         let grid = [spec.kv_heads, rows.rows, rows.max_kv_len.div_ceil(plan.dkv.rows())];
         let mut call = Launch::new(gpu, grid, plan.dkv.threads(), plan.dkv_bytes());
-        call.tensors(&[q, k, v, dout], &[queries, keys, keys, queries], spec.head_dim)?;
+        call.tensors(&[q, k, v, dout])?;
         call.tables(&[stats, &delta])?;
-        call.tensors(&[dk, dv], &[keys; 2], spec.head_dim)?;
+        call.tensors(&[dk, dv])?;
         call.tables(&[&rows.table])?;
-        call.numbers(&[tokens, spec.heads, spec.kv_heads])?;
-        call.run(&built.dkv, Some(spec.scale))
+        call.numbers(&numbers)?;
+        call.run(&built.dkv, pitches, spec.scale)
     }
 
     fn built(&self, gpu: &CudaGpu, dtype: DType, head_dim: usize) -> Result<Option<Arc<Built>>> {
@@ -228,16 +230,15 @@ impl<'a> Launch<'a> {
         Self { gpu, grid, threads, shared, addresses: Vec::new(), numbers: Vec::new() }
     }
 
-    /// Tensors `[tokens, heads, head_dim]`, which the kernels read 16 bytes at a time.
-    fn tensors(&mut self, tensors: &[&Tensor], heads: &[usize], head_dim: usize) -> Result<()> {
-        for (tensor, &heads) in tensors.iter().zip(heads) {
+    /// Tensors `[tokens, heads * head_dim]`, whose rows the kernels read 16 bytes at a time.
+    fn tensors(&mut self, tensors: &[&Tensor]) -> Result<()> {
+        for tensor in tensors {
             let address = self.gpu.address(tensor)?;
-            let shaped = matches!(tensor.dims(), &[_, h, d] if h == heads && d == head_dim);
-            if !shaped || !tensor.is_contiguous() || address % 16 != 0 {
+            if !pitch(tensor).is_some_and(|pitch| pitch.is_multiple_of(8)) || address % 16 != 0 {
                 return Err(Error::Buffer {
                     kernel: "attention.cu",
                     buffer: "a tensor",
-                    expected: format!("contiguous [tokens, {heads}, {head_dim}] from a multiple of 16 bytes on"),
+                    expected: "contiguous rows from multiples of 16 bytes on".into(),
                     got: format!("{:?} with strides {:?} at {address}", tensor.dims(), tensor.stride()),
                 });
             }
@@ -260,14 +261,15 @@ impl<'a> Launch<'a> {
         Ok(())
     }
 
-    fn run(mut self, function: &CudaFunction, mut scale: Option<f32>) -> Result<()> {
+    fn run(mut self, function: &CudaFunction, mut pitches: [u32; 8], mut scale: f32) -> Result<()> {
         if self.grid.contains(&0) {
             return Ok(());
         }
         let mut arguments: Vec<*mut c_void> = Vec::new();
         arguments.extend(self.addresses.iter_mut().map(|at| ptr::from_mut(at).cast::<c_void>()));
         arguments.extend(self.numbers.iter_mut().map(|n| ptr::from_mut(n).cast::<c_void>()));
-        arguments.extend(scale.iter_mut().map(|scale| ptr::from_mut(scale).cast::<c_void>()));
+        arguments.push(ptr::from_mut(&mut pitches).cast());
+        arguments.push(ptr::from_mut(&mut scale).cast());
         let [x, y, z] = self.grid.map(|n| number(self.gpu, n).map(i32::unsigned_abs));
         let (groups, threads) = ((x?, y?, z?), (number(self.gpu, self.threads)?.unsigned_abs(), 1, 1));
         let shared = number(self.gpu, self.shared)?.unsigned_abs();
@@ -279,6 +281,15 @@ impl<'a> Launch<'a> {
             unsafe { result::launch_kernel(function.cu_function(), groups, threads, shared, stream, &mut arguments) };
         Ok(launched.w()?)
     }
+}
+
+/// The kernels' `Pitches`, of `[q, k, v, out]` and in the backward `[dout, dq, dk, dv]`; [`Launch::tensors`] refuses what has none.
+fn pitches(tensors: &[&Tensor]) -> [u32; 8] {
+    let mut all = [0; 8];
+    for (to, tensor) in all.iter_mut().zip(tensors) {
+        *to = pitch(tensor).and_then(|pitch| u32::try_from(pitch).ok()).unwrap_or_default();
+    }
+    all
 }
 
 /// A number as the kernels take it.

@@ -1,10 +1,14 @@
 //! Attention on a GPU: on its matrix units where it has a kernel for the dtype and the head's width, else by the plain kernels.
 
 use candle_core::{DType, Tensor};
-use pmetal_metal::{AttentionRows, Gpu, Grid, empty, kernels};
+use pmetal_metal::{AttentionRows, Gpu, Grid, empty, kernels, pitch, pitches};
 
 use super::{AttentionSpec, OP, Rows};
-use crate::{Error, Result, place::is_off};
+use crate::{
+    Error, Result,
+    place::is_off,
+    rows::{GradPlace, empty_rows},
+};
 
 /// Operation whose switching off leaves the matrix units out.
 const MATRIX: &str = "attention_matrix";
@@ -19,7 +23,19 @@ const ENOUGH_GROUPS: usize = 512;
 /// Keys of a row from which few queries share them between several threadgroups.
 const SPLIT_FROM: usize = 512;
 
-/// The result, and what backward needs: of the matrix units a vector, of the plain kernels the log-sum-exp `[tokens, heads]`.
+/// Whether a tensor's rows begin where kernels read and write several elements at a time.
+fn is_aligned(tensor: &Tensor) -> bool {
+    let start = tensor.storage_and_layout().1.start_offset();
+    pitch(tensor).is_some_and(|pitch| pitch.is_multiple_of(8) && start.is_multiple_of(8))
+}
+
+/// The tensor, or a contiguous copy where kernels cannot read it as it lies.
+pub(super) fn readable(tensor: &Tensor) -> Result<Tensor> {
+    Ok(if is_aligned(tensor) { tensor.clone() } else { tensor.contiguous()? })
+}
+
+/// The result `[tokens, heads * head_dim]` with what is free behind each row, and what backward needs: of the matrix units a vector, of
+/// the plain kernels the log-sum-exp `[tokens, heads]`.
 pub(super) fn forward(
     gpu: &dyn Gpu,
     q: &Tensor,
@@ -27,32 +43,56 @@ pub(super) fn forward(
     v: &Tensor,
     rows: &Rows,
     spec: &AttentionSpec,
+    spare: usize,
 ) -> Result<Vec<Tensor>> {
     let (device, rows) = (q.device(), rows.on(q.device())?);
-    let out = empty(q.shape(), q.dtype(), device)?;
+    let (tokens, width) = q.dims2()?;
+    let room = empty_rows(tokens, width, spare, q.dtype(), device)?;
+    let out = room.rows;
     if !is_off(MATRIX)
         && rows.max_q_len > 1
+        && (is_aligned(&out) || out.is_contiguous())
         && let Some(stats) = gpu.attention_forward(q, k, v, &out, &rows, spec)?
     {
-        return Ok(vec![out, stats.flatten_all()?]);
+        return Ok(vec![room.parent, stats.flatten_all()?]);
     }
     if spec.head_dim > MAX_WIDTH {
         return Err(Error::operand(OP, "head_dim", format!("at most {MAX_WIDTH}"), spec.head_dim));
     }
-    let lse = empty((q.dim(0)?, spec.heads), DType::F32, device)?;
+    let lse = empty((tokens, spec.heads), DType::F32, device)?;
     let grid = Grid { groups: [rows.max_q_len, spec.heads, rows.rows], threads: THREADS };
     let splits = splits(&rows, spec);
     if splits > 1 {
         split(gpu, [q, k, v], &out, &lse, &rows, spec, splits)?;
     } else {
-        kernels::attention_plain(gpu, q.dtype(), grid, q, k, v, &rows.table, &out, &lse, params_of(spec))?;
+        let params = params_of([q, k, v, &out], None, spec)?;
+        kernels::attention_plain(gpu, q.dtype(), grid, q, k, v, &rows.table, &out, &lse, params)?;
     }
-    Ok(vec![out, lse])
+    Ok(vec![room.parent, lse])
 }
 
-fn params_of(spec: &AttentionSpec) -> kernels::AttentionParams {
-    let AttentionSpec { heads, kv_heads, head_dim, scale } = *spec;
-    kernels::AttentionParams { heads: heads as u32, kv_heads: kv_heads as u32, d: head_dim as u32, scale }
+/// Of `[q, k, v, out]`, and in the backward `[dout, dq, dk, dv]`.
+fn params_of(
+    forward: [&Tensor; 4],
+    backward: Option<[&Tensor; 4]>,
+    spec: &AttentionSpec,
+) -> Result<kernels::AttentionParams> {
+    let [q_pitch, k_pitch, v_pitch, out_pitch] = pitches(forward)?;
+    let [dout_pitch, dq_pitch, dk_pitch, dv_pitch] = backward.map_or(Ok([0; 4]), pitches)?;
+    Ok(kernels::AttentionParams {
+        heads: spec.heads as u32,
+        kv_heads: spec.kv_heads as u32,
+        d: spec.head_dim as u32,
+        scale: spec.scale,
+        q_pitch,
+        k_pitch,
+        v_pitch,
+        out_pitch,
+        dout_pitch,
+        dq_pitch,
+        dk_pitch,
+        dv_pitch,
+    })
 }
 
 /// Parts of the keys, so that decoding a long row keeps a GPU busy.
@@ -73,7 +113,8 @@ fn split(
     spec: &AttentionSpec,
     splits: usize,
 ) -> Result<()> {
-    let (tokens, heads, d) = q.dims3()?;
+    let (tokens, heads, d) = (q.dim(0)?, spec.heads, spec.head_dim);
+    let [q_pitch, k_pitch, v_pitch, out_pitch] = pitches([q, k, v, out])?;
     let partial = empty((splits, tokens, heads, d), DType::F32, q.device())?;
     let partial_lse = empty((splits, tokens, heads), DType::F32, q.device())?;
     let grid = Grid { groups: [rows.max_q_len * splits, heads, rows.rows], threads: THREADS };
@@ -84,33 +125,44 @@ fn split(
         kv_heads: spec.kv_heads as u32,
         d: d as u32,
         scale: spec.scale,
+        q_pitch,
+        k_pitch,
+        v_pitch,
     };
     kernels::attention_plain_split(gpu, q.dtype(), grid, q, k, v, &rows.table, &partial, &partial_lse, params)?;
-    let params = kernels::MergeParams { places: (tokens * heads) as u32, d: d as u32, splits: splits as u32 };
+    let places = (tokens * heads) as u32;
+    let params = kernels::MergeParams { places, heads: heads as u32, d: d as u32, splits: splits as u32, out_pitch };
     let grid = Grid::line(tokens * heads, 128);
     Ok(kernels::attention_plain_merge(gpu, q.dtype(), grid, &partial, &partial_lse, out, lse, params)?)
 }
 
-/// The gradients of q, k and v.
+/// The gradients of q, k and v, each where `places` say.
+#[allow(clippy::too_many_arguments, reason = "what the formula needs")]
 pub(super) fn backward(
     gpu: &dyn Gpu,
     dout: &Tensor,
     [q, k, v]: [&Tensor; 3],
     out: &Tensor,
     stats: &Tensor,
+    places: &[GradPlace; 3],
     rows: &Rows,
     spec: &AttentionSpec,
 ) -> Result<[Tensor; 3]> {
     let (dtype, device, rows) = (q.dtype(), q.device(), rows.on(q.device())?);
+    let on_matrices = stats.rank() == 1;
+    let fresh = |t: &Tensor, place: &GradPlace| {
+        let placed = place.empty(t.dims2()?, dtype, device)?;
+        let fits = !on_matrices || is_aligned(&placed) || placed.is_contiguous();
+        Ok::<_, Error>(if fits { placed } else { empty(t.shape(), dtype, device)? })
+    };
     // keys that no row reads, as in a cache, get no gradient
-    let like =
-        |t: &Tensor| if rows.packed { Ok(empty(t.shape(), dtype, device)?) } else { Ok::<_, Error>(t.zeros_like()?) };
-    let (dq, dk, dv) = (empty(q.shape(), dtype, device)?, like(k)?, like(v)?);
-    if stats.rank() == 1 {
+    let of_keys = |t: &Tensor, place| if rows.packed { fresh(t, place) } else { Ok(t.zeros_like()?) };
+    let (dq, dk, dv) = (fresh(q, &places[0])?, of_keys(k, &places[1])?, of_keys(v, &places[2])?);
+    if on_matrices {
         gpu.attention_backward(dout, [q, k, v], out, stats, [&dq, &dk, &dv], &rows, spec)?;
         return Ok([dq, dk, dv]);
     }
-    let params = params_of(spec);
+    let params = params_of([q, k, v, out], Some([dout, &dq, &dk, &dv]), spec)?;
     let delta = empty(stats.shape(), DType::F32, device)?;
     let grid = Grid { groups: [rows.max_q_len, spec.heads, rows.rows], threads: THREADS };
     kernels::attention_plain_dq(gpu, dtype, grid, dout, q, k, v, out, stats, &rows.table, &dq, &delta, params)?;

@@ -106,8 +106,9 @@ impl Rows {
     }
 }
 
-/// Attention of `q [tokens, heads, head_dim]` over `k` and `v [kv_tokens, kv_heads, head_dim]`; returns `[tokens, heads, head_dim]`.
-pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSpec) -> Result<Value> {
+/// Attention of `q [tokens, heads * head_dim]` over `k` and `v [kv_tokens, kv_heads * head_dim]`; returns `[tokens, heads * head_dim]`, on a
+/// GPU with `spare` free columns behind each row.
+pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSpec, spare: usize) -> Result<Value> {
     let _span = profile::span(OP);
     check(q.tensor(), k.tensor(), v.tensor(), rows, &spec)?;
     let rows = rows.clone();
@@ -115,29 +116,38 @@ pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSp
     if let Place::Reference = place {
         return Ok(one(composite(&[q, k, v], move |t| Ok(vec![reference(&t[0], &t[1], &t[2], &rows, &spec)?]))?));
     }
-    let (q_t, k_t, v_t) = (q.tensor().contiguous()?, k.tensor().contiguous()?, v.tensor().contiguous()?);
+    let readable = |x: &Value| match place {
+        Place::Gpu(_) => gpu::readable(x.tensor()),
+        _ => Ok(x.tensor().contiguous()?),
+    };
+    let (q_t, k_t, v_t) = (readable(q)?, readable(k)?, readable(v)?);
     // a product of every query with the keys it sees: scores and values here, those again and their gradients on the way back
     let product = 2.0 * (rows.pairs() * spec.heads * spec.head_dim) as f64;
     profile::work(|| 2.0 * product);
     let compute = || match &place {
-        Place::Gpu(gpu) => gpu::forward(&**gpu, &q_t, &k_t, &v_t, &rows, &spec),
+        Place::Gpu(gpu) => gpu::forward(&**gpu, &q_t, &k_t, &v_t, &rows, &spec, spare),
         _ => cpu::forward(&q_t, &k_t, &v_t, &rows, &spec),
     };
     let mut results = keep(OP, compute)?.into_iter();
-    let (Some(out), Some(stats)) = (results.next(), results.next()) else {
+    let (Some(parent), Some(stats)) = (results.next(), results.next()) else {
         return Err(Error::Lengths { op: OP, reason: "a kept result is missing".into() });
     };
+    let out = parent.narrow(1, 0, spec.heads * spec.head_dim)?;
     let saved = out.clone();
-    Ok(one(Value::record(vec![out], &[q, k, v], move |grads| {
+    let grad_places = [q, k, v].map(Value::grad_place);
+    let value = one(Value::record(vec![out], &[q, k, v], move |grads| {
         profile::work(|| 5.0 * product);
-        let dout = only(grads, OP)?.contiguous()?;
+        let dout = only(grads, OP)?;
         let qkv = [&q_t, &k_t, &v_t];
         let [dq, dk, dv] = match &place {
-            Place::Gpu(gpu) => gpu::backward(&**gpu, &dout, qkv, &saved, &stats, &rows, &spec)?,
-            _ => cpu::backward(&dout, qkv, &saved, &stats, &rows, &spec)?,
+            Place::Gpu(gpu) => {
+                gpu::backward(&**gpu, &gpu::readable(&dout)?, qkv, &saved, &stats, &grad_places, &rows, &spec)?
+            }
+            _ => cpu::backward(&dout.contiguous()?, qkv, &saved, &stats, &rows, &spec)?,
         };
         Ok(vec![Some(dq), Some(dk), Some(dv)])
-    })))
+    }));
+    Ok(if parent.dims() == value.tensor().dims() { value } else { value.with_spare(parent) })
 }
 
 fn check(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) -> Result<()> {
@@ -145,8 +155,8 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) 
     for (what, t, len, heads) in
         [("q", q, tokens, spec.heads), ("k", k, keys, spec.kv_heads), ("v", v, keys, spec.kv_heads)]
     {
-        if t.dims() != [len, heads, spec.head_dim] {
-            return Err(Error::operand(OP, what, [len, heads, spec.head_dim], t.dims()));
+        if t.dims() != [len, heads * spec.head_dim] {
+            return Err(Error::operand(OP, what, [len, heads * spec.head_dim], t.dims()));
         }
         if t.dtype() != q.dtype() {
             return Err(Error::operand(OP, what, q.dtype(), t.dtype()));
@@ -163,6 +173,8 @@ fn reference(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSp
     let wide = if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let group = spec.heads / spec.kv_heads;
     let mut outs = Vec::new();
+    let heads_of = |t: &Tensor, heads: usize| t.reshape((t.dim(0)?, heads, spec.head_dim));
+    let (q, k, v) = (heads_of(q, spec.heads)?, heads_of(k, spec.kv_heads)?, heads_of(v, spec.kv_heads)?);
     for s in rows.segments() {
         // [heads, len, head_dim]; each key head repeated for its group of query heads
         let q = q.narrow(0, s.q_start, s.q_len)?.to_dtype(wide)?.transpose(0, 1)?.contiguous()?;
@@ -170,7 +182,7 @@ fn reference(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSp
             let t = t.narrow(0, s.kv_start, s.kv_len)?.to_dtype(wide)?.transpose(0, 1)?.unsqueeze(1)?;
             t.expand((spec.kv_heads, group, s.kv_len, spec.head_dim))?.reshape((spec.heads, s.kv_len, spec.head_dim))
         };
-        let (k, v) = (spread(k)?, spread(v)?);
+        let (k, v) = (spread(&k)?, spread(&v)?);
         let mask: Vec<f32> = (0..s.q_len)
             .flat_map(|i| (0..s.kv_len).map(move |j| if j <= s.kv_len - s.q_len + i { 0.0 } else { f32::NEG_INFINITY }))
             .collect();
@@ -181,13 +193,17 @@ fn reference(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSp
         let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
         outs.push(weights.matmul(&v.contiguous()?)?.transpose(0, 1)?);
     }
-    Tensor::cat(&outs, 0)?.to_dtype(q.dtype())
+    Tensor::cat(&outs, 0)?.flatten_from(1)?.to_dtype(q.dtype())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, check_op, random};
+    use crate::{
+        autograd::gradients,
+        rows::GradRows,
+        testing::{assert_close, check_op, emulated, random},
+    };
 
     const SPEC: AttentionSpec = AttentionSpec { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.4 };
 
@@ -196,28 +212,75 @@ mod tests {
         let rows = Rows::packed(&[3, 1, 5]);
         let reference_rows = rows.clone();
         check_op(
-            &[random(&[9, 4, 6], 1), random(&[9, 2, 6], 2), random(&[9, 2, 6], 3)],
+            &[random(&[9, 24], 1), random(&[9, 12], 2), random(&[9, 12], 3)],
             move |t| Ok(vec![reference(&t[0], &t[1], &t[2], &reference_rows, &SPEC)?]),
-            |v| Ok(vec![attention(&v[0], &v[1], &v[2], &rows, SPEC)?]),
+            |v| Ok(vec![attention(&v[0], &v[1], &v[2], &rows, SPEC, 5)?]),
         );
     }
 
     #[test]
     fn a_cached_row_continues_where_it_stopped() {
         let (capacity, kv_len) = (8, 7);
-        let [k, v] = [2, 3].map(|seed| random(&[2 * capacity, 2, 6], seed).to_dtype(DType::F32).unwrap());
-        let q = random(&[3, 4, 6], 1).to_dtype(DType::F32).unwrap();
+        let [k, v] = [2, 3].map(|seed| random(&[2 * capacity, 12], seed).to_dtype(DType::F32).unwrap());
+        let q = random(&[3, 24], 1).to_dtype(DType::F32).unwrap();
         let rows = Rows::cached(&[2, 1], &[5, kv_len], capacity);
         let want = reference(&q, &k, &v, &rows, &SPEC).unwrap();
         let [q, k, v] = [q, k, v].map(Value::constant);
-        let got = attention(&q, &k, &v, &rows, SPEC).unwrap();
+        let got = attention(&q, &k, &v, &rows, SPEC, 0).unwrap();
         assert_close(&want, got.tensor(), 1e-5, "cached");
+    }
+
+    /// Column ranges of one tensor in, free columns behind the result, gradients side by side: by the plain kernels (heads of 6) and on
+    /// matrix units (heads of 8), which want rows to begin at multiples of 8.
+    #[test]
+    fn ranges_of_wider_rows() {
+        for (head_dim, spare) in [(6, 3), (8, 16), (8, 3)] {
+            emulated(|| ranges(head_dim, spare));
+        }
+    }
+
+    fn ranges(head_dim: usize, spare: usize) {
+        let spec = AttentionSpec { head_dim, ..SPEC };
+        let (rows, tokens) = (Rows::packed(&[3, 1, 5]), 9);
+        let widths = [4, 2, 2].map(|heads| heads * head_dim);
+        let starts = [0, widths[0], widths[0] + widths[1]];
+        let total: usize = widths.iter().sum();
+        let joint = random(&[tokens, total + spare], 1).to_dtype(DType::F32).unwrap();
+        let grads = GradRows::new(tokens, total + spare);
+        let leaves = [0, 1, 2].map(|i| {
+            let range = joint.narrow(1, starts[i], widths[i]).unwrap();
+            Value::variable(range).with_grad_place(grads.place(starts[i]))
+        });
+        let parent = grads.parent(DType::F32, &Device::Cpu).unwrap();
+        parent.slice_set(&Tensor::full(7f32, parent.shape(), &Device::Cpu).unwrap(), 0, 0).unwrap();
+        let dout = random(&[tokens, widths[0]], 2).to_dtype(DType::F32).unwrap();
+
+        let y = attention(&leaves[0], &leaves[1], &leaves[2], &rows, spec, spare).unwrap();
+        assert_eq!(y.spare().unwrap().dims(), [tokens, widths[0] + spare]);
+        let got = gradients(vec![(y.clone(), dout.clone())], &leaves.each_ref()).unwrap();
+        let reference_rows = rows.clone();
+        let inputs = leaves.each_ref().map(|leaf| Value::variable(leaf.tensor().to_dtype(DType::F64).unwrap()));
+        let of_reference =
+            composite(&inputs.each_ref(), move |t| Ok(vec![reference(&t[0], &t[1], &t[2], &reference_rows, &spec)?]));
+        let want_y = one(of_reference.unwrap());
+        assert_close(want_y.tensor(), y.tensor(), 1e-5, "out");
+        let dout = dout.to_dtype(DType::F64).unwrap();
+        let want = gradients(vec![(want_y, dout)], &inputs.each_ref()).unwrap();
+        for i in 0..3 {
+            let (want, got) = (want[i].as_ref().unwrap(), got[i].as_ref().unwrap());
+            assert_close(want, got, 1e-5, "gradient");
+            if (total + spare) % 8 == 0 || head_dim == 6 {
+                assert_close(want, &parent.narrow(1, starts[i], widths[i]).unwrap(), 1e-5, "gradient in its place");
+            }
+        }
+        let rest = parent.narrow(1, total, spare).unwrap().flatten_all().unwrap();
+        assert!(rest.to_vec1::<f32>().unwrap().iter().all(|&x| x == 7.0), "columns of others stay");
     }
 
     #[test]
     fn rows_that_do_not_add_up_are_refused() {
-        let [q, k, v] = [(4, 1), (2, 2), (2, 3)].map(|(h, s)| Value::constant(random(&[5, h, 6], s)));
-        assert!(attention(&q, &k, &v, &Rows::packed(&[3, 3]), SPEC).is_err());
-        assert!(attention(&q, &k, &v, &Rows::packed(&[4]), SPEC).is_err());
+        let [q, k, v] = [(4, 1), (2, 2), (2, 3)].map(|(h, s)| Value::constant(random(&[5, h * 6], s)));
+        assert!(attention(&q, &k, &v, &Rows::packed(&[3, 3]), SPEC, 0).is_err());
+        assert!(attention(&q, &k, &v, &Rows::packed(&[4]), SPEC, 0).is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! Attention over packed rows as graphs of primitive operations: what cuDNN recognises as one fused kernel.
 //!
-//! Each row `b` has `q`, `k`, `v` of shape `[heads, length_b, d]`, somewhere in tensors of tokens. With `s = scale · q·kᵀ`, causal:
+//! Each row `b` has `q`, `k`, `v` of shape `[heads, length_b, d]`, somewhere in tensors of tokens, whose rows may have a pitch. With `s = scale · q·kᵀ`, causal:
 //! `stats = log Σ exp s`, `p = exp(s − stats)`, `out = p·v`; backward `dv = pᵀ·dout`, `ds = p · (dout·vᵀ − Σ dout·out) · scale`,
 //! `dq = ds·k`, `dk = dsᵀ·q`. A key head's gradients are the sums over the query heads that share it.
 
@@ -27,7 +27,20 @@ pub(super) struct Shape {
     pub(super) number: Number,
     /// Whether the backward adds up in a fixed order.
     pub(super) deterministic: bool,
+    pub(super) pitches: Pitches,
 }
+
+/// Elements from one token of a tensor to the next; gradients are contiguous.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Pitches {
+    pub(super) q: usize,
+    pub(super) k: usize,
+    pub(super) v: usize,
+    pub(super) out: usize,
+}
+
+/// How many [`Shape::widths`] there are.
+pub(super) const WIDTHS: usize = 7;
 
 /// What a plan wants a pointer to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,10 +55,8 @@ pub(super) enum Slot {
     Dv,
     /// f32 `[tokens, heads]`.
     Stats,
-    /// i64 `[rows + 1]`: where rows begin in tensors of `heads` heads, of `kv_heads`, and in the statistics.
-    QueryOffsets,
-    KeyOffsets,
-    StatsOffsets,
+    /// i64 `[rows + 1]`: where rows begin in a tensor with so many elements to a token.
+    Offsets(usize),
     /// i32 `[rows]`.
     Lengths,
     /// Scratch: f32 `[tokens, heads, d]`, f32 `[tokens, heads]`, and two of the numbers' dtype `[tokens, heads, d]`.
@@ -153,9 +164,15 @@ impl Shape {
     }
 
     /// A tensor of tokens with `heads` heads of width `width`, seen row by row.
-    const fn tokens(&self, heads: i64, width: i64) -> Layout {
+    const fn tokens(&self, heads: i64, width: i64, pitch: i64) -> Layout {
         let [b, s, ..] = self.sizes();
-        Layout { dims: [b, heads, s, width], strides: [s * heads * width, width, heads * width, 1] }
+        Layout { dims: [b, heads, s, width], strides: [s * pitch, width, pitch, 1] }
+    }
+
+    /// The widths of all [`Slot::Offsets`].
+    pub(super) const fn widths(&self) -> [usize; WIDTHS] {
+        let Pitches { q, k, v, out } = self.pitches;
+        [q, k, v, out, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.heads]
     }
 }
 
@@ -188,35 +205,43 @@ impl Draft {
         Layout::plain([b, h, s, 1])
     }
 
-    /// Heads, width, dtype and offsets of a slot's tensor.
-    const fn form(&self, slot: Slot) -> (i64, i64, Number, Slot) {
-        let [_, _, heads, kv_heads, d] = self.shape.sizes();
+    /// Dtype, layout and offsets of a slot's tensor.
+    fn form(&self, slot: Slot) -> (Number, Layout, usize) {
+        let (shape, Pitches { q, k, v, out }) = (&self.shape, self.shape.pitches);
+        let ([_, _, heads, kv_heads, d], number) = (shape.sizes(), shape.number);
+        let (queries, keys) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let of_queries = |number, pitch: usize| (number, shape.tokens(heads, d, pitch as i64), pitch);
+        let of_keys = |pitch: usize| (number, shape.tokens(kv_heads, d, pitch as i64), pitch);
         match slot {
-            Slot::K | Slot::V | Slot::Dk | Slot::Dv => (kv_heads, d, self.shape.number, Slot::KeyOffsets),
+            Slot::K => of_keys(k),
+            Slot::V => of_keys(v),
+            Slot::Dk | Slot::Dv => of_keys(keys),
             // its offsets are those of the sums over it, which have fewer heads
-            Slot::DkHeads | Slot::DvHeads => (heads, d, self.shape.number, Slot::KeyOffsets),
-            Slot::Stats | Slot::RowSum => (heads, 1, Number::F32, Slot::StatsOffsets),
-            Slot::DqSum => (heads, d, Number::F32, Slot::QueryOffsets),
-            _ => (heads, d, self.shape.number, Slot::QueryOffsets),
+            Slot::DkHeads | Slot::DvHeads => (number, shape.tokens(heads, d, queries as i64), keys),
+            Slot::Stats | Slot::RowSum => (Number::F32, shape.tokens(heads, 1, heads), shape.heads),
+            Slot::DqSum => of_queries(Number::F32, queries),
+            Slot::Q => of_queries(number, q),
+            Slot::Out => of_queries(number, out),
+            _ => of_queries(number, queries),
         }
     }
 
-    fn offsets(&mut self, slot: Slot) -> Result<Node> {
+    fn offsets(&mut self, width: usize) -> Result<Node> {
         let node = self.graph.tensor(Number::I64, Layout::plain([self.shape.rows as i64 + 1, 1, 1, 1]), None)?;
-        self.slots.push((node, slot));
+        self.slots.push((node, Slot::Offsets(width)));
         Ok(node)
     }
 
     fn ragged(&mut self, slot: Slot) -> Result<Node> {
-        let (heads, width, number, offsets) = self.form(slot);
+        let (number, layout, offsets) = self.form(slot);
         let offsets = self.offsets(offsets)?;
-        self.provided(slot, number, self.shape.tokens(heads, width), offsets)
+        self.provided(slot, number, layout, offsets)
     }
 
     fn ragged_transposed(&mut self, slot: Slot) -> Result<Node> {
-        let (heads, width, number, offsets) = self.form(slot);
+        let (number, layout, offsets) = self.form(slot);
         let offsets = self.offsets(offsets)?;
-        self.provided(slot, number, self.shape.tokens(heads, width).transposed(), offsets)
+        self.provided(slot, number, layout.transposed(), offsets)
     }
 
     fn provided(&mut self, slot: Slot, number: Number, layout: Layout, offsets: Node) -> Result<Node> {
@@ -279,34 +304,32 @@ impl Draft {
         let (queries, keys) = (self.queries, self.keys);
         let turned = self.graph.reshaped(scores, self.shape.number, self.shape.scores().transposed())?;
         let lengths = [Some(keys), None, Some(queries)];
-        let (heads, width, number, offsets) = self.form(slot);
+        let (number, layout, offsets) = self.form(slot);
         let offsets = self.offsets(offsets)?;
         if self.shape.heads == self.shape.kv_heads {
-            let gradient = self.provided(slot, number, self.shape.tokens(heads, width), offsets)?;
+            let gradient = self.provided(slot, number, layout, offsets)?;
             return self.graph.matmul(turned, other, gradient, lengths);
         }
-        let (all, ..) = self.form(per_head);
-        let full = self.provided(per_head, number, self.shape.tokens(all, width), offsets)?;
+        let (_, all, _) = self.form(per_head);
+        let full = self.provided(per_head, number, all, offsets)?;
         self.graph.matmul(turned, other, full, lengths)?;
-        let gradient = self.provided(slot, number, self.shape.tokens(heads, width), offsets)?;
+        let gradient = self.provided(slot, number, layout, offsets)?;
         self.graph.reduce(Reduction::Add, full, gradient)
     }
 
     /// `ds · k`, added up in f32 by whoever comes first, or else in order through a matrix of scores in memory.
     fn query_gradient(&mut self, ds: Node, k_transposed: Node) -> Result<()> {
         let (queries, keys) = (self.queries, self.keys);
-        let (heads, width, ..) = self.form(Slot::K);
-        let k = self.graph.reshaped(k_transposed, Number::F32, self.shape.tokens(heads, width))?;
+        let (_, of_keys, _) = self.form(Slot::K);
+        let k = self.graph.reshaped(k_transposed, Number::F32, of_keys)?;
         let lengths = [Some(queries), None, Some(keys)];
         if self.shape.deterministic {
             let dq = self.ragged(Slot::Dq)?;
             return self.graph.matmul(ds, k, dq, lengths);
         }
-        let (heads, width, number, offsets) = self.form(Slot::Dq);
-        let offsets = self.offsets(offsets)?;
-        let sum = self.provided(Slot::DqSum, Number::F32, self.shape.tokens(heads, width), offsets)?;
+        let sum = self.ragged(Slot::DqSum)?;
         self.graph.matmul(ds, k, sum, lengths)?;
-        let dq = self.provided(Slot::Dq, number, self.shape.tokens(heads, width), offsets)?;
+        let dq = self.ragged(Slot::Dq)?;
         self.graph.pointwise_into(Pointwise::Identity, Number::F32, None, &[sum], dq)
     }
 }

@@ -16,11 +16,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use candle_core::{DType, Tensor};
-use pmetal_metal::{AttentionRows, AttentionSpec, Result, empty};
+use candle_core::{
+    DType, Tensor,
+    cuda_backend::{WrapErr, cudarc::driver::sys},
+};
+use pmetal_metal::{AttentionRows, AttentionSpec, Result, empty, pitch};
 
 use self::{
-    attention::{Attention, Shape, Slot},
+    attention::{Attention, Pitches, Shape, Slot},
     graph::Number,
     library::Library,
     rows::{Offsets, Rows},
@@ -75,7 +78,7 @@ impl Cudnn {
     }
 
     /// Fills `out` and returns the statistics, f32 `[tokens, heads]`; none where cuDNN does not serve. Tokens in no row stay as they
-    /// are. All tensors are contiguous and begin at multiples of 16 bytes. The first call of a shape makes its plans, which takes up to
+    /// are. Tensors are as [`pmetal_metal::Gpu::attention_forward`] says. The first call of a shape makes its plans, which takes up to
     /// two seconds, mostly once for a head's width and dtype, and must not happen inside a capture.
     ///
     /// # Errors
@@ -88,7 +91,7 @@ impl Cudnn {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<Option<Tensor>> {
-        let Some(shape) = self.shape(q.dtype(), rows, spec) else { return Ok(None) };
+        let Some(shape) = self.shape([q, k, v, out], rows, spec) else { return Ok(None) };
         let mut state = self.state();
         let Some([plan, _]) = state.plans(shape) else { return Ok(None) };
         let stats = empty((q.dim(0)?, spec.heads), DType::F32, q.device())?;
@@ -114,10 +117,15 @@ impl Cudnn {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<bool> {
-        let Some(shape) = self.shape(q.dtype(), rows, spec) else { return Ok(false) };
+        let Some(shape) = self.shape([q, k, v, out], rows, spec) else { return Ok(false) };
         let mut state = self.state();
         let Some([_, plan]) = state.plans(shape) else { return Ok(false) };
         let (all, device) = (q.shape(), q.device());
+        let dout = &dout.contiguous()?;
+        let places = [dq, dk, dv];
+        let contiguous =
+            |t: &Tensor| if t.is_contiguous() { Ok(t.clone()) } else { empty(t.shape(), t.dtype(), device) };
+        let [dq, dk, dv] = &[contiguous(dq)?, contiguous(dk)?, contiguous(dv)?];
         let row_sum = empty(stats.shape(), DType::F32, device)?;
         let mut tensors = vec![
             (Slot::Q, q),
@@ -142,6 +150,9 @@ impl Cudnn {
         tensors.extend(scratch.iter().map(|(slot, tensor)| (*slot, tensor)));
         let offsets = self.rows.offsets(gpu, rows, shape)?;
         run(gpu, plan, &tensors, &offsets, spec)?;
+        for (from, to) in [dq, dk, dv].into_iter().zip(places).filter(|(_, to)| !to.is_contiguous()) {
+            copy_rows(gpu, from, to)?;
+        }
         Ok(true)
     }
 
@@ -152,8 +163,8 @@ impl Cudnn {
 
     /// The shape whose plans serve; none where there are none for sure. Lengths and numbers of rows are rounded up by an eighth at
     /// most, as a rule: few plans serve all batches of a run, and what a plan has too much of ends at once.
-    fn shape(&self, dtype: DType, rows: &AttentionRows, spec: &AttentionSpec) -> Option<Shape> {
-        let number = match dtype {
+    fn shape(&self, [q, k, v, out]: [&Tensor; 4], rows: &AttentionRows, spec: &AttentionSpec) -> Option<Shape> {
+        let number = match q.dtype() {
             DType::BF16 => Number::Bf16,
             DType::F16 => Number::F16,
             _ => return None,
@@ -164,7 +175,8 @@ impl Cudnn {
             && spec.head_dim.is_multiple_of(16)
             && spec.kv_heads > 0
             && spec.heads.is_multiple_of(spec.kv_heads);
-        served.then(|| Shape {
+        let pitches = Pitches { q: pitch(q)?, k: pitch(k)?, v: pitch(v)?, out: pitch(out)? };
+        served.then_some(Shape {
             rows: rounded(rows.rows, 1),
             length: rounded(rows.max_q_len, 128),
             heads: spec.heads,
@@ -172,6 +184,7 @@ impl Cudnn {
             head_dim: spec.head_dim,
             number,
             deterministic: self.deterministic,
+            pitches,
         })
     }
 }
@@ -186,6 +199,32 @@ impl State {
         };
         self.plans.entry(shape).or_insert_with(make).as_ref()
     }
+}
+
+/// Copies a contiguous matrix into rows with a pitch.
+fn copy_rows(gpu: &CudaGpu, from: &Tensor, to: &Tensor) -> Result<()> {
+    let ((rows, width), size) = (from.dims2()?, from.dtype().size_in_bytes());
+    let copy = sys::CUDA_MEMCPY2D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        srcHost: ptr::null(),
+        srcDevice: gpu.address(from)?,
+        srcArray: ptr::null_mut(),
+        srcPitch: width * size,
+        dstXInBytes: 0,
+        dstY: 0,
+        dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        dstHost: ptr::null_mut(),
+        dstDevice: gpu.address(to)?,
+        dstArray: ptr::null_mut(),
+        dstPitch: pitch(to).unwrap_or(width) * size,
+        WidthInBytes: width * size,
+        Height: rows,
+    };
+    gpu.context.bind_to_thread().w()?;
+    // SAFETY: both are matrices of these rows in the device's memory; see `CudaGpu::address`.
+    Ok(unsafe { sys::cuMemcpy2DAsync_v2(&copy, gpu.stream.cu_stream()) }.result().w()?)
 }
 
 /// `n` up to a multiple of an eighth of the next power of two, or of `least`.

@@ -1,9 +1,11 @@
 // Where packed rows begin and how long they are, as cuDNN reads it.
 //
 // table [rows, 4]: first query, queries, first key, keys of each row. For slot s < slots, behind the last row as rows of length 0:
-// lengths [slots], and offsets [3, stride] of which the first slots + 1 count: the first token times each of three widths.
+// lengths [slots], and offsets [widths, stride] of which the first slots + 1 count: the first token times each of the widths.
+struct Widths { unsigned all[WIDTHS]; };
+
 extern "C" __global__ void packed_rows(const unsigned* table, int* lengths, long long* offsets, unsigned rows, unsigned slots,
-                                       unsigned stride, unsigned width_0, unsigned width_1, unsigned width_2) {
+                                       unsigned stride, Widths widths) {
     unsigned slot = blockIdx.x * blockDim.x + threadIdx.x;
     if (slot > slots) {
         return;
@@ -13,7 +15,8 @@ extern "C" __global__ void packed_rows(const unsigned* table, int* lengths, long
     if (slot < slots) {
         lengths[slot] = slot < rows ? row[1] : 0;
     }
-    offsets[slot] = token * width_0;
-    offsets[stride + slot] = token * width_1;
-    offsets[2 * stride + slot] = token * width_2;
+#pragma unroll
+    for (int i = 0; i < WIDTHS; i++) {
+        offsets[i * stride + slot] = token * widths.all[i];
+    }
 }

@@ -4,14 +4,14 @@ use candle_core::{
     DType, Tensor,
     cuda_backend::{
         WrapErr,
-        cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg, sys::CUdeviceptr},
+        cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg, sys::CUdeviceptr},
     },
 };
 use pmetal_metal::{AttentionRows, Error, Result, empty};
 
 use super::{
     super::CudaGpu,
-    attention::{Shape, Slot},
+    attention::{Shape, Slot, WIDTHS},
 };
 
 /// The kernel that lists them.
@@ -21,13 +21,21 @@ pub(super) struct Rows(CudaFunction);
 pub(super) struct Offsets {
     /// i32 `[rows]`.
     pub(super) lengths: Tensor,
-    /// i64 `[3, rows + 1 or more]`, in elements: of queries, of keys, of statistics.
+    /// i64 `[WIDTHS, rows + 1 or more]`, in elements: of each of the widths.
     offsets: Tensor,
+    widths: [usize; WIDTHS],
 }
+
+/// The kernel's argument of that name.
+#[repr(C)]
+struct Widths([u32; WIDTHS]);
+
+// SAFETY: as laid out as the kernel's.
+unsafe impl DeviceRepr for Widths {}
 
 impl Rows {
     pub(super) fn new(gpu: &CudaGpu) -> Result<Self> {
-        let module = gpu.compile("rows.cu", include_str!("rows.cu"), &[])?;
+        let module = gpu.compile("rows.cu", include_str!("rows.cu"), &[&format!("-DWIDTHS={WIDTHS}")])?;
         Ok(Self(module.load_function("packed_rows").w()?))
     }
 
@@ -35,26 +43,26 @@ impl Rows {
     pub(super) fn offsets(&self, gpu: &CudaGpu, rows: &AttentionRows, shape: Shape) -> Result<Offsets> {
         const THREADS: u32 = 128;
         let device = rows.table.device();
-        // each of the three begins at a multiple of 16 bytes
+        // each begins at a multiple of 16 bytes
         let stride = (shape.rows + 1).next_multiple_of(2);
         let lengths = empty(shape.rows, DType::I32, device)?;
-        let offsets = empty((3, stride), DType::I64, device)?;
+        let offsets = empty((WIDTHS, stride), DType::I64, device)?;
         let (table, lengths_at, offsets_at) =
             (gpu.address(&rows.table)?, gpu.address(&lengths)?, gpu.address(&offsets)?);
-        let widths = [shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.heads];
-        let numbers = [rows.rows, shape.rows, stride, widths[0], widths[1], widths[2]];
-        let numbers = numbers.map(u32::try_from);
-        let [Ok(count), Ok(slots), Ok(stride), Ok(queries), Ok(keys), Ok(stats)] = numbers else {
-            return Err(Error::Device { device: gpu.name(), reason: "an attention's shape is too large".into() });
-        };
+        let too_large = |_| Error::Device { device: gpu.name(), reason: "an attention's shape is too large".into() };
+        let number = |n: usize| u32::try_from(n).map_err(too_large);
+        let (count, slots, stride) = (number(rows.rows)?, number(shape.rows)?, number(stride)?);
+        let mut widths = Widths([0; WIDTHS]);
+        for (to, width) in widths.0.iter_mut().zip(shape.widths()) {
+            *to = number(width)?;
+        }
         let mut launch = gpu.stream.launch_builder(&self.0);
-        launch.arg(&table).arg(&lengths_at).arg(&offsets_at).arg(&count).arg(&slots).arg(&stride);
-        launch.arg(&queries).arg(&keys).arg(&stats);
+        launch.arg(&table).arg(&lengths_at).arg(&offsets_at).arg(&count).arg(&slots).arg(&stride).arg(&widths);
         let config =
             LaunchConfig { grid_dim: (slots / THREADS + 1, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
         // SAFETY: the arguments are those of the kernel's signature, and it writes no more than the tensors hold.
         unsafe { launch.launch(config) }.w()?;
-        Ok(Offsets { lengths, offsets })
+        Ok(Offsets { lengths, offsets, widths: shape.widths() })
     }
 }
 
@@ -62,8 +70,8 @@ impl Offsets {
     /// What a plan wants of them.
     pub(super) fn places(&self, gpu: &CudaGpu) -> Result<Vec<(Slot, CUdeviceptr)>> {
         let mut places = vec![(Slot::Lengths, gpu.address(&self.lengths)?)];
-        for (index, slot) in [Slot::QueryOffsets, Slot::KeyOffsets, Slot::StatsOffsets].into_iter().enumerate() {
-            places.push((slot, gpu.address(&self.offsets.get(index)?)?));
+        for (index, &width) in self.widths.iter().enumerate() {
+            places.push((Slot::Offsets(width), gpu.address(&self.offsets.get(index)?)?));
         }
         Ok(places)
     }
