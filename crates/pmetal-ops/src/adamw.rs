@@ -45,6 +45,8 @@ pub fn adamw(arena: &Arena, config: &AdamW, max_grad_norm: f64, loss: &Tensor) -
         Place::Reference => reference(arena, grads, config, max_grad_norm, loss)?,
     };
     arena.touch();
+    // gradients are read for their norm and again; parameters and moments are read and written
+    profile::moved(&[grads, grads, arena.state(), arena.state()]);
     arena.clear_grads();
     Ok(StepOutcome(outcome))
 }

@@ -46,8 +46,11 @@ pub fn gated_activation(activation: Activation, gate: &Value, up: &Value, spare:
     }
     let (gate_t, up_t) = (gate.tensor().contiguous()?, up.tensor().contiguous()?);
     let y = forward(activation, &gate_t, &up_t)?;
+    profile::moved(&[&gate_t, &up_t, &y]);
     Ok(one(Value::record(vec![y], &[gate, up], move |grads| {
-        let (dgate, dup) = backward(activation, &only(grads, OP)?.contiguous()?, &gate_t, &up_t)?;
+        let dy = only(grads, OP)?.contiguous()?;
+        let (dgate, dup) = backward(activation, &dy, &gate_t, &up_t)?;
+        profile::moved(&[&dy, &gate_t, &up_t, &dgate, &dup]);
         Ok(vec![Some(dgate), Some(dup)])
     })))
 }
@@ -55,9 +58,12 @@ pub fn gated_activation(activation: Activation, gate: &Value, up: &Value, spare:
 fn on_gpu(gpu: Arc<dyn Gpu>, activation: Activation, gate: &Value, up: &Value, spare: usize) -> Result<Value> {
     let (gate_t, up_t) = (readable(gate.tensor())?, readable(up.tensor())?);
     let y = forward_on_gpu(&*gpu, activation, &gate_t, &up_t, spare)?;
+    profile::moved(&[&gate_t, &up_t, &y.rows]);
     let places = [gate.grad_place(), up.grad_place()];
     let value = one(Value::record(vec![y.rows.clone()], &[gate, up], move |grads| {
-        let (dgate, dup) = backward_on_gpu(&*gpu, activation, &only(grads, OP)?, &gate_t, &up_t, &places)?;
+        let dy = only(grads, OP)?;
+        let (dgate, dup) = backward_on_gpu(&*gpu, activation, &dy, &gate_t, &up_t, &places)?;
+        profile::moved(&[&dy, &gate_t, &up_t, &dgate, &dup]);
         Ok(vec![Some(dgate), Some(dup)])
     }));
     Ok(y.attach(value))

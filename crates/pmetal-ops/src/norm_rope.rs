@@ -49,6 +49,7 @@ pub fn rms_norm_rope(x: &Value, weight: &Value, eps: f64, table: &RopeTable) -> 
             (x_t, y, rstd)
         }
     };
+    profile::moved(&[&x_t, &y]);
     let saved = Saved { x: x_t, weight: weight_t.contiguous()?, rstd, table, heads, grad_place: x.grad_place() };
     Ok(one(Value::record(vec![y], &[x, weight], move |grads| {
         let dy = only(grads, OP)?;
@@ -56,6 +57,7 @@ pub fn rms_norm_rope(x: &Value, weight: &Value, eps: f64, table: &RopeTable) -> 
             Place::Gpu(gpu) => backward_on_gpu(&**gpu, &readable(&dy)?, &saved, needs[1])?,
             _ => backward(&dy.contiguous()?, &saved, needs[1])?,
         };
+        profile::moved(&[&dy, &saved.x, &dx]);
         Ok(vec![needs[0].then_some(dx), dweight])
     })))
 }

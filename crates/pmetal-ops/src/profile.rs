@@ -72,7 +72,7 @@ pub struct Cost {
     pub time: Duration,
     /// Floating-point operations of its products; 0 where it has none.
     pub flops: f64,
-    /// Bytes that it must read and write at least, each once; 0 where it does not say.
+    /// Bytes that it must read and write at least; 0 where it does not say.
     pub bytes: f64,
 }
 
@@ -219,7 +219,7 @@ pub(crate) fn work(flops: impl FnOnce() -> f64) {
     });
 }
 
-/// Adds the bytes of tensors that the running operation reads or writes, all of each and once.
+/// Adds the bytes of tensors that the running operation reads or writes: each once for every time that it is named.
 pub(crate) fn moved(tensors: &[&Tensor]) {
     WATCH.with_borrow_mut(|watch| {
         if let Some(span) = watch.as_mut().and_then(Watch::innermost) {

@@ -44,6 +44,7 @@ pub fn rms_norm_beside(x: &Value, weight: &Value, eps: f64, spare: usize) -> Res
             return Ok((x.clone(), norm));
         }
     };
+    profile::moved(&[&x_t, &y]);
     let (needs, grad_place) = ([x.requires_grad(), weight.requires_grad()], x.grad_place());
     let mut outputs = Value::record(vec![x_t.clone(), y], &[x, weight], move |grads| {
         let mut grads = grads.into_iter();
@@ -87,6 +88,7 @@ pub fn add_rms_norm(x: &Value, residual: &Value, weight: &Value, eps: f64, spare
             return pair(&mut outputs.into_iter());
         }
     };
+    profile::moved(&[&x_t, &residual_t, &sum, &y]);
     let needs_weight = weight.requires_grad();
     let saved = Saved { x: sum.clone(), weight: weight_t, rstd, grad_place: x.grad_place() };
     let mut outputs = Value::record(vec![sum, y], &[x, residual, weight], move |grads| {
@@ -178,10 +180,13 @@ fn backward(
 ) -> Result<(Tensor, Option<Tensor>)> {
     let dy = operand(place, dy)?;
     let dsum = dsum.map(|dsum| operand(place, dsum)).transpose()?;
-    match place {
-        Place::Gpu(gpu) => backward_on_gpu(&**gpu, &dy, saved, dsum.as_ref(), needs_weight),
-        _ => backward_on_cpu(&dy, saved, dsum.as_ref(), needs_weight),
-    }
+    let (dx, dweight) = match place {
+        Place::Gpu(gpu) => backward_on_gpu(&**gpu, &dy, saved, dsum.as_ref(), needs_weight)?,
+        _ => backward_on_cpu(&dy, saved, dsum.as_ref(), needs_weight)?,
+    };
+    profile::moved(&[&dy, &saved.x, &dx]);
+    profile::moved(&dsum.iter().collect::<Vec<_>>());
+    Ok((dx, dweight))
 }
 
 fn backward_on_cpu(

@@ -225,12 +225,14 @@ pub(crate) fn turned_on_gpu(
     };
     let (angles, positions) = table.on(x.device())?;
     kernels::rope(gpu, x.dtype(), shares.grid, &x, &angles, &positions, &y, params)?;
+    profile::moved(&[&x, &y]);
     Ok(y)
 }
 
 fn turned_on_cpu(x: &Tensor, table: &RopeTable, heads: usize, inverse: bool) -> Result<Tensor> {
     let ((cos, sin), x) = (table.cos_and_sin(), x.contiguous()?);
     let view = View::of_tensor(&x, OP)?;
+    profile::moved(&[&x, &x]);
     for_dtype!(OP, x.dtype(), T => {
         let mut y = room::<T>(x.elem_count());
         pmetal_cpu::rope_into(view.slice::<T>()?, heads, table.head_dim(), cos, sin, inverse, &mut y);
