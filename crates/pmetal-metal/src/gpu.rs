@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-use crate::{Call, Error, LowRankBackward, LowRankMember, Marks, Result, low_rank, pitch};
+use crate::{Call, Error, LowRankBackward, LowRankMember, Marks, Result, low_rank_backward, low_rank_forward, pitch};
 
 /// A GPU, or what plays one.
 pub trait Gpu: Send + Sync {
@@ -18,7 +18,7 @@ pub trait Gpu: Send + Sync {
     /// # Errors
     /// Where the operands do not fit one another.
     fn low_rank_forward(&self, x: &Tensor, a: &Tensor, u: &Tensor, members: &[LowRankMember]) -> Result<()> {
-        low_rank::forward(self, x, a, u, members)
+        low_rank_forward(self, x, a, u, members)
     }
 
     /// The gradients of the members' adapters and of `u`: `du = scale * dy · b`, then `dA (+)= duᵀ · x` and `dB (+)= dyᵀ · u`.
@@ -26,7 +26,7 @@ pub trait Gpu: Send + Sync {
     /// # Errors
     /// Where the operands do not fit one another.
     fn low_rank_backward(&self, work: &LowRankBackward) -> Result<()> {
-        low_rank::backward(self, work)
+        low_rank_backward(self, work)
     }
 
     /// Attention on matrix units: fills `out` and returns what the backward needs beside it; none where this device has no such kernel

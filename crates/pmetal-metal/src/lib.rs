@@ -21,6 +21,6 @@ pub use attention::{attention_backward, attention_forward, pitches};
 pub use error::{Error, Result};
 pub use gpu::{AttentionRows, AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
 pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel, launches, pitch};
-pub use low_rank::{LowRankBackward, LowRankGradient, LowRankMember};
+pub use low_rank::{LowRankBackward, LowRankGradient, LowRankMember, low_rank_backward, low_rank_forward};
 pub use marks::{HostMarks, Marks};
 pub use metal::{exact, exact_zeros, gpu, open};

@@ -44,33 +44,53 @@ pub struct LowRankBackward<'a> {
     pub members: &'a [LowRankMember<'a>],
 }
 
-/// [`Gpu::low_rank_forward`] as a product for each member.
-pub(crate) fn forward<G: Gpu + ?Sized>(
+/// [`Gpu::low_rank_forward`] as a product for all members of one factor.
+///
+/// # Errors
+/// Where the operands do not fit one another.
+pub fn low_rank_forward<G: Gpu + ?Sized>(
     gpu: &G,
     x: &Tensor,
     a: &Tensor,
     u: &Tensor,
     members: &[LowRankMember],
 ) -> Result<()> {
-    members.iter().try_for_each(|member| {
-        let (a, u) = (&rows(a, &member.ranks)?, &columns(u, &member.ranks)?);
-        gpu.gemm(&Gemm { a: x, a_transposed: false, b: a, b_transposed: true, c: u, alpha: member.scale, beta: 0.0 })
+    joined(members).try_for_each(|(_, ranks, alpha)| {
+        let (a, u) = (&rows(a, &ranks)?, &columns(u, &ranks)?);
+        gpu.gemm(&Gemm { a: x, a_transposed: false, b: a, b_transposed: true, c: u, alpha, beta: 0.0 })
     })
 }
 
-/// [`Gpu::low_rank_backward`] as up to three products for each member.
-pub(crate) fn backward<G: Gpu + ?Sized>(gpu: &G, work: &LowRankBackward) -> Result<()> {
+/// [`Gpu::low_rank_backward`] as a product for `du` of all members of one factor, and one for each gradient of a parameter.
+///
+/// # Errors
+/// As for [`low_rank_forward`].
+pub fn low_rank_backward<G: Gpu + ?Sized>(gpu: &G, work: &LowRankBackward) -> Result<()> {
+    joined(work.members).try_for_each(|(outputs, ranks, alpha)| {
+        let (dy, du) = (&columns(work.dy, &outputs)?, &columns(work.du, &ranks)?);
+        let b = &columns(&rows(work.b, &outputs)?, &ranks)?;
+        gpu.gemm(&Gemm { a: dy, a_transposed: false, b, b_transposed: false, c: du, alpha, beta: 0.0 })
+    })?;
     work.members.iter().try_for_each(|member| {
-        let dy = &columns(work.dy, &member.outputs)?;
-        let (u, du) = (&columns(work.u, &member.ranks)?, &columns(work.du, &member.ranks)?);
-        let b = &columns(&rows(work.b, &member.outputs)?, &member.ranks)?;
-        let alpha = member.scale;
-        gpu.gemm(&Gemm { a: dy, a_transposed: false, b, b_transposed: false, c: du, alpha, beta: 0.0 })?;
+        let first = member.ranks.start;
         if let Some((db, fresh)) = member.db {
-            gradient(gpu, dy, &columns(u, &(0..db.dim(1)?))?, db, fresh)?;
+            let u = &columns(work.u, &(first..first + db.dim(1)?))?;
+            gradient(gpu, &columns(work.dy, &member.outputs)?, u, db, fresh)?;
         }
         let Some((da, fresh)) = member.da else { return Ok(()) };
-        gradient(gpu, &columns(du, &(0..da.dim(0)?))?, work.x, da, fresh)
+        gradient(gpu, &columns(work.du, &(first..first + da.dim(0)?))?, work.x, da, fresh)
+    })
+}
+
+/// Outputs, ranks and factor of members that one product computes: those next to one another that have the same factor. Between them `b` is
+/// zeros.
+fn joined<'a>(members: &'a [LowRankMember]) -> impl Iterator<Item = (Range<usize>, Range<usize>, f32)> + 'a {
+    let next = |a: &LowRankMember, b: &LowRankMember| {
+        a.scale == b.scale && a.ranks.end == b.ranks.start && a.outputs.end == b.outputs.start
+    };
+    members.chunk_by(next).filter_map(|chunk| {
+        let (first, last) = (chunk.first()?, chunk.last()?);
+        Some((first.outputs.start..last.outputs.end, first.ranks.start..last.ranks.end, first.scale))
     })
 }
 
