@@ -18,6 +18,7 @@ const OP: &str = "logits";
 pub fn logits(hidden: &Tensor, weight: &Weight) -> Result<Tensor> {
     let _span = profile::span(OP);
     profile::work(|| 2.0 * (hidden.elem_count() * weight.shape().dims().first().copied().unwrap_or(0)) as f64);
+    profile::traffic(|| weight.size_in_bytes() as f64);
     match place(hidden, OP)? {
         Place::Cpu => on_cpu(&hidden.contiguous()?, weight),
         Place::Gpu(gpu) => {

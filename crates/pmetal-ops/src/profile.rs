@@ -221,9 +221,14 @@ pub(crate) fn work(flops: impl FnOnce() -> f64) {
 
 /// Adds the bytes of tensors that the running operation reads or writes: each once for every time that it is named.
 pub(crate) fn moved(tensors: &[&Tensor]) {
+    traffic(|| tensors.iter().map(|t| (t.elem_count() * t.dtype().size_in_bytes()) as f64).sum());
+}
+
+/// Adds bytes that the running operation reads or writes; `bytes` is asked only on a watched thread.
+pub(crate) fn traffic(bytes: impl FnOnce() -> f64) {
     WATCH.with_borrow_mut(|watch| {
         if let Some(span) = watch.as_mut().and_then(Watch::innermost) {
-            span.bytes += tensors.iter().map(|t| (t.elem_count() * t.dtype().size_in_bytes()) as f64).sum::<f64>();
+            span.bytes += bytes();
         }
     });
 }
@@ -301,6 +306,7 @@ mod tests {
         assert!(!watching());
         drop(span("unseen"));
         work(|| unreachable!("nobody watches"));
+        traffic(|| unreachable!("nobody watches"));
         assert!(finish().unwrap().ops.is_empty());
     }
 }

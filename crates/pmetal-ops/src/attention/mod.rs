@@ -70,6 +70,11 @@ impl Rows {
         self.segments().iter().map(|s| s.q_len * s.kv_len - s.q_len * s.q_len.saturating_sub(1) / 2).sum()
     }
 
+    /// Keys of all rows.
+    fn keys(&self) -> usize {
+        self.segments().iter().map(|s| s.kv_len).sum()
+    }
+
     /// The rows as kernels of a GPU read them.
     fn on(&self, device: &Device) -> Result<AttentionRows> {
         if let Some(sent) = self.0.sent.get().filter(|sent| sent.table.device().same_device(device)) {
@@ -123,10 +128,16 @@ pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSp
     let (q_t, k_t, v_t) = (readable(q)?, readable(k)?, readable(v)?);
     // a product of every query with the keys it sees: scores and values here, those again and their gradients on the way back
     let product = 2.0 * (rows.pairs() * spec.heads * spec.head_dim) as f64;
-    profile::work(|| 2.0 * product);
-    let compute = || match &place {
-        Place::Gpu(gpu) => gpu::forward(&**gpu, &q_t, &k_t, &v_t, &rows, &spec, spare),
-        _ => cpu::forward(&q_t, &k_t, &v_t, &rows, &spec),
+    // queries and results, keys and values; on the way back those and the gradient of each
+    let keys = rows.keys() * spec.kv_heads * spec.head_dim;
+    let bytes = (2 * (q_t.elem_count() + keys) * q_t.dtype().size_in_bytes()) as f64;
+    let compute = || {
+        profile::work(|| 2.0 * product);
+        profile::traffic(|| bytes);
+        match &place {
+            Place::Gpu(gpu) => gpu::forward(&**gpu, &q_t, &k_t, &v_t, &rows, &spec, spare),
+            _ => cpu::forward(&q_t, &k_t, &v_t, &rows, &spec),
+        }
     };
     let mut results = keep(OP, compute)?.into_iter();
     let (Some(parent), Some(stats)) = (results.next(), results.next()) else {
@@ -137,6 +148,7 @@ pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSp
     let grad_places = [q, k, v].map(Value::grad_place);
     let value = one(Value::record(vec![out], &[q, k, v], move |grads| {
         profile::work(|| 5.0 * product);
+        profile::traffic(|| 2.0 * bytes);
         let dout = only(grads, OP)?;
         let qkv = [&q_t, &k_t, &v_t];
         let [dq, dk, dv] = match &place {

@@ -10,7 +10,7 @@ mod reference;
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::{
     Error, Result, Value, Weight,
@@ -124,6 +124,7 @@ impl LinearGroup {
         let (tokens, width) = x.tensor().dims2()?;
         let _span = profile::span((OP, [width, self.members.iter().map(LinearMember::out_features).sum()]));
         profile::work(|| self.flops(tokens));
+        profile::traffic(|| self.bytes(tokens, x.tensor().dtype()));
         match place(x.tensor(), OP)? {
             Place::Cpu => self.by_kernels(
                 x,
@@ -179,6 +180,14 @@ impl LinearGroup {
         2.0 * (tokens * self.members.iter().map(of_member).sum::<usize>()) as f64
     }
 
+    /// Bytes forward: frozen weights, input and results.
+    fn bytes(&self, tokens: usize, dtype: DType) -> f64 {
+        let width = self.members.first().map_or(0, LinearMember::in_features);
+        let outputs = self.members.iter().map(LinearMember::out_features).sum::<usize>();
+        let weights = self.members.iter().map(|m| m.weight.size_in_bytes()).sum::<usize>();
+        (weights + tokens * (width + outputs) * dtype.size_in_bytes()) as f64
+    }
+
     /// The same backward, for an input of `elements`: gradients of trained weights, of low-rank halves, and of the input where it is needed.
     fn backward_flops(&self, elements: usize, needs_dx: bool) -> f64 {
         let of_member = |m: &LinearMember| {
@@ -218,7 +227,7 @@ impl LinearGroup {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     use super::*;
     use crate::{
