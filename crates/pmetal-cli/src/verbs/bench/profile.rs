@@ -61,17 +61,16 @@ pub fn print(what: &str, profile: &Profile, times: usize, limits: Option<&Rates>
     let mut out = io::stderr();
     let title = format!("OPERATIONS OF {}", what.to_uppercase());
     let header = format!(
-        "{title:<38} {:<9} {:>6} {:>10} {:>7} {:>9} {:>8} {:>8}",
-        "", "CALLS", "MS", "SHARE", "GFLOP/S", "GB/S", "OF LIMIT"
+        "{title:<38} {:<9} {:>6} {:>10} {:>7} {:>8} {:>8} {:>8}",
+        "", "CALLS", "MS", "SHARE", "FLOP/S", "BYTES/S", "OF LIMIT"
     );
     writeln!(out, "{}", Style::stderr().bold(&header))?;
-    let whole = |rate: Option<f64>| rate.map_or(String::new(), |rate| format!("{rate:.0}"));
     for (op, direction, cost) in &profile.ops {
         let Figures { calls, ms, share, gflop_s, gb_s, of_limit } = Figures::new(cost, profile, times, limits);
-        let (gflop_s, gb_s) = (whole(gflop_s), whole(gb_s));
+        let [flop_s, byte_s] = [gflop_s, gb_s].map(|rate| rate.map_or(String::new(), short));
         let of_limit = of_limit.map_or(String::new(), |part| format!("{:.0} %", part * 100.0));
         let line = format!(
-            "{op:<38} {direction:<9} {calls:>6.0} {ms:>10.3} {:>5.1} % {gflop_s:>9} {gb_s:>8} {of_limit:>8}",
+            "{op:<38} {direction:<9} {calls:>6.0} {ms:>10.3} {:>5.1} % {flop_s:>8} {byte_s:>8} {of_limit:>8}",
             share * 100.0
         );
         writeln!(out, "{}", line.trim_end())?;
@@ -81,11 +80,21 @@ pub fn print(what: &str, profile: &Profile, times: usize, limits: Option<&Rates>
     let all = profile.time.as_secs_f64() * 1e3 / times as f64;
     writeln!(out, "{:<38} {:<9} {:>6} {all:>10.3} {:>5.1} %", "all", "", "", 100.0)?;
     if let Some(limits) = limits {
-        let Rates { teraflops, copy_gigabytes_per_second: copy, .. } = limits;
-        let read = limits.read_gigabytes_per_second.map_or(String::new(), |rate| format!(", reading {rate:.0} GB/s"));
-        writeln!(out, "limits measured: a product {:.0} GFLOP/s, a copy {copy:.0} GB/s{read}", teraflops * 1e3)?;
+        let (product, copy) = (short(limits.teraflops * 1e3), short(limits.copy_gigabytes_per_second));
+        let read =
+            limits.read_gigabytes_per_second.map_or(String::new(), |rate| format!(", reading {}B/s", short(rate)));
+        writeln!(out, "limits measured: a product {product}FLOP/s, a copy {copy}B/s{read}")?;
     }
     Ok(writeln!(out)?)
+}
+
+/// A rate in thousands of millions a second, as `925 G` or `3.80 T`.
+fn short(rate: f64) -> String {
+    match rate {
+        rate if rate < 999.5 => format!("{rate:.0} G"),
+        rate if rate < 9_995.0 => format!("{:.2} T", rate / 1e3),
+        rate => format!("{:.0} T", rate / 1e3),
+    }
 }
 
 /// The same as a list of objects.

@@ -10,7 +10,7 @@ use pmetal::{
     data::Example,
     lora::{LoraConfig, attach},
     models,
-    ops::{self, Policy, device},
+    ops::{self, device},
     trainer::{StepSettings, train_step},
 };
 
@@ -69,19 +69,19 @@ pub fn run(args: &Args) -> Result<()> {
     let settings = StepSettings {
         max_grad_norm: 1.0,
         weight_decay: 0.0,
-        checkpointing: args.gradient_checkpointing.then_some(Policy::KeepNothing),
+        checkpointing: args.gradient_checkpointing.then_some(models::Checkpointing::INPUTS),
         seed: 0,
     };
+    let steps: Vec<_> = (0..WARM_UP + args.steps).map(|step| rows_of(args, step, model.spec().vocab_size)).collect();
     let mut milliseconds = Vec::with_capacity(args.steps);
     let mut loss = 0.0;
-    for step in 0..WARM_UP + args.steps {
+    for (step, rows) in steps.iter().enumerate() {
         if step == WARM_UP {
             device::reset_peak(&device)?;
             if args.profile {
                 ops::profile::start(&device)?;
             }
         }
-        let rows = rows_of(args, step, model.spec().vocab_size);
         let batch = [rows.iter().collect()];
         let started = Instant::now();
         let result = train_step(model.as_ref(), &arena, &batch, step, 2e-4, step as u64 + 1, &settings)?;
