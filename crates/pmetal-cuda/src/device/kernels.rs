@@ -31,18 +31,7 @@ impl Kernels {
     /// Asks for a kernel's work behind all that was asked for before.
     pub(super) fn launch(&self, gpu: &CudaGpu, call: &Call) -> Result<()> {
         let function = self.function(gpu, call.kernel, call.dtype)?;
-        let mut addresses = call.buffers.iter().map(|tensor| gpu.address(tensor)).collect::<Result<Vec<_>>>()?;
-        let mut arguments: Vec<*mut c_void> = addresses.iter_mut().map(|at| ptr::from_mut(at).cast()).collect();
-        arguments.push(call.params.as_ptr().cast_mut().cast());
-        gpu.context.bind_to_thread().w()?;
-        let threads = (size(gpu, call.grid.threads)?, 1, 1);
-        let [x, y, z] = call.grid.groups;
-        let groups = (size(gpu, x)?, size(gpu, y)?, size(gpu, z)?);
-        // SAFETY: the launcher is generated from the kernel's text, so the arguments are those of its signature, checked for dtype; the
-        // driver has copied them when it returns. See `CudaGpu::address` for the memory they point to.
-        let launched =
-            unsafe { result::launch_kernel(function, groups, threads, 0, gpu.stream.cu_stream(), &mut arguments) };
-        Ok(launched.w()?)
+        ask(gpu, call, function, call.grid.groups, call.grid.threads)
     }
 
     fn function(&self, gpu: &CudaGpu, kernel: &'static Kernel, dtype: DType) -> Result<sys::CUfunction> {
@@ -59,19 +48,43 @@ impl Kernels {
     }
 }
 
+/// Asks for a call's work by `function`, a kernel with the call's arguments, behind all that was asked for before.
+pub(super) fn ask(
+    gpu: &CudaGpu,
+    call: &Call,
+    function: sys::CUfunction,
+    groups: [usize; 3],
+    threads: usize,
+) -> Result<()> {
+    let mut addresses = call.buffers.iter().map(|tensor| gpu.address(tensor)).collect::<Result<Vec<_>>>()?;
+    let mut arguments: Vec<*mut c_void> = addresses.iter_mut().map(|at| ptr::from_mut(at).cast()).collect();
+    arguments.push(call.params.as_ptr().cast_mut().cast());
+    gpu.context.bind_to_thread().w()?;
+    let threads = (size(gpu, threads)?, 1, 1);
+    let [x, y, z] = groups;
+    let groups = (size(gpu, x)?, size(gpu, y)?, size(gpu, z)?);
+    // SAFETY: the launcher is generated from the kernel's text, so the arguments are those of its signature, checked for dtype and layout;
+    // the driver has copied them when it returns. See `CudaGpu::address` for the memory they point to.
+    let launched =
+        unsafe { result::launch_kernel(function, groups, threads, 0, gpu.stream.cu_stream(), &mut arguments) };
+    Ok(launched.w()?)
+}
+
 /// A kernel file as CUDA C++.
 fn text(file: &'static str, dtype: DType) -> Result<String> {
-    let element = match dtype {
-        DType::F32 => "float",
-        DType::F16 => "half",
-        DType::BF16 => "bfloat",
-        other => {
-            let reason = format!("no kernels for {other:?}");
-            return Err(Error::Device { device: "CUDA".into(), reason });
-        }
-    };
+    let element = element(dtype)?;
     let (_, text) = TEXTS.iter().find(|(name, _)| *name == file).ok_or_else(|| missing(file))?;
     Ok(format!("{CUDA_PRELUDE}\ntypedef {element} T;\n#line 1 \"{file}\"\n{text}"))
+}
+
+/// The type of a dtype's elements in the dialect.
+pub(super) fn element(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("float"),
+        DType::F16 => Ok("half"),
+        DType::BF16 => Ok("bfloat"),
+        other => Err(Error::Device { device: "CUDA".into(), reason: format!("no kernels for {other:?}") }),
+    }
 }
 
 /// Every file in every dtype.
