@@ -156,7 +156,9 @@ fn chosen(layers: Vec<Target>, wanted: &TargetModules) -> Result<Vec<Target>> {
 }
 
 fn arena_for(model: &dyn CausalLMModel, targets: &[Target], r: usize, saved: ModulesToSave) -> Result<Arena> {
-    let names = targets.iter().flat_map(|t| t.names().into_iter().zip(t.shapes(r)));
+    // every A before every B: those of one linear group lie below one another, and their gradients are one product
+    let side = |which: usize| targets.iter().map(move |t| (t.names()[which].clone(), t.shapes(r)[which].clone()));
+    let names = side(0).chain(side(1));
     let dtype = device::trained_dtype(&model.device(), model.dtype());
     let mut params: Vec<_> = names.map(|(name, shape)| (name, shape, dtype)).collect();
     params.extend(tables::slots(model, saved)?);

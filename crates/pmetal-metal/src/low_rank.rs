@@ -42,6 +42,9 @@ pub struct LowRankBackward<'a> {
     pub du: &'a Tensor,
     /// Whose products are asked for.
     pub members: &'a [LowRankMember<'a>],
+    /// The members' gradients of `A` as the one tensor that they are, `[sum of ranks, K]`: where they lie below one another, all are written or
+    /// all added to, and no member's ranks are padded but the last's.
+    pub joined_da: Option<LowRankGradient<'a>>,
 }
 
 /// [`Gpu::low_rank_forward`] as a product for all members of one factor.
@@ -77,9 +80,16 @@ pub fn low_rank_backward<G: Gpu + ?Sized>(gpu: &G, work: &LowRankBackward) -> Re
             let u = &columns(work.u, &(first..first + db.dim(1)?))?;
             gradient(gpu, &columns(work.dy, &member.outputs)?, u, db, fresh)?;
         }
-        let Some((da, fresh)) = member.da else { return Ok(()) };
-        gradient(gpu, &columns(work.du, &(first..first + da.dim(0)?))?, work.x, da, fresh)
-    })
+        match member.da {
+            Some((da, fresh)) if work.joined_da.is_none() => {
+                gradient(gpu, &columns(work.du, &(first..first + da.dim(0)?))?, work.x, da, fresh)
+            }
+            _ => Ok(()),
+        }
+    })?;
+    let (Some((da, fresh)), Some(first)) = (work.joined_da, work.members.first()) else { return Ok(()) };
+    let ranks = first.ranks.start..first.ranks.start + da.dim(0)?;
+    gradient(gpu, &columns(work.du, &ranks)?, work.x, da, fresh)
 }
 
 /// Outputs, ranks and factor of members that one product computes: those next to one another that have the same factor. Between them `b` is

@@ -133,6 +133,11 @@ impl Arena {
         }
     }
 
+    /// The gradients of `len` values from `first` on, flat, as they lie there.
+    pub(crate) fn grads_at(&self, first: usize, len: usize) -> Result<Tensor> {
+        Ok(self.0.grad.narrow(0, first, len)?)
+    }
+
     /// Values and optimizer states, `[3, n]` f32.
     pub(crate) fn state(&self) -> &Tensor {
         &self.0.state

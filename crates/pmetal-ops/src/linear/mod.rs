@@ -235,9 +235,9 @@ mod tests {
         testing::{assert_close, check_op, emulated, random},
     };
 
-    const NAMES: [&str; 5] = ["w0", "bias", "a", "b", "w1"];
+    const NAMES: [&str; 8] = ["w0", "bias", "w1", "w2", "a0", "a2", "b0", "b2"];
 
-    /// A member with bias and adapter and one with neither. Weights that the arena lacks are frozen.
+    /// A member with bias and adapter, one with neither, and one with an adapter of another rank. Weights that the arena lacks are frozen.
     fn group_of(arena: &Arena, inputs: &[Tensor], dtype: DType, dropout: f32) -> LinearGroup {
         let weight = |name: &str| match arena.param(name) {
             Some(param) => Weight::Trainable(param),
@@ -246,10 +246,12 @@ mod tests {
                 Weight::Frozen(inputs[1 + place].to_dtype(dtype).unwrap())
             }
         };
-        let adapter = Adapter { a: weight("a"), b: weight("b"), scale: 1.5, dropout, place: 9 };
+        let adapter = |a: &str, b: &str, scale| Adapter { a: weight(a), b: weight(b), scale, dropout, place: 9 };
+        let (first, third) = (Some(adapter("a0", "b0", 1.5)), Some(adapter("a2", "b2", 0.5)));
         let members = vec![
-            LinearMember { weight: weight("w0"), bias: Some(weight("bias")), adapter: Some(adapter) },
+            LinearMember { weight: weight("w0"), bias: Some(weight("bias")), adapter: first },
             LinearMember { weight: weight("w1"), bias: None, adapter: None },
+            LinearMember { weight: weight("w2"), bias: None, adapter: third },
         ];
         LinearGroup::new(members).unwrap()
     }
@@ -278,9 +280,10 @@ mod tests {
     #[test]
     fn products_adapters_and_their_gradients() {
         // few rows take another way than many, and frozen weights on a GPU another than trained ones
-        for trained in [&NAMES[..], &["a", "b"], &[]] {
+        for trained in [&NAMES[..], &NAMES[4..], &["a0", "b0", "a2", "b2"], &[]] {
             for (tokens, dropout) in [(5, 0.0), (5, 0.4), (21, 0.0), (21, 0.4)] {
-                let shapes: [&[usize]; 6] = [&[tokens, 12], &[7, 12], &[7], &[3, 12], &[7, 3], &[4, 12]];
+                let shapes: [&[usize]; 9] =
+                    [&[tokens, 12], &[7, 12], &[7], &[4, 12], &[5, 12], &[3, 12], &[2, 12], &[7, 3], &[5, 2]];
                 let inputs: Vec<Tensor> = shapes.iter().zip(1..).map(|(shape, seed)| random(shape, seed)).collect();
                 // x in f64 has no kernel, so the first run goes the reference path
                 let (want, want_grads) = run(&inputs, trained, DType::F64, dropout);

@@ -254,13 +254,16 @@ impl Backward {
         let gradients: Vec<_> = members.iter().map(|member| Gradients::of(member, dropping)).collect();
         let (x, u) = (input.narrow(1, 0, *k)?, input.narrow(1, *k, *r)?);
         let du = dy.narrow(1, *n, *r)?;
+        let low_rank_members = self.joint.low_rank_members(&gradients);
+        let joined = if dropping { None } else { joined_da(members, &low_rank_members, *k)? };
         self.gpu.low_rank_backward(&LowRankBackward {
             dy: &dy.narrow(1, 0, *n)?,
             b: &self.joint.part(0..*n, *k..k + r)?,
             x: &x,
             u: &u,
             du: &du,
-            members: &self.joint.low_rank_members(&gradients),
+            members: &low_rank_members,
+            joined_da: joined.as_ref().map(|(da, fresh)| (da, *fresh)),
         })?;
         for (member, ranks) in members.iter().zip(ranks).filter(|_| dropping) {
             let Some(adapter) = &member.adapter else { continue };
@@ -285,6 +288,26 @@ impl Backward {
         }
         Ok(())
     }
+}
+
+/// The gradients of all `A` as one tensor, where they lie below one another in the arena.
+fn joined_da(members: &[LinearMember], of: &[LowRankMember], k: usize) -> Result<Option<(Tensor, bool)>> {
+    let params = members.iter().filter_map(|member| member.adapter.as_ref()).map(|adapter| adapter.a.param());
+    let Some(params) = params.collect::<Option<Vec<_>>>() else { return Ok(None) };
+    let [first, ..] = params[..] else { return Ok(None) };
+    let (mut end, mut last_end) = (first.first(), of.first().map_or(0, |member| member.ranks.start));
+    let mut fresh = None;
+    for (param, member) in params.iter().zip(of) {
+        let (Some((da, is_fresh)), true) = (member.da, param.first() == end) else { return Ok(None) };
+        let rank = da.dim(0)?;
+        if member.ranks.start != last_end || *fresh.get_or_insert(is_fresh) != is_fresh {
+            return Ok(None);
+        }
+        (end, last_end) = (end + rank * k, last_end + rank);
+    }
+    let ranks = (end - first.first()) / k.max(1);
+    let Some(fresh) = fresh else { return Ok(None) };
+    Ok(Some((first.arena().grads_at(first.first(), end - first.first())?.reshape((ranks, k))?, fresh)))
 }
 
 fn joint_bias(members: &[LinearMember], layout: &Layout) -> Result<Option<Tensor>> {
