@@ -148,6 +148,8 @@ template <class E> inline void store8(device_ptr<E> p, ulong i, Octet v) {
 }
 
 inline float exp(float x) { return __builtin_expf(x); }
+inline float quick_exp(float x) { return exp(x); }
+inline float quick_reciprocal(float x) { return 1.0f / x; }
 inline float log(float x) { return __builtin_logf(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }

@@ -17,7 +17,10 @@ struct GateBackwardParams {
     uint dup_pitch;
 };
 
-FUNCTION float gate_sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
+// What is rounded to sixteen bits in the end does not show the last bits of a float.
+FUNCTION float gate_sigmoid(float x) {
+    return sizeof(T) == 4 ? 1.0f / (1.0f + exp(-x)) : quick_reciprocal(1.0f + quick_exp(-x));
+}
 
 // An activation is `x * sigmoid(argument(x))`.
 struct Silu {

@@ -22,15 +22,20 @@ FUNCTION float4 rms_norm_four(DEVICE_PTR(const T) x, ulong row, uint c, uint wid
                        c + 2 < width ? float(x[row + c + 2]) : 0.0f, c + 3 < width ? float(x[row + c + 3]) : 0.0f);
 }
 
-// Elements of one row from `c` on, every `step`; zeros behind its end.
-FUNCTION RmsNormRow rms_norm_load(DEVICE_PTR(const T) x, ulong row, uint c, uint step, uint width, uint aligned) {
-    const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+// Which row and elements of it are a thread's: from `c` on, every `step`; and which thread it is.
+struct RmsNormThread { uint row; uint c; uint step; uint lane; uint simd; uint simds; };
+
+// A thread's elements of a row of `width` that begins at `row`; zeros behind its end.
+template <bool ALIGNED>
+FUNCTION RmsNormRow rms_norm_load(DEVICE_PTR(const T) x, ulong row, uint width, RmsNormThread t) {
     RmsNormRow v;
-    for (uint k = 0; k < 4; ++k, c += step) {
-        v.part[k].low = zero;
-        v.part[k].high = zero;
-        if (c < width && aligned) v.part[k] = load8(x, row + c);
-        if (c < width && !aligned) {
+    for (uint k = 0; k < 4; ++k) {
+        const uint c = t.c + k * t.step;
+        v.part[k].low = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        v.part[k].high = v.part[k].low;
+        if (ALIGNED) {
+            if (c < width) v.part[k] = load8(x, row + c);
+        } else {
             v.part[k].low = rms_norm_four(x, row, c, width);
             v.part[k].high = rms_norm_four(x, row, c + 4, width);
         }
@@ -45,21 +50,27 @@ FUNCTION void rms_norm_store_four(DEVICE_PTR(T) y, ulong row, uint c, uint width
     if (c + 3 < width) y[row + c + 3] = T(v.w);
 }
 
-FUNCTION void rms_norm_store(DEVICE_PTR(T) y, ulong row, uint c, uint width, uint aligned, Octet v) {
-    if (c >= width) return;
-    if (aligned) return store8(y, row + c, v);
-    rms_norm_store_four(y, row, c, width, v.low);
-    rms_norm_store_four(y, row, c + 4, width, v.high);
+template <bool ALIGNED>
+FUNCTION void rms_norm_store(DEVICE_PTR(T) y, ulong row, uint width, RmsNormThread t, RmsNormRow v) {
+    for (uint k = 0; k < 4; ++k) {
+        const uint c = t.c + k * t.step;
+        if (ALIGNED) {
+            if (c < width) store8(y, row + c, v.part[k]);
+        } else {
+            rms_norm_store_four(y, row, c, width, v.part[k].low);
+            rms_norm_store_four(y, row, c + 4, width, v.part[k].high);
+        }
+    }
 }
 
 // The sum of `x` over the threads of a row.
-FUNCTION float rms_norm_total(float x, uint wide, THREADGROUP_PTR(float) sums, uint lane, uint simd, uint simds) {
+FUNCTION float rms_norm_total(float x, uint wide, THREADGROUP_PTR(float) sums, RmsNormThread t) {
     const float mine = simd_sum(x);
     if (!wide) return mine;
-    if (lane == 0) sums[simd] = mine;
+    if (t.lane == 0) sums[t.simd] = mine;
     BARRIER();
     float total = 0.0f;
-    for (uint k = 0; k < simds; ++k) total += sums[k];
+    for (uint k = 0; k < t.simds; ++k) total += sums[k];
     return total;
 }
 
@@ -92,29 +103,51 @@ FUNCTION float4 rms_norm_dx(float4 g, float scale, float4 x, float factor) {
     return make_float4(g.x * scale - x.x * factor, g.y * scale - x.y * factor, g.z * scale - x.z * factor, g.w * scale - x.w * factor);
 }
 
-FUNCTION void rms_norm_store_row(DEVICE_PTR(T) y, ulong row, uint c, uint step, uint width, uint aligned, RmsNormRow x, float scale,
-                                 RmsNormRow weight) {
-    for (uint k = 0; k < 4; ++k, c += step) {
-        Octet v;
-        v.low = rms_norm_of(x.part[k].low, scale, weight.part[k].low);
-        v.high = rms_norm_of(x.part[k].high, scale, weight.part[k].high);
-        rms_norm_store(y, row, c, width, aligned, v);
+// Writes the norm of `v`, of which the thread has its share, and the row's `rstd`.
+template <bool ALIGNED>
+FUNCTION void rms_norm_write(RmsNormRow v, RmsNormRow weight, DEVICE_PTR(T) y, DEVICE_PTR(float) rstd, THREADGROUP_PTR(float) sums,
+                             RmsNormParams p, RmsNormThread t) {
+    const float squares = rms_norm_total(rms_norm_dot_row(v, v), p.wide, sums, t);
+    const float scale = rsqrt(squares / float(p.width) + p.eps);
+    if (t.c == 0) rstd[t.row] = scale;
+    for (uint k = 0; k < 4; ++k) {
+        v.part[k].low = rms_norm_of(v.part[k].low, scale, weight.part[k].low);
+        v.part[k].high = rms_norm_of(v.part[k].high, scale, weight.part[k].high);
     }
+    rms_norm_store<ALIGNED>(y, ulong(t.row) * p.y_pitch, p.width, t, v);
+}
+
+template <bool ALIGNED>
+FUNCTION void rms_norm_row(DEVICE_PTR(const T) x, DEVICE_PTR(const T) weight, DEVICE_PTR(T) y, DEVICE_PTR(float) rstd,
+                           THREADGROUP_PTR(float) sums, RmsNormParams p, RmsNormThread t) {
+    const RmsNormRow v = rms_norm_load<ALIGNED>(x, ulong(t.row) * p.x_pitch, p.width, t);
+    const RmsNormRow w = rms_norm_load<ALIGNED>(weight, 0, p.width, t);
+    rms_norm_write<ALIGNED>(v, w, y, rstd, sums, p, t);
 }
 
 /// `y = round(x * rstd) * weight`, `rstd = 1 / sqrt(mean(x²) + eps)`: `x`, `y [rows, width]`, `weight [width]`, `rstd [rows]`.
 KERNEL(rms_norm)(READ_ROWS(T, x, 0), READ(T, weight, 1), WRITE_ROWS(T, y, 2), WRITE(float, rstd, 3), PARAMS(RmsNormParams, 4))
 {
     THREADGROUP(float, sums, 32);
-    const uint width = params.width, wide = params.wide, aligned = params.aligned;
-    const uint row = wide ? GROUP_X : GROUP_X * SIMDS + SIMD, c = 8 * (wide ? THREAD : LANE), step = 8 * (wide ? THREADS : 32);
-    if (row >= params.rows) return;
-    const RmsNormRow v = rms_norm_load(x, ulong(row) * params.x_pitch, c, step, width, aligned);
-    const RmsNormRow w = rms_norm_load(weight, 0, c, step, width, aligned);
-    const float squares = rms_norm_total(rms_norm_dot_row(v, v), wide, sums, LANE, SIMD, SIMDS);
-    const float scale = rsqrt(squares / float(width) + params.eps);
-    if (c == 0) rstd[row] = scale;
-    rms_norm_store_row(y, ulong(row) * params.y_pitch, c, step, width, aligned, v, scale, w);
+    const RmsNormThread t = {params.wide ? GROUP_X : GROUP_X * SIMDS + SIMD, 8 * (params.wide ? THREAD : LANE),
+                             8 * (params.wide ? THREADS : 32), LANE, SIMD, SIMDS};
+    if (t.row >= params.rows) return;
+    if (params.aligned) rms_norm_row<true>(x, weight, y, rstd, sums, params, t);
+    else rms_norm_row<false>(x, weight, y, rstd, sums, params, t);
+}
+
+template <bool ALIGNED>
+FUNCTION void add_rms_norm_row(DEVICE_PTR(const T) x, DEVICE_PTR(const T) residual, DEVICE_PTR(const T) weight, DEVICE_PTR(T) sum,
+                               DEVICE_PTR(T) y, DEVICE_PTR(float) rstd, THREADGROUP_PTR(float) sums, RmsNormParams p, RmsNormThread t) {
+    RmsNormRow v = rms_norm_load<ALIGNED>(x, ulong(t.row) * p.x_pitch, p.width, t);
+    const RmsNormRow r = rms_norm_load<ALIGNED>(residual, ulong(t.row) * p.residual_pitch, p.width, t);
+    const RmsNormRow w = rms_norm_load<ALIGNED>(weight, 0, p.width, t);
+    for (uint k = 0; k < 4; ++k) {
+        v.part[k].low = rms_norm_rounded_sum(v.part[k].low, r.part[k].low);
+        v.part[k].high = rms_norm_rounded_sum(v.part[k].high, r.part[k].high);
+    }
+    rms_norm_store<ALIGNED>(sum, ulong(t.row) * p.width, p.width, t, v);
+    rms_norm_write<ALIGNED>(v, w, y, rstd, sums, p, t);
 }
 
 /// `sum = x + residual`, and its norm as in `rms_norm`.
@@ -122,21 +155,11 @@ KERNEL(add_rms_norm)(READ_ROWS(T, x, 0), READ_ROWS(T, residual, 1), READ(T, weig
                      WRITE(float, rstd, 5), PARAMS(RmsNormParams, 6))
 {
     THREADGROUP(float, sums, 32);
-    const uint width = params.width, wide = params.wide, aligned = params.aligned;
-    const uint row = wide ? GROUP_X : GROUP_X * SIMDS + SIMD, c = 8 * (wide ? THREAD : LANE), step = 8 * (wide ? THREADS : 32);
-    if (row >= params.rows) return;
-    RmsNormRow v = rms_norm_load(x, ulong(row) * params.x_pitch, c, step, width, aligned);
-    const RmsNormRow r = rms_norm_load(residual, ulong(row) * params.residual_pitch, c, step, width, aligned);
-    const RmsNormRow w = rms_norm_load(weight, 0, c, step, width, aligned);
-    for (uint k = 0; k < 4; ++k) {
-        v.part[k].low = rms_norm_rounded_sum(v.part[k].low, r.part[k].low);
-        v.part[k].high = rms_norm_rounded_sum(v.part[k].high, r.part[k].high);
-        rms_norm_store(sum, ulong(row) * width, c + k * step, width, aligned, v.part[k]);
-    }
-    const float squares = rms_norm_total(rms_norm_dot_row(v, v), wide, sums, LANE, SIMD, SIMDS);
-    const float scale = rsqrt(squares / float(width) + params.eps);
-    if (c == 0) rstd[row] = scale;
-    rms_norm_store_row(y, ulong(row) * params.y_pitch, c, step, width, aligned, v, scale, w);
+    const RmsNormThread t = {params.wide ? GROUP_X : GROUP_X * SIMDS + SIMD, 8 * (params.wide ? THREAD : LANE),
+                             8 * (params.wide ? THREADS : 32), LANE, SIMD, SIMDS};
+    if (t.row >= params.rows) return;
+    if (params.aligned) add_rms_norm_row<true>(x, residual, weight, sum, y, rstd, sums, params, t);
+    else add_rms_norm_row<false>(x, residual, weight, sum, y, rstd, sums, params, t);
 }
 
 struct RmsNormBackwardParams {
@@ -151,32 +174,38 @@ struct RmsNormBackwardParams {
     uint dx_pitch;
 };
 
+template <bool ALIGNED>
+FUNCTION void rms_norm_row_backward(DEVICE_PTR(const T) dy, DEVICE_PTR(const T) x, DEVICE_PTR(const T) weight, DEVICE_PTR(const float) rstd,
+                                    DEVICE_PTR(const T) dsum, DEVICE_PTR(T) dx, THREADGROUP_PTR(float) sums, RmsNormBackwardParams p,
+                                    RmsNormThread t) {
+    RmsNormRow g = rms_norm_load<ALIGNED>(dy, ulong(t.row) * p.dy_pitch, p.width, t);
+    const RmsNormRow v = rms_norm_load<ALIGNED>(x, ulong(t.row) * p.x_pitch, p.width, t);
+    // of a row without elements nothing is read
+    const RmsNormRow d = rms_norm_load<ALIGNED>(dsum, ulong(t.row) * p.dsum_pitch, p.has_dsum ? p.width : 0, t);
+    const RmsNormRow w = rms_norm_load<ALIGNED>(weight, 0, p.width, t);
+    const float scale = rstd[t.row];
+    for (uint k = 0; k < 4; ++k) {
+        g.part[k].low = rms_norm_product(g.part[k].low, w.part[k].low);
+        g.part[k].high = rms_norm_product(g.part[k].high, w.part[k].high);
+    }
+    const float factor = rms_norm_total(rms_norm_dot_row(g, v), p.wide, sums, t) / float(p.width) * scale * scale * scale;
+    for (uint k = 0; k < 4; ++k) {
+        g.part[k].low = rms_norm_sum(rms_norm_dx(g.part[k].low, scale, v.part[k].low, factor), d.part[k].low);
+        g.part[k].high = rms_norm_sum(rms_norm_dx(g.part[k].high, scale, v.part[k].high, factor), d.part[k].high);
+    }
+    rms_norm_store<ALIGNED>(dx, ulong(t.row) * p.dx_pitch, p.width, t, g);
+}
+
 /// `dx = rstd * (g - n * mean(g * n)) + dsum` with `g = dy * weight` and `n = x * rstd`; without `has_dsum` nothing is read of `dsum`.
 KERNEL(rms_norm_backward)(READ_ROWS(T, dy, 0), READ_ROWS(T, x, 1), READ(T, weight, 2), READ(float, rstd, 3), READ_ROWS(T, dsum, 4),
                           WRITE_ROWS(T, dx, 5), PARAMS(RmsNormBackwardParams, 6))
 {
     THREADGROUP(float, sums, 32);
-    const uint width = params.width, wide = params.wide, aligned = params.aligned;
-    const uint row = wide ? GROUP_X : GROUP_X * SIMDS + SIMD, c = 8 * (wide ? THREAD : LANE), step = 8 * (wide ? THREADS : 32);
-    if (row >= params.rows) return;
-    RmsNormRow g = rms_norm_load(dy, ulong(row) * params.dy_pitch, c, step, width, aligned);
-    const RmsNormRow v = rms_norm_load(x, ulong(row) * params.x_pitch, c, step, width, aligned);
-    // behind the end of every row: nothing is read
-    const RmsNormRow d = rms_norm_load(dsum, ulong(row) * params.dsum_pitch, params.has_dsum ? c : width, step, width, aligned);
-    const RmsNormRow w = rms_norm_load(weight, 0, c, step, width, aligned);
-    const float scale = rstd[row];
-    for (uint k = 0; k < 4; ++k) {
-        g.part[k].low = rms_norm_product(g.part[k].low, w.part[k].low);
-        g.part[k].high = rms_norm_product(g.part[k].high, w.part[k].high);
-    }
-    const float dot = rms_norm_total(rms_norm_dot_row(g, v), wide, sums, LANE, SIMD, SIMDS);
-    const float factor = dot / float(width) * scale * scale * scale;
-    for (uint k = 0; k < 4; ++k) {
-        Octet o;
-        o.low = rms_norm_sum(rms_norm_dx(g.part[k].low, scale, v.part[k].low, factor), d.part[k].low);
-        o.high = rms_norm_sum(rms_norm_dx(g.part[k].high, scale, v.part[k].high, factor), d.part[k].high);
-        rms_norm_store(dx, ulong(row) * params.dx_pitch, c + k * step, width, aligned, o);
-    }
+    const RmsNormThread t = {params.wide ? GROUP_X : GROUP_X * SIMDS + SIMD, 8 * (params.wide ? THREAD : LANE),
+                             8 * (params.wide ? THREADS : 32), LANE, SIMD, SIMDS};
+    if (t.row >= params.rows) return;
+    if (params.aligned) rms_norm_row_backward<true>(dy, x, weight, rstd, dsum, dx, sums, params, t);
+    else rms_norm_row_backward<false>(dy, x, weight, rstd, dsum, dx, sums, params, t);
 }
 
 struct RmsNormWeightParams { uint rows; uint width; uint rows_per_group; uint aligned; uint dy_pitch; uint x_pitch; };

@@ -154,7 +154,7 @@ fn backward_on_gpu(
 
 /// Threads that have eight columns each, and how many rows.
 fn grid_of_rows(rows: usize, width: usize) -> (Grid, u32) {
-    let rows_each = rows.div_ceil(MAX_GROUPS).max(ROWS_EACH);
+    let rows_each = rows.div_ceil(MAX_GROUPS).max(1);
     let octets = width.div_ceil(8);
     let groups = octets.div_ceil(MAX_THREADS);
     let threads = octets.div_ceil(groups.max(1)).next_multiple_of(32).max(32);
@@ -163,9 +163,6 @@ fn grid_of_rows(rows: usize, width: usize) -> (Grid, u32) {
 
 /// Threads of a threadgroup at most.
 const MAX_THREADS: usize = 256;
-
-/// Enough for several loads in flight.
-const ROWS_EACH: usize = 2;
 
 /// Threadgroups in y at most.
 const MAX_GROUPS: usize = 65_535;

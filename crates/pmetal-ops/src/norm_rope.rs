@@ -74,55 +74,35 @@ struct Saved {
 
 fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32, table: &RopeTable) -> Result<(Tensor, Tensor)> {
     let ((tokens, width), heads, dtype) = (x.dims2()?, table.heads(OP, x)?, x.dtype());
-    let shares = table.shares(heads).ok_or_else(|| too_wide(table))?;
     let weight = converted(weight, dtype)?;
     let (y, rstd) = (empty((tokens, width), dtype, x.device())?, empty((tokens, heads), DType::F32, x.device())?);
-    let params = kernels::NormRopeParams {
-        tokens: tokens as u32,
-        heads: heads as u32,
-        pairs: (table.head_dim() / 2) as u32,
-        known: shares.known,
-        lanes: shares.lanes,
-        chunks: shares.chunks,
-        aligned: aligned(table, &[x, &weight]),
-        x_pitch: pitch_of(x),
-        eps,
-    };
+    let (grid, params) = table.shared_out(OP, x)?;
+    let params = kernels::RopeParams { aligned: aligned(table, &[x, &weight]), x_pitch: pitch_of(x), eps, ..params };
     let (angles, positions) = table.on(x.device())?;
-    kernels::norm_rope(gpu, dtype, shares.grid, x, &weight, &angles, &positions, &y, &rstd, params)?;
+    kernels::norm_rope(gpu, dtype, grid, x, &weight, &angles, &positions, &y, &rstd, params)?;
     Ok((y, rstd))
 }
 
 fn backward_on_gpu(gpu: &dyn Gpu, dy: &Tensor, saved: &Saved, needs_weight: bool) -> Result<(Tensor, Option<Tensor>)> {
-    let Saved { x, weight, rstd, table, heads, grad_place } = saved;
-    let ((tokens, width), dtype) = (x.dims2()?, x.dtype());
-    let shares = table.shares(*heads).ok_or_else(|| too_wide(table))?;
-    let weight = converted(weight, dtype)?;
-    let dx = grad_place.empty((tokens, width), dtype, x.device())?;
-    let params = kernels::NormRopeBackwardParams {
-        tokens: tokens as u32,
-        heads: *heads as u32,
-        pairs: (table.head_dim() / 2) as u32,
-        known: shares.known,
-        lanes: shares.lanes,
-        chunks: shares.chunks,
+    let Saved { x, weight, rstd, table, grad_place, .. } = saved;
+    let (dtype, weight) = (x.dtype(), converted(weight, x.dtype())?);
+    let dx = grad_place.empty(x.dims2()?, dtype, x.device())?;
+    let (grid, params) = table.shared_out(OP, x)?;
+    let params = kernels::RopeParams {
         aligned: aligned(table, &[dy, x, &weight, &dx]),
         dy_pitch: pitch_of(dy),
         x_pitch: pitch_of(x),
-        dx_pitch: pitch_of(&dx),
+        y_pitch: pitch_of(&dx),
+        ..params
     };
     let (angles, positions) = table.on(x.device())?;
-    kernels::norm_rope_backward(gpu, dtype, shares.grid, dy, x, &weight, &angles, &positions, rstd, &dx, params)?;
+    kernels::norm_rope_backward(gpu, dtype, grid, dy, x, &weight, &angles, &positions, rstd, &dx, params)?;
     let dweight = needs_weight.then(|| {
         let back = turned_on_gpu(gpu, dy, table, true, &GradPlace::default())?;
         let of_heads = |t: &Tensor| t.contiguous()?.reshape(((), table.head_dim()));
         weight_grad_on_gpu(gpu, &of_heads(&back)?, &of_heads(x)?, &rstd.flatten_all()?)
     });
     Ok((dx, dweight.transpose()?))
-}
-
-fn too_wide(table: &RopeTable) -> Error {
-    Error::operand(OP, "heads", "at most 256 wide", table.head_dim())
 }
 
 fn angles(table: &RopeTable, heads: usize) -> HeadAngles<'_> {

@@ -101,6 +101,12 @@ impl RopeTable {
         Ok(width / head_dim)
     }
 
+    /// [`RopeTable::shares`] for a tensor that went to a GPU's kernels.
+    pub(crate) fn shared_out(&self, op: &'static str, x: &Tensor) -> Result<(Grid, kernels::RopeParams)> {
+        let too_wide = || Error::operand(op, "heads", format_args!("at most {WIDEST} wide"), self.head_dim());
+        self.shares(self.heads(op, x)?).ok_or_else(too_wide)
+    }
+
     pub(crate) fn cos_and_sin(&self) -> (&[f32], &[f32]) {
         let Known { data, positions, half, .. } = &*self.0.known;
         let both = self.0.gathered.get_or_init(|| {
@@ -125,34 +131,42 @@ impl RopeTable {
         Ok((angles, sent(&self.0.sent, device, || upload(&self.0.positions, device))?))
     }
 
-    /// How kernels share `heads` of every token out to SIMD groups of 32 threads, eight pairs to a thread; none where a head is too wide.
-    pub(crate) fn shares(&self, heads: usize) -> Option<Shares> {
-        let lanes = self.0.known.half.div_ceil(8).next_power_of_two();
-        let chunks = heads.div_ceil(2 * 32_usize.checked_div(lanes)?.max(1));
-        let groups = self.0.positions.len() * chunks;
-        let (lanes, chunks, known) = (lanes as u32, chunks as u32, self.0.known.positions as u32);
-        (lanes <= 16).then(|| Shares {
-            lanes,
-            chunks,
-            known,
-            grid: Grid::line(groups.div_ceil(SIMD_GROUPS), 32 * SIMD_GROUPS),
-        })
+    /// How kernels work on `heads` of every token: their grid, and what they are told beside pitches; none where a head is too wide.
+    pub(crate) fn shares(&self, heads: usize) -> Option<(Grid, kernels::RopeParams)> {
+        let (tokens, known) = (self.0.positions.len(), &self.0.known);
+        let lanes = known.half.div_ceil(OCTET).next_power_of_two();
+        let chunks = heads.div_ceil(HEADS * SIMD_WIDTH.checked_div(lanes)?.max(1));
+        let grid = Grid::line((tokens * chunks).div_ceil(SIMD_GROUPS), SIMD_WIDTH * SIMD_GROUPS);
+        let params = kernels::RopeParams {
+            tokens: tokens as u32,
+            heads: heads as u32,
+            pairs: known.half as u32,
+            known: known.positions as u32,
+            lanes: lanes as u32,
+            chunks: chunks as u32,
+            aligned: 0,
+            dy_pitch: 0,
+            x_pitch: 0,
+            y_pitch: 0,
+            eps: 0.0,
+            sign: 1.0,
+        };
+        (2 * known.half <= WIDEST).then_some((grid, params))
     }
 }
 
-/// SIMD groups of a threadgroup.
-const SIMD_GROUPS: usize = 4;
+/// The widest heads that kernels take.
+pub(crate) const WIDEST: usize = 256;
 
-/// What the kernels are told of how heads are shared out.
-pub(crate) struct Shares {
-    /// Threads of a head.
-    pub(crate) lanes: u32,
-    /// SIMD groups of a token.
-    pub(crate) chunks: u32,
-    /// Positions whose angles there are.
-    pub(crate) known: u32,
-    pub(crate) grid: Grid,
-}
+/// Pairs of a head that a thread has.
+const OCTET: usize = 8;
+
+/// Heads that a thread has pairs of: the text's ROPE_HEADS.
+const HEADS: usize = 2;
+
+/// Threads of a SIMD group, and SIMD groups of a threadgroup.
+const SIMD_WIDTH: usize = 32;
+const SIMD_GROUPS: usize = 4;
 
 /// 1 where kernels can move eight elements at once in every half of a head, else 0.
 pub(crate) fn aligned(table: &RopeTable, tensors: &[&Tensor]) -> u32 {
@@ -207,24 +221,17 @@ pub(crate) fn turned_on_gpu(
     inverse: bool,
     place: &GradPlace,
 ) -> Result<Tensor> {
-    let ((tokens, width), heads, x) = (x.dims2()?, table.heads(OP, x)?, readable(x)?);
-    let shares =
-        table.shares(heads).ok_or_else(|| Error::operand(OP, "heads", "at most 256 wide", table.head_dim()))?;
-    let y = place.empty((tokens, width), x.dtype(), x.device())?;
+    let (x, (grid, params)) = (readable(x)?, table.shared_out(OP, x)?);
+    let y = place.empty(x.dims2()?, x.dtype(), x.device())?;
     let params = kernels::RopeParams {
-        tokens: tokens as u32,
-        heads: heads as u32,
-        pairs: table.0.known.half as u32,
-        known: shares.known,
-        lanes: shares.lanes,
-        chunks: shares.chunks,
         aligned: aligned(table, &[&x, &y]),
         x_pitch: pitch_of(&x),
         y_pitch: pitch_of(&y),
         sign: if inverse { -1.0 } else { 1.0 },
+        ..params
     };
     let (angles, positions) = table.on(x.device())?;
-    kernels::rope(gpu, x.dtype(), shares.grid, &x, &angles, &positions, &y, params)?;
+    kernels::rope(gpu, x.dtype(), grid, &x, &angles, &positions, &y, params)?;
     profile::moved(&[&x, &y]);
     Ok(y)
 }

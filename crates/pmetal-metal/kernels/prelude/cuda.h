@@ -56,6 +56,17 @@ struct bfloat {
 #define as_uint(x) __float_as_uint(x)
 #define as_float(x) __uint_as_float(x)
 
+FUNCTION float quick_exp(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+    return y;
+}
+FUNCTION float quick_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 FUNCTION float simd_shuffle(float x, uint lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FUNCTION uint simd_shuffle(uint x, uint lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FUNCTION float simd_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

@@ -23,6 +23,7 @@
 //   float4 has x, y, z, w and no arithmetic; make_float4 makes one.
 // - simd_sum, simd_max, simd_min, simd_shuffle, simd_shuffle_xor, simd_shuffle_down, simd_broadcast: all 32 lanes take part.
 // - exp, log, sqrt, rsqrt, fabs, fmax, fmin, fma, floor, tanh: of float. min, max: of uint. as_uint, as_float: bits.
+//   quick_exp, quick_reciprocal: right to about 20 bits.
 // - Places in large buffers are ulong.
 
 #include <metal_stdlib>
@@ -63,6 +64,8 @@ using namespace metal;
 #define BARRIER_DEVICE() threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device)
 #define SIMD_BARRIER() simdgroup_barrier(mem_flags::mem_threadgroup)
 
+#define quick_exp(x) fast::exp(x)
+#define quick_reciprocal(x) fast::divide(1.0f, x)
 #define make_float4(x, y, z, w) float4(x, y, z, w)
 #define as_uint(x) as_type<uint>(x)
 #define as_float(x) as_type<float>(x)

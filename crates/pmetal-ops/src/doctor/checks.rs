@@ -75,14 +75,27 @@ impl Run<'_> {
         self.tensor_of(shape, seed, self.dtype)
     }
 
+    /// As [`Run::tensor`]; on a GPU a column range of a wider matrix.
+    pub fn columns(&self, [rows, width]: [usize; 2], seed: u64) -> Result<Tensor> {
+        let tensor = self.tensor(&[rows, width], seed)?;
+        if !self.on_gpu()? {
+            return Ok(tensor);
+        }
+        let beside = Tensor::ones((rows, 8), self.dtype, self.device)?;
+        Ok(Tensor::cat(&[&beside, &tensor, &beside], 1)?.narrow(1, 8, width)?)
+    }
+
+    fn on_gpu(&self) -> Result<bool> {
+        Ok(gpu_of(self.device)?.is_some() && !self.is_reference())
+    }
+
     pub fn variables(&self, shapes: &[&[usize]]) -> Result<Vec<Value>> {
         shapes.iter().zip(1..).map(|(shape, seed)| Ok(Value::variable(self.tensor(shape, seed)?))).collect()
     }
 
     /// Parameters as the device's operations take them: f32 on a CPU, in the dtype of activations on a GPU.
     pub fn arena(&self, shapes: &[(&str, &[usize])]) -> Result<Arena> {
-        let is_gpu = gpu_of(self.device)?.is_some() && !self.is_reference();
-        self.arena_in(if is_gpu { self.dtype } else { DType::F32 }, shapes)
+        self.arena_in(if self.on_gpu()? { self.dtype } else { DType::F32 }, shapes)
     }
 
     pub fn arena_in(&self, dtype: DType, shapes: &[(&str, &[usize])]) -> Result<Arena> {
@@ -125,7 +138,7 @@ pub(super) const ALL: &[Operation] = &[
     Operation {
         op: "rope",
         name: "rope",
-        sizes: &[size(5, 6), size(4, 64)],
+        sizes: &[size(5, 6), size(4, 64), size(3, 256)],
         timed: size(2048, 64),
         prepare: prepare::turn,
         ..COMMON
@@ -133,7 +146,7 @@ pub(super) const ALL: &[Operation] = &[
     Operation {
         op: "rms_norm_rope",
         name: "rms_norm_rope",
-        sizes: &[size(5, 6), size(4, 64)],
+        sizes: &[size(5, 6), size(4, 64), size(3, 256)],
         timed: size(2048, 64),
         prepare: prepare::norm_and_turn,
         ..COMMON

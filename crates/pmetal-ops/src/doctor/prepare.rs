@@ -18,28 +18,32 @@ fn prepared(leaves: Vec<Value>, forward: impl Fn(&[Value]) -> Result<Vec<Value>>
     Ok(Prepared { leaves, arena: None, forward: Box::new(forward) })
 }
 
+/// Columns that are left free behind the rows of a result.
+const SPARE: usize = 16;
+
 pub(super) fn norm(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let leaves = run.variables(&[&[rows, width], &[width]])?;
-    prepared(leaves, |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5, 0)?]))
+    let leaves = [run.columns([rows, width], 1)?, run.tensor(&[width], 2)?].map(Value::variable);
+    prepared(leaves.into(), |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5, 0)?]))
 }
 
 pub(super) fn add_norm(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let leaves = run.variables(&[&[rows, width], &[rows, width], &[width]])?;
-    prepared(leaves, |v| {
-        let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-5, 0)?;
+    let operands = [run.columns([rows, width], 1)?, run.tensor(&[rows, width], 2)?, run.tensor(&[width], 3)?];
+    prepared(operands.map(Value::variable).into(), |v| {
+        let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-5, SPARE)?;
         Ok(vec![sum, y])
     })
 }
 
 pub(super) fn turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let table = angles(rows, width);
-    prepared(run.variables(&[&[rows, 16 * width]])?, move |v| Ok(vec![rope(&v[0], &table)?]))
+    let leaves = vec![Value::variable(run.columns([rows, 16 * width], 1)?)];
+    prepared(leaves, move |v| Ok(vec![rope(&v[0], &table)?]))
 }
 
 pub(super) fn norm_and_turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let table = angles(rows, width);
-    let leaves = run.variables(&[&[rows, 16 * width], &[width]])?;
-    prepared(leaves, move |v| Ok(vec![rms_norm_rope(&v[0], &v[1], 1e-5, &table)?]))
+    let leaves = [run.columns([rows, 16 * width], 1)?, run.tensor(&[width], 2)?].map(Value::variable);
+    prepared(leaves.into(), move |v| Ok(vec![rms_norm_rope(&v[0], &v[1], 1e-5, &table)?]))
 }
 
 fn angles(tokens: usize, width: usize) -> RopeTable {
@@ -49,15 +53,16 @@ fn angles(tokens: usize, width: usize) -> RopeTable {
 }
 
 pub(super) fn gate(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    gate_of(Activation::Silu, run, &[rows, width])
+    gate_of(Activation::Silu, run, [rows, width])
 }
 
 pub(super) fn gelu_gate(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    gate_of(Activation::GeluTanh, run, &[rows, width])
+    gate_of(Activation::GeluTanh, run, [rows, width])
 }
 
-fn gate_of(activation: Activation, run: &Run, shape: &[usize]) -> Result<Prepared> {
-    prepared(run.variables(&[shape, shape])?, move |v| Ok(vec![gated_activation(activation, &v[0], &v[1], 0)?]))
+fn gate_of(activation: Activation, run: &Run, shape: [usize; 2]) -> Result<Prepared> {
+    let leaves = [run.columns(shape, 1)?, run.columns(shape, 2)?].map(Value::variable);
+    prepared(leaves.into(), move |v| Ok(vec![gated_activation(activation, &v[0], &v[1], SPARE)?]))
 }
 
 pub(super) fn look_up(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
@@ -186,13 +191,15 @@ pub(super) fn write(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
 }
 
 pub(super) fn sums(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let (x, y) = (run.tensor(&[rows, width], 1)?, run.tensor(&[rows, width], 2)?);
+    let (x, y, columns) =
+        (run.tensor(&[rows, width], 1)?, run.tensor(&[rows, width], 2)?, run.columns([rows, width], 4)?);
     let wide = if run.is_reference() { DType::F64 } else { DType::F32 };
     let sum = run.tensor_of(&[rows, width], 3, wide)?;
     prepared(vec![], move |_| {
         elementwise::add_assign(&y, &x)?;
         elementwise::add_assign(&sum, &x)?;
-        Ok(vec![Value::constant(y.clone()), Value::constant(sum.clone())])
+        elementwise::add_assign(&columns, &x)?;
+        Ok([&y, &sum, &columns].map(|sum| Value::constant(sum.clone())).into())
     })
 }
 
@@ -210,7 +217,7 @@ pub(super) fn conversions(run: &Run, Size { rows, width }: Size) -> Result<Prepa
 }
 
 pub(super) fn biases(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let (y, bias) = (run.tensor(&[rows, width], 1)?, run.tensor(&[width], 2)?);
+    let (y, bias) = (run.columns([rows, width], 1)?, run.tensor(&[width], 2)?);
     let grad = run.tensor_of(&[width], 3, DType::F32)?;
     prepared(vec![], move |_| {
         elementwise::bias_grad(&y, &grad)?;
