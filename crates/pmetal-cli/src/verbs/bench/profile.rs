@@ -36,7 +36,8 @@ impl Figures {
         let (gflop_s, gb_s) = (rate(cost.flops), rate(cost.bytes));
         let of_limit = limits.and_then(|limits| {
             let arithmetic = gflop_s.map(|rate| rate / limits.teraflops / 1e3);
-            let memory = gb_s.map(|rate| rate / limits.copy_gigabytes_per_second);
+            let fastest = limits.read_gigabytes_per_second.unwrap_or(0.0).max(limits.copy_gigabytes_per_second);
+            let memory = gb_s.map(|rate| rate / fastest);
             arithmetic.into_iter().chain(memory).reduce(f64::max)
         });
         Self {
