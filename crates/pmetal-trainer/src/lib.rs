@@ -5,6 +5,7 @@
 
 mod data_options;
 mod error;
+mod memory;
 mod metrics;
 mod options;
 mod plan;
@@ -17,6 +18,7 @@ mod vocabulary;
 
 pub use data_options::DataOptions;
 pub use error::{Error, Result};
+pub use memory::{MemoryChoice, StepSize, parse_bytes};
 pub use metrics::{EvalMetrics, MetricsFile, Observer, StepMetrics};
 pub use options::{FineTuneType, SftOptions};
 pub use plan::{Memory, Plan, plan};

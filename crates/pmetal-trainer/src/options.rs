@@ -6,7 +6,7 @@ use clap::{Args, Command, FromArgMatches, ValueEnum};
 use pmetal_core::{DTypeChoice, DeviceChoice};
 use pmetal_lora::{LoraConfig, ModulesToSave, TargetModules};
 
-use crate::{DataOptions, Error, Result, SchedulerType};
+use crate::{DataOptions, Error, Result, SchedulerType, parse_bytes};
 
 /// What is trained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -131,9 +131,13 @@ pub struct SftOptions {
     /// Gradients are scaled down to this norm; 0 leaves them
     #[arg(long, default_value_t = 1.0, value_name = "NORM", help_heading = "Training")]
     pub max_grad_norm: f64,
-    /// Keep only the inputs of each layer and run it again in backward: less memory, a third more time
+    /// Run layers again in backward instead of keeping what they computed: the least memory, a quarter more time. Without it, that is done
+    /// where memory asks for it
     #[arg(long, visible_alias = "grad-checkpoint", help_heading = "Training")]
     pub gradient_checkpointing: bool,
+    /// Take at most so much of the device's memory, as in 17.8GiB: as much runs again in backward as that asks for
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "Machine")]
+    pub memory_limit: Option<u64>,
     /// Show what would be trained on what, in how many steps and how much memory, and stop there
     #[arg(long, help_heading = "Training")]
     pub dry_run: bool,

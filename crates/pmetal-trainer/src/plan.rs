@@ -5,19 +5,19 @@ use std::{collections::BTreeMap, fmt, sync::atomic::AtomicBool};
 use candle_core::DType;
 use pmetal_core::total_memory;
 use pmetal_lora::{LoraConfig, adapter_tensors};
-use pmetal_models::{DecoderSpec, EMBEDDING, HEAD, linear_layers, tensors_of};
+use pmetal_models::{EMBEDDING, HEAD, tensors_of};
 use serde::Serialize;
 
 use crate::{
-    Epochs, FineTuneType, Observer, Result, SftOptions,
+    Epochs, FineTuneType, MemoryChoice, Observer, Result, SftOptions, StepSize,
+    memory::gib,
     sft::{Setup, loop_settings},
 };
 
 /// Bytes of a trained value: itself, its gradient and AdamW's two moments, all f32.
 const TRAINED_BYTES: u64 = 16;
-/// Bytes of the block of logits that the loss is computed on: of the CPU, of a GPU.
+/// Bytes of the block of logits that the loss is computed on, on the CPU.
 const LOGITS_BYTES: u64 = 64 << 20;
-const GPU_LOGITS_BYTES: u64 = 512 << 20;
 /// The share of the machine's memory that others need.
 const RESERVED: f64 = 0.1;
 
@@ -52,6 +52,13 @@ pub struct Plan {
     pub largest_batch_tokens: u64,
     /// Bytes, by part.
     pub memory: Memory,
+    /// What runs again in backward.
+    #[serde(skip)]
+    pub choice: MemoryChoice,
+    /// The same in words; none where nothing does.
+    pub checkpointing: Option<String>,
+    /// Bytes of --memory-limit.
+    pub memory_limit: Option<u64>,
     /// Bytes of memory of the GPU, or of this machine; none where it does not say.
     pub machine_memory: Option<u64>,
 }
@@ -72,9 +79,14 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// Weights and optimizer.
+    pub(crate) fn fixed(&self) -> u64 {
+        self.mapped_weights + self.weights + self.trained
+    }
+
     /// All parts.
     pub fn total(&self) -> u64 {
-        self.mapped_weights + self.weights + self.trained + self.activations + self.logits
+        self.fixed() + self.activations + self.logits
     }
 }
 
@@ -102,15 +114,17 @@ impl Plan {
             Some(_) if !full => (0, parameters * width),
             _ => (0, 0),
         };
+        let trained_bytes = numbers * (TRAINED_BYTES + copies);
+        let machine_memory = pmetal_ops::device::memory(&setup.device)?.map(|memory| memory.total).or_else(total_memory);
+        let fixed = mapped_weights + weights + trained_bytes;
+        let choice = choose_memory(options, setup, fixed, machine_memory)?;
         let logits = if on_cpu {
             // f32, and once more in the dtype of the products
             let row = 4 * spec.vocab_size as u64;
             LOGITS_BYTES.max(8 * row).min(largest * row) * (4 + width) / 4
         } else {
-            GPU_LOGITS_BYTES.min(largest * spec.vocab_size as u64 * width)
+            choice.logits_bytes.min(largest * spec.vocab_size as u64 * width)
         };
-        let rank = if full { 0 } else { adapter_config(options, setup).r };
-        let kept = Kept { spec, width, rank: rank as u64 };
         let mut by_module = BTreeMap::new();
         for (name, numbers) in &trained {
             *by_module.entry(module_of(name)).or_insert(0) += numbers;
@@ -132,25 +146,63 @@ impl Plan {
             memory: Memory {
                 mapped_weights,
                 weights,
-                trained: numbers * (TRAINED_BYTES + copies),
-                activations: largest * kept.per_token(options.gradient_checkpointing),
+                trained: trained_bytes,
+                activations: choice.bytes.saturating_sub(choice.logits_bytes),
                 logits,
             },
-            machine_memory: pmetal_ops::device::memory(&setup.device)?.map(|memory| memory.total).or_else(total_memory),
+            choice,
+            checkpointing: choice.line(spec.num_hidden_layers, fixed),
+            memory_limit: options.memory_limit,
+            machine_memory,
         })
     }
 
     /// What to say where the machine has too little memory.
     pub fn warning(&self) -> Option<String> {
-        let (needed, machine) = (self.memory.total(), self.machine_memory?);
+        let needed = self.memory.total();
+        if let Some(limit) = self.memory_limit.filter(|&limit| needed > limit) {
+            let (needed, limit) = (gib(needed), gib(limit));
+            return Some(format!(
+                "this run needs about {needed} of memory, more than the {limit} of --memory-limit: lower --batch-size or --max-seq-len"
+            ));
+        }
+        let machine = self.machine_memory?;
         (needed as f64 > machine as f64 * (1.0 - RESERVED)).then(|| {
             format!(
-                "this run needs about {} of memory, the machine has {}: lower --batch-size or --max-seq-len, or add --gradient-checkpointing",
+                "this run needs about {} of memory, the machine has {}: lower --batch-size or --max-seq-len",
                 gib(needed),
                 gib(machine)
             )
         })
     }
+}
+
+/// What of a step runs again in backward, where `fixed` bytes are weights and optimizer: as much as --memory-limit or the machine asks for, or
+/// all that saves memory where --gradient-checkpointing is said alone.
+pub(crate) fn choose_memory(
+    options: &SftOptions,
+    setup: &Setup,
+    fixed: u64,
+    machine_memory: Option<u64>,
+) -> Result<MemoryChoice> {
+    let full = options.fine_tune_type == FineTuneType::Full;
+    let sampler = &setup.batches.sampler;
+    let size = StepSize {
+        spec: &setup.base.spec,
+        width: setup.dtype.size_in_bytes() as u64,
+        rank: if full { 0 } else { adapter_config(options, setup).r as u64 },
+        tokens: sampler.largest_batch_tokens(),
+        longest: sampler.largest_batch_tokens() / options.batch_size.max(1) as u64,
+    };
+    let usable = |bytes: u64| (bytes as f64 * (1.0 - RESERVED)) as u64;
+    let again = options.gradient_checkpointing;
+    let machine = machine_memory.map(usable).filter(|_| !again);
+    let limit = options.memory_limit.or(machine).map(|limit| limit.saturating_sub(fixed));
+    let unforced = size.choose(limit, again, None);
+    if unforced.checkpointing.is_none() {
+        return Ok(unforced);
+    }
+    Ok(size.choose(limit, again, pmetal_ops::rates(&setup.device)?))
 }
 
 fn adapter_config(options: &SftOptions, setup: &Setup) -> LoraConfig {
@@ -195,45 +247,6 @@ fn layers_of(trained: &[(String, u64)]) -> usize {
     layers.len()
 }
 
-/// What the forward pass keeps for the backward pass, as the operations of `pmetal-ops` save it.
-struct Kept<'a> {
-    spec: &'a DecoderSpec,
-    /// Bytes of an activation.
-    width: u64,
-    /// Of the adapter; 0 without one.
-    rank: u64,
-}
-
-impl Kept<'_> {
-    fn per_token(&self, checkpointing: bool) -> u64 {
-        let spec = self.spec;
-        let (hidden, inner) = (spec.hidden_size as u64, spec.intermediate_size as u64);
-        let layers = spec.num_hidden_layers as u64;
-        // the backward pass of an MLP while all is still kept; the embedding, the last norm and its gradient
-        let room = (3 * inner / 2 + 2 * hidden + 3 * hidden) * self.width;
-        if checkpointing {
-            return layers * hidden * self.width + self.layer() + 3 * hidden * self.width + room;
-        }
-        layers * self.layer() + room
-    }
-
-    /// Bytes of one layer: two sums and two norms, q, k and v (before and behind their norms), the heads' results, gate, up and their
-    /// product; f32 statistics and low-rank products.
-    fn layer(&self) -> u64 {
-        let spec = self.spec;
-        let (q, kv) = (spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
-        let normed = if spec.qk_norm { q + kv } else { 0 };
-        let activations = 4 * spec.hidden_size + 2 * q + 2 * kv + normed + 3 * spec.intermediate_size;
-        let linears = linear_layers(spec).len() / spec.num_hidden_layers.max(1);
-        let statistics = spec.num_attention_heads + 2 + if spec.qk_norm { spec.num_attention_heads * 2 } else { 0 };
-        activations as u64 * self.width + 4 * (statistics as u64 + linears as u64 * self.rank)
-    }
-}
-
-fn gib(bytes: u64) -> String {
-    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
-}
-
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let total: u64 = self.trained.values().sum();
@@ -267,6 +280,9 @@ impl fmt::Display for Plan {
             ("logits", m.logits),
         ] {
             line(f, "", format!("{:>14}  {name}", gib(bytes)))?;
+        }
+        if let Some(checkpointing) = &self.checkpointing {
+            line(f, "checkpointing", checkpointing.clone())?;
         }
         match self.machine_memory {
             Some(machine) => line(f, "the device has", gib(machine)),

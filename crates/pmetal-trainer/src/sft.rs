@@ -12,7 +12,7 @@ use pmetal_data::{Example, TOKENIZER_FILES, Template, TemplateChoice, Tokenizer}
 use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
-    CausalLMModel, Checkpoint, Checkpointing, DecoderSpec, Input, dtype_of, load, random, read_config,
+    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config,
     refuse_too_large, save_pretrained, spec_of, tensors_of,
 };
 use pmetal_ops::{Arena, no_grad};
@@ -20,7 +20,7 @@ use pmetal_ops::{Arena, no_grad};
 use crate::{
     Error, FineTuneType, LoopSettings, MetricsFile, Observer, Result, Schedule, SftOptions, StepSettings, Summary,
     TrainingData,
-    plan::Plan,
+    plan::{Plan, choose_memory},
     rows::{Batches, Rows},
     train,
     vocabulary::add_tokens,
@@ -102,7 +102,8 @@ impl Setup {
 /// Runs supervised fine-tuning as `options` say. `stop` ends it after the step under way, and what was trained is written.
 pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
     let mut setup = Setup::new(options, observer, stop)?;
-    if let Some(warning) = Plan::of(options, &setup)?.warning() {
+    let plan = Plan::of(options, &setup)?;
+    if let Some(warning) = plan.warning() {
         observer.note(&warning);
     }
     make_output(&options.output)?;
@@ -113,10 +114,12 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     let device = pmetal_ops::device::name(&setup.device);
     observer.note(&format!("training {} parameters of a model of {total} in {dtype} on {device}", arena.len()));
 
+    let settings = within_memory(options, &setup, &plan, observer)?;
+
     // not before all else is known to be right: a run that cannot start leaves the metrics of the last one alone
     let mut metrics = MetricsFile::create(&options.output.join("metrics.jsonl"))?;
     let data = TrainingData { rows: &setup.rows.train, eval_rows: &setup.rows.eval, order: &setup.batches };
-    let summary = train(model.as_ref(), arena, &data, &loop_settings(options), &mut metrics, observer, stop)?;
+    let summary = train(model.as_ref(), arena, &data, &settings, &mut metrics, observer, stop)?;
     let written = write(options, &setup, model.as_ref(), &trained)?;
     Ok(Outcome { summary, written })
 }
@@ -231,10 +234,32 @@ pub(crate) fn loop_settings(options: &SftOptions) -> LoopSettings {
         step: StepSettings {
             max_grad_norm: options.max_grad_norm,
             weight_decay: options.weight_decay,
-            checkpointing: options.gradient_checkpointing.then_some(Checkpointing::INPUTS),
+            checkpointing: None,
+            logits_bytes: 512 << 20,
             seed: options.seed,
         },
     }
+}
+
+/// The settings with what runs again in backward, now that the model's memory is taken; says so.
+fn within_memory(
+    options: &SftOptions,
+    setup: &Setup,
+    plan: &Plan,
+    observer: &mut dyn Observer,
+) -> Result<LoopSettings> {
+    pmetal_ops::device::synchronize(&setup.device)?;
+    let (choice, fixed) = match pmetal_ops::device::memory(&setup.device)? {
+        Some(memory) => (choose_memory(options, setup, memory.live, Some(memory.total))?, memory.live),
+        None => (plan.choice, plan.memory.fixed()),
+    };
+    if let Some(line) = choice.line(setup.base.spec.num_hidden_layers, fixed) {
+        observer.note(&line);
+    }
+    let mut settings = loop_settings(options);
+    settings.step.checkpointing = choice.checkpointing;
+    settings.step.logits_bytes = choice.logits_bytes as usize;
+    Ok(settings)
 }
 
 /// The model with its adapter, or with every weight in an arena.

@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 use pmetal_data::Example;
 use pmetal_models::{CausalLMModel, Checkpointing, Input};
-use pmetal_ops::{AdamW, Arena, StepOutcome, adamw, backward, linear_cross_entropy, no_grad, random};
+use pmetal_ops::{AdamW, Arena, StepOutcome, adamw, backward, linear_cross_entropy, linear_cross_entropy_within, no_grad, random};
 
 use crate::Result;
 
@@ -19,6 +19,8 @@ pub struct StepSettings {
     pub weight_decay: f64,
     /// Whether layers are run again in backward instead of kept.
     pub checkpointing: Option<Checkpointing>,
+    /// Bytes of logits at a time, on a GPU.
+    pub logits_bytes: usize,
     /// Seeds the dropout.
     pub seed: u64,
 }
@@ -94,7 +96,7 @@ pub fn start_step(
         let packed = Packed::new(rows);
         let input = Input { noise: Some(noise), checkpointing: settings.checkpointing, ..packed.input() };
         let hidden = model.forward(&input, None)?;
-        let entropy = linear_cross_entropy(&hidden, model.head(), &packed.targets, scale)?;
+        let entropy = linear_cross_entropy_within(settings.logits_bytes, &hidden, model.head(), &packed.targets, scale)?;
         drop(hidden);
         loss = (loss + entropy.loss.tensor())?;
         token_losses.push(entropy.token_losses);

@@ -95,6 +95,7 @@ fn run(model: &dyn CausalLMModel, arena: &Arena, settings: &Value, variant: Vari
             max_grad_norm: number("max_grad_norm"),
             weight_decay: number("weight_decay"),
             checkpointing: variant.checkpointing,
+            logits_bytes: 1 << 20,
             seed: 0,
         },
     };

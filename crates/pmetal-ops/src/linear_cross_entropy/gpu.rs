@@ -10,10 +10,8 @@ use crate::{
     embedding::gather_on_gpu,
     linear::{product, weight_gradient},
     place::upload,
+    profile,
 };
-
-/// Bytes of logits that exist at a time, roughly.
-const BLOCK_BYTES: usize = 512 << 20;
 
 pub(super) fn run(gpu: &dyn Gpu, task: &Task) -> Result<Found> {
     let (hidden, device, dtype) = (task.hidden, task.hidden.device(), task.hidden.dtype());
@@ -30,7 +28,7 @@ pub(super) fn run(gpu: &dyn Gpu, task: &Task) -> Result<Found> {
         let all = n == tokens;
         let rows = if all { hidden.clone() } else { gather_on_gpu(gpu, &places, hidden)? };
         let drows = task.needs_hidden.then(|| empty((n, width), dtype, device)).transpose()?;
-        let most = (BLOCK_BYTES / (dtype.size_in_bytes() * vocab)).clamp(8, n.max(8));
+        let most = (task.logits_bytes / (dtype.size_in_bytes() * vocab)).clamp(8, n.max(8));
         let logits = empty((most.min(n), vocab), dtype, device)?;
         for first in (0..n).step_by(most) {
             let len = most.min(n - first);
@@ -59,6 +57,9 @@ pub(super) fn run(gpu: &dyn Gpu, task: &Task) -> Result<Found> {
 
 /// The losses of a block; where gradients are needed, its logits become theirs.
 fn entropy(gpu: &dyn Gpu, task: &Task, logits: &Tensor, labels: &Tensor, losses: &Tensor, first: usize) -> Result<()> {
+    let _span = profile::span("cross_entropy");
+    let passes = 1 + usize::from(task.needs_gradient());
+    profile::moved(&[logits, logits][..passes]);
     let (rows, vocab) = logits.dims2()?;
     let grid = Grid::line(rows, if vocab >= 4096 { 1024 } else { 256 });
     let params = kernels::CrossEntropyParams { vocab: vocab as u32, first: first as u32, grad_scale: task.scale };

@@ -17,6 +17,9 @@ use crate::{
 
 const OP: &str = "linear_cross_entropy";
 
+/// Bytes of logits that exist at a time on a GPU, roughly, unless it is said.
+const LOGITS_BYTES: usize = 512 << 20;
+
 /// A loss and the losses it sums.
 pub struct CrossEntropy {
     /// `scale` times the sum of the tokens' losses, an f32 scalar.
@@ -32,6 +35,20 @@ pub struct CrossEntropy {
 /// # Errors
 /// Where shapes do not fit or a label is not below the vocabulary's size.
 pub fn linear_cross_entropy(hidden: &Value, weight: &Weight, labels: &[i64], scale: f32) -> Result<CrossEntropy> {
+    linear_cross_entropy_within(LOGITS_BYTES, hidden, weight, labels, scale)
+}
+
+/// [`linear_cross_entropy`] with about so many bytes of logits at a time, on a GPU.
+///
+/// # Errors
+/// As there.
+pub fn linear_cross_entropy_within(
+    logits_bytes: usize,
+    hidden: &Value,
+    weight: &Weight,
+    labels: &[i64],
+    scale: f32,
+) -> Result<CrossEntropy> {
     let _span = profile::span(OP);
     let (tokens, width) = hidden.tensor().dims2()?;
     let (vocab, weight_width) = weight.shape().dims2()?;
@@ -50,6 +67,7 @@ pub fn linear_cross_entropy(hidden: &Value, weight: &Weight, labels: &[i64], sca
         counted: &counted,
         classes: &classes,
         scale,
+        logits_bytes,
         needs_hidden: hidden.requires_grad(),
         trained: weight.param().filter(|_| recording()),
     };
@@ -77,6 +95,8 @@ struct Task<'a> {
     /// Their labels.
     classes: &'a [u32],
     scale: f32,
+    /// Bytes of logits at a time.
+    logits_bytes: usize,
     needs_hidden: bool,
     /// The parameter whose gradient is to be added to its arena.
     trained: Option<&'a crate::Param>,

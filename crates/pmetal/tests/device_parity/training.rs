@@ -74,7 +74,7 @@ pub fn rows() -> Vec<Example> {
 }
 
 pub const SETTINGS: StepSettings =
-    StepSettings { max_grad_norm: 1.0, weight_decay: 0.01, checkpointing: None, seed: 3 };
+    StepSettings { max_grad_norm: 1.0, weight_decay: 0.01, checkpointing: None, logits_bytes: 1 << 20, seed: 3 };
 
 /// LoRA on every layer, four rows a step.
 fn steps(device: &Device, name: &str, dtype: DType, count: usize) -> Vec<StepResult> {

@@ -4,21 +4,24 @@ use std::{
     time::Instant,
 };
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use pmetal::{
     core::{DTypeChoice, DeviceChoice},
     data::Example,
     lora::{LoraConfig, attach},
-    models,
+    models::{self, DecoderSpec},
     ops::{self, device},
-    trainer::{StepSettings, train_step},
+    trainer::{MemoryChoice, StepSettings, StepSize, parse_bytes, train_step},
 };
 
 use super::{
     median, profile, round,
     rows::{packed_lengths, random_row},
 };
-use crate::verbs::{Failure, Result};
+use crate::{
+    tell::tell,
+    verbs::{Failure, Result},
+};
 
 /// Steps before those that are timed: products choose their algorithm in the first, the memory of a step settles in the second.
 const WARM_UP: usize = 3;
@@ -41,9 +44,12 @@ pub struct Args {
     /// Steps that are timed, after three that are not
     #[arg(long, default_value_t = 10, value_name = "STEPS")]
     steps: usize,
-    /// Keep only the inputs of each layer and run it again in backward
+    /// Run layers again in backward, so that a step takes the least memory that costs no waiting
     #[arg(long)]
     gradient_checkpointing: bool,
+    /// Take at most so much of the device's memory, as in 17.8GiB, and run again what that asks for
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    memory_limit: Option<u64>,
     /// Also tell where a step's time goes, operation by operation, on stderr and in the JSON (on the CPU and on CUDA)
     #[arg(long)]
     profile: bool,
@@ -66,10 +72,12 @@ pub fn run(args: &Args) -> Result<()> {
     let device = device::open(args.device)?;
     let mut model = models::random(&config, dtype, &device, 0, None)?;
     let arena = attach(model.as_mut(), &LoraConfig::default(), 0)?;
+    let memory = choose_memory(args, model.spec(), dtype, &device)?;
     let settings = StepSettings {
         max_grad_norm: 1.0,
         weight_decay: 0.0,
-        checkpointing: args.gradient_checkpointing.then_some(models::Checkpointing::INPUTS),
+        checkpointing: memory.checkpointing,
+        logits_bytes: memory.logits_bytes as usize,
         seed: 0,
     };
     let steps: Vec<_> = (0..WARM_UP + args.steps).map(|step| rows_of(args, step, model.spec().vocab_size)).collect();
@@ -104,7 +112,8 @@ pub fn run(args: &Args) -> Result<()> {
         "batch": args.batch,
         "seq": args.seq,
         "packed": args.packed,
-        "gradient_checkpointing": args.gradient_checkpointing,
+        "gradient_checkpointing": settings.checkpointing.is_some(),
+        "memory_limit": args.memory_limit,
         "steps": args.steps,
     });
     if let Some(found) = found {
@@ -114,6 +123,29 @@ pub fn run(args: &Args) -> Result<()> {
         report["limits"] = serde_json::json!(limits);
     }
     Ok(writeln!(io::stdout(), "{report}")?)
+}
+
+/// What runs again within the memory that flags leave; says so.
+fn choose_memory(args: &Args, spec: &DecoderSpec, dtype: DType, device: &Device) -> Result<MemoryChoice> {
+    device::synchronize(device)?;
+    let fixed = device::memory(device)?.map_or(ops::memory::live_bytes() as u64, |memory| memory.live);
+    let size = StepSize {
+        spec,
+        width: dtype.size_in_bytes() as u64,
+        rank: LoraConfig::default().r as u64,
+        tokens: (args.batch * args.seq) as u64,
+        longest: args.seq as u64,
+    };
+    let again = args.gradient_checkpointing;
+    let rates = if again || args.memory_limit.is_some() { ops::rates(device)? } else { None };
+    let choice = size.choose(args.memory_limit.map(|limit| limit.saturating_sub(fixed)), again, rates);
+    if let Some(line) = choice.line(spec.num_hidden_layers, fixed) {
+        tell(line);
+    }
+    if !choice.fits {
+        tell("that is more than --memory-limit");
+    }
+    Ok(choice)
 }
 
 /// The rows of a step; without packing, the same for all.

@@ -4,7 +4,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::*;
 use crate::{
-    Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Rows, Weight, attention, autograd::one, rms_norm_beside,
+    Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Rows, Weight, attention,
+    autograd::one,
+    rms_norm_beside,
     testing::{emulated, random},
 };
 
@@ -22,7 +24,8 @@ fn groups(arena: &Arena) -> [LinearGroup; 2] {
         let half = |name: String| Weight::Trainable(arena.param(&name).unwrap());
         let (a, b) = (half(format!("{name}.a")), half(format!("{name}.b")));
         let adapter = Some(Adapter { a, b, scale: 0.5, dropout: 0.2, place: seed });
-        LinearGroup::new(vec![LinearMember { weight: Weight::Frozen(f32_of(&[6, 6], seed)), bias: None, adapter }]).unwrap()
+        LinearGroup::new(vec![LinearMember { weight: Weight::Frozen(f32_of(&[6, 6], seed)), bias: None, adapter }])
+            .unwrap()
     })
 }
 
@@ -70,7 +73,11 @@ fn policies() -> impl Iterator<Item = Policy> {
     [Fate::Recompute, Fate::Keep, Fate::Host].into_iter().flat_map(move |fate| {
         let inputs = if fate == Fate::Host { Fate::Host } else { Fate::Keep };
         let policy = Policy::INPUTS.with(Saved::Input, inputs);
-        [policy.with(results[0], fate), policy.with(results[1], fate), policy.with(results[0], fate).with(results[1], fate)]
+        [
+            policy.with(results[0], fate),
+            policy.with(results[1], fate),
+            policy.with(results[0], fate).with(results[1], fate),
+        ]
     })
 }
 

@@ -1,0 +1,332 @@
+//! What a step needs of memory beside weights and optimizer, and which results survive its forward pass within a limit.
+
+use pmetal_models::{Checkpointing, DecoderSpec};
+use pmetal_ops::{DeviceRates, Fate, Policy, Saved};
+
+/// The results that can be computed again.
+const COMPUTED: [Saved; 4] = [Saved::Middle, Saved::Attention, Saved::Projections, Saved::Gates];
+/// Bytes of logits at a time: no fewer, so that products stay large; no more.
+const LOGITS_BYTES: [u64; 2] = [128 << 20, 512 << 20];
+/// A device's rate of products where nothing was measured: only ratios of times count then.
+const NOMINAL: f64 = 1e12;
+/// Attention's rate as a share of that of large products.
+const ATTENTION: f64 = 0.6;
+/// Floating-point operations of products in the time that takes a byte of memory.
+const OPERATIONS_PER_BYTE: f64 = 200.0;
+/// The share of the forward pass that copies to the host may take.
+const COPYING: f64 = 0.8;
+/// What a copy to the host costs of its time, though it goes beside the computing.
+const COPY_COST: f64 = 0.03;
+
+/// A decoder and the tokens of a step's largest micro-batch.
+#[derive(Clone, Copy, Debug)]
+pub struct StepSize<'a> {
+    /// The decoder.
+    pub spec: &'a DecoderSpec,
+    /// Bytes of an activation.
+    pub width: u64,
+    /// Of the adapter; 0 without one.
+    pub rank: u64,
+    /// Tokens that go through the model together.
+    pub tokens: u64,
+    /// Of the longest row.
+    pub longest: u64,
+}
+
+/// Which layers run again, and how much of the logits exists at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryChoice {
+    /// None where no layer runs again.
+    pub checkpointing: Option<Checkpointing>,
+    /// Bytes of logits at a time.
+    pub logits_bytes: u64,
+    /// Bytes that the step takes at most, beside weights and optimizer.
+    pub bytes: u64,
+    /// Bytes that rest in the host's memory.
+    pub host_bytes: u64,
+    /// Whether that is within the limit.
+    pub fits: bool,
+}
+
+impl StepSize<'_> {
+    fn layers(&self) -> usize {
+        self.spec.num_hidden_layers
+    }
+
+    /// Widths of the stream, of q, of k, and of the MLP.
+    fn widths(&self) -> [u64; 4] {
+        let spec = self.spec;
+        let [q, kv] = [spec.num_attention_heads, spec.num_key_value_heads].map(|heads| (heads * spec.head_dim) as u64);
+        [spec.hidden_size as u64, q, kv, spec.intermediate_size as u64]
+    }
+
+    /// Bytes of `elements` for each token.
+    fn bytes(&self, elements: u64) -> u64 {
+        self.tokens * self.width * elements
+    }
+
+    /// Bytes of a result in one layer.
+    fn bytes_of(&self, saved: Saved) -> u64 {
+        let [hidden, q, kv, inner] = self.widths();
+        match saved {
+            Saved::Input | Saved::Middle => self.bytes(hidden),
+            Saved::Projections => self.bytes(q + 2 * kv),
+            Saved::Attention => self.bytes(q + self.rank) + 4 * self.tokens * self.spec.num_attention_heads as u64,
+            Saved::Gates => self.bytes(2 * inner),
+        }
+    }
+
+    /// Seconds that computing a result again takes.
+    fn seconds_of(&self, saved: Saved, product: f64) -> f64 {
+        let [hidden, q, kv, inner] = self.widths();
+        let times = |elements: u64| 2.0 * (self.tokens * elements) as f64 / product;
+        match saved {
+            Saved::Input => 0.0,
+            Saved::Middle => times(hidden * q),
+            Saved::Projections => times(hidden * (q + 2 * kv)),
+            Saved::Attention => times(q * self.longest) / ATTENTION,
+            Saved::Gates => times(2 * hidden * inner),
+        }
+    }
+
+    /// Seconds of a layer's forward.
+    fn forward_seconds(&self, product: f64) -> f64 {
+        let [hidden, _, _, inner] = self.widths();
+        let down = 2.0 * (self.tokens * hidden * inner) as f64 / product;
+        Saved::ALL.iter().map(|&saved| self.seconds_of(saved, product)).sum::<f64>() + down + self.passes(product)
+    }
+
+    /// Seconds of what is not a product: norms, rope, the gate.
+    fn passes(&self, product: f64) -> f64 {
+        let [hidden, q, kv, inner] = self.widths();
+        self.bytes(5 * hidden + 2 * (q + kv) + 3 * inner) as f64 * OPERATIONS_PER_BYTE / product
+    }
+
+    /// Bytes that a layer that does not run again keeps: two sums and two norms, q, k and v (before and behind their norms), the heads' results,
+    /// gate, up and their product; f32 statistics and low-rank products.
+    fn whole_layer(&self) -> u64 {
+        let [hidden, q, kv, inner] = self.widths();
+        let heads = self.spec.num_attention_heads as u64;
+        let normed = if self.spec.qk_norm { q + kv } else { 0 };
+        let statistics = heads + 2 + if self.spec.qk_norm { heads * 2 } else { 0 };
+        self.bytes(4 * hidden + 2 * q + 2 * kv + normed + 3 * inner + 7 * self.rank) + 4 * self.tokens * statistics
+    }
+
+    /// Bytes that a layer leaves on the device; those it leaves with the host.
+    fn left(&self, policy: Option<Policy>) -> (u64, u64) {
+        let Some(policy) = policy else { return (self.whole_layer(), 0) };
+        let of = |fate| Saved::ALL.iter().filter(|&&s| policy.fate(s) == fate).map(|&s| self.bytes_of(s)).sum::<u64>();
+        let input = if policy.fate(Saved::Input) == Fate::Recompute { self.bytes_of(Saved::Input) } else { 0 };
+        (of(Fate::Keep) + input, of(Fate::Host))
+    }
+
+    /// Bytes of a layer's second run and its backward, beside what it left on the device.
+    fn room(&self, policy: Option<Policy>) -> u64 {
+        let [hidden, q, kv, inner] = self.widths();
+        let gradients = 3 * inner + 4 * hidden;
+        let Some(policy) = policy else { return self.bytes(gradients) };
+        let computed = |saved, bytes: u64| if policy.fate(saved) == Fate::Keep { 0 } else { bytes };
+        let gates = computed(Saved::Gates, self.bytes(2 * inner));
+        let mlp = self.bytes(gradients + hidden) + gates;
+        let attention = computed(Saved::Projections, self.bytes_of(Saved::Projections))
+            + computed(Saved::Attention, self.bytes_of(Saved::Attention))
+            + self.bytes(q + kv + 2 * hidden);
+        if policy.fate(Saved::Middle) == Fate::Recompute {
+            return mlp + attention;
+        }
+        mlp.max(attention + self.bytes(4 * q + 3 * kv + 3 * hidden))
+    }
+
+    /// Bytes that a step takes at most; those that rest with the host.
+    fn peak(&self, checkpointing: Option<Checkpointing>, logits_bytes: u64) -> (u64, u64) {
+        let policy = |i| checkpointing.and_then(|checkpointing| checkpointing.policy(i, self.layers()));
+        let mut left = 0;
+        let (mut most, mut host) = (0, 0);
+        let mut before = 0;
+        for i in 0..self.layers() {
+            let (here, away) = self.left(policy(i));
+            left += here;
+            // what the layer before left with the host comes back meanwhile
+            most = most.max(left + away + before + self.room(policy(i)));
+            (host, before) = (host + away, away);
+        }
+        (most.max(self.loss(checkpointing) + logits_bytes), host)
+    }
+
+    /// Bytes that are there when the loss is computed, beside logits.
+    fn loss(&self, checkpointing: Option<Checkpointing>) -> u64 {
+        let policy = |i| checkpointing.and_then(|checkpointing| checkpointing.policy(i, self.layers()));
+        let [hidden, ..] = self.widths();
+        (0..self.layers()).map(|i| self.left(policy(i)).0).sum::<u64>() + self.bytes(3 * hidden)
+    }
+
+    /// Seconds that a step takes longer than without checkpointing.
+    fn cost(&self, checkpointing: Checkpointing, rates: &DeviceRates) -> f64 {
+        let of_layer = |i| {
+            let Some(policy) = checkpointing.policy(i, self.layers()) else { return 0.0 };
+            let again = Saved::ALL.iter().filter(|&&saved| policy.fate(saved) == Fate::Recompute);
+            let again: f64 = again.map(|&saved| self.seconds_of(saved, rates.product)).sum();
+            again + self.passes(rates.product) + COPY_COST * self.left(Some(policy)).1 as f64 / rates.host
+        };
+        (0..self.layers()).map(of_layer).sum()
+    }
+
+    /// What to run again so that a step takes at most `limit` bytes and the least time; without a limit, and where layers are to run again by all
+    /// means, what takes the least memory without making the device wait for the host.
+    pub fn choose(&self, limit: Option<u64>, again: bool, rates: Option<DeviceRates>) -> MemoryChoice {
+        if !again && limit.is_none_or(|limit| self.peak(None, LOGITS_BYTES[0]).0 <= limit) {
+            return self.choice(None, limit);
+        }
+        let host = rates.is_some();
+        let rates = rates.unwrap_or(DeviceRates { product: NOMINAL, host: f64::INFINITY });
+        let mut candidates = self.candidates(host, &rates);
+        if let Some(limit) = limit {
+            for candidate in &mut candidates {
+                self.fill(candidate, limit, &rates);
+            }
+            let fitting = candidates.iter().copied().filter(|&c| self.peak(Some(c), LOGITS_BYTES[0]).0 <= limit);
+            let best = fitting.min_by(|&a, &b| self.cost(a, &rates).total_cmp(&self.cost(b, &rates)));
+            if best.is_some() {
+                return self.choice(best, Some(limit));
+            }
+        }
+        // of those that take hardly more than the least, the fastest
+        let bytes = |c| self.peak(Some(c), LOGITS_BYTES[0]).0;
+        let least = candidates.iter().map(|&c| bytes(c)).min().unwrap_or(0);
+        let small = candidates.into_iter().filter(|&c| limit.is_none() && bytes(c) <= least + least / 10 || bytes(c) == least);
+        self.choice(small.min_by(|&a, &b| self.cost(a, &rates).total_cmp(&self.cost(b, &rates))), limit)
+    }
+
+    /// Nothing at rest with the host; inputs, and every choice of results that copies to the host can keep up with.
+    fn candidates(&self, host: bool, rates: &DeviceRates) -> Vec<Checkpointing> {
+        let mut candidates = vec![Checkpointing::INPUTS];
+        if !host || self.layers() < 2 {
+            return candidates;
+        }
+        let bytes_in_time = COPYING * rates.host * self.forward_seconds(rates.product);
+        for choice in 0..1u32 << COMPUTED.len() {
+            let chosen = COMPUTED.iter().enumerate().filter(|(i, _)| choice >> i & 1 == 1).map(|(_, &saved)| saved);
+            let mut candidate = Checkpointing::INPUTS;
+            let mut bytes = 0;
+            for saved in chosen.chain([Saved::Input]) {
+                bytes += self.bytes_of(saved);
+                candidate.policy = candidate.policy.with(saved, Fate::Host);
+                // the last layer is the first to run again: what would leave would come back at once
+                candidate.kept[saved as usize] = 1;
+            }
+            if bytes as f64 <= bytes_in_time {
+                candidates.push(candidate);
+            }
+        }
+        candidates
+    }
+
+    /// Results that can be computed again, those first that save the most time for their bytes.
+    fn by_worth(&self, rates: &DeviceRates) -> Vec<Saved> {
+        let worth = |&saved: &Saved| self.seconds_of(saved, rates.product) / self.bytes_of(saved) as f64;
+        let mut order = COMPUTED.to_vec();
+        order.sort_by(|a, b| worth(b).total_cmp(&worth(a)));
+        order
+    }
+
+    /// Keeps on the device what still fits, in as many of the last layers as it fits.
+    fn fill(&self, candidate: &mut Checkpointing, limit: u64, rates: &DeviceRates) {
+        let fits = |candidate: &Checkpointing| self.peak(Some(*candidate), LOGITS_BYTES[0]).0 <= limit;
+        let computed = self.by_worth(rates).into_iter().filter(|&s| candidate.policy.fate(s) == Fate::Recompute);
+        for saved in computed.collect::<Vec<_>>() {
+            let with = |layers| {
+                let mut with = *candidate;
+                with.kept[saved as usize] = layers;
+                with
+            };
+            let found = (1..=self.layers()).rev().map(with).find(|with| fits(with));
+            *candidate = found.unwrap_or(*candidate);
+        }
+        let with = |whole| {
+            let mut with = *candidate;
+            with.whole = whole;
+            with
+        };
+        let whole = (1..=self.layers()).rev().map(with).find(|with| fits(with));
+        *candidate = whole.unwrap_or(*candidate);
+    }
+
+    fn choice(&self, checkpointing: Option<Checkpointing>, limit: Option<u64>) -> MemoryChoice {
+        let (bytes, host_bytes) = self.peak(checkpointing, LOGITS_BYTES[0]);
+        let most = match (limit, checkpointing) {
+            (Some(limit), _) => limit,
+            (None, None) => u64::MAX,
+            // a larger block is free as long as the layers need as much
+            (None, Some(_)) => bytes,
+        };
+        let [least, enough] = LOGITS_BYTES;
+        let logits_bytes = most.saturating_sub(self.loss(checkpointing)).clamp(least, enough);
+        let (bytes, _) = self.peak(checkpointing, logits_bytes);
+        MemoryChoice { checkpointing, logits_bytes, bytes, host_bytes, fits: limit.is_none_or(|limit| bytes <= limit) }
+    }
+}
+
+impl MemoryChoice {
+    /// What was chosen, in one line; none where no layer runs again. `fixed` bytes are weights and optimizer.
+    pub fn line(&self, layers: usize, fixed: u64) -> Option<String> {
+        let checkpointing = self.checkpointing?;
+        let policies: Vec<Policy> = (0..layers).filter_map(|i| checkpointing.policy(i, layers)).collect();
+        let named = |fate| {
+            let found = Saved::ALL.into_iter().filter_map(|saved| {
+                let count = policies.iter().filter(|policy| policy.fate(saved) == fate).count();
+                let here = if count == layers { String::new() } else { format!(" in {count}") };
+                (count > 0 && (saved != Saved::Input || fate == Fate::Host)).then(|| format!("{}{here}", name(saved)))
+            });
+            let found: Vec<String> = found.collect();
+            if found.is_empty() { "nothing".into() } else { found.join(", ") }
+        };
+        let host = match self.host_bytes {
+            0 => String::new(),
+            bytes => format!("; at rest with the host ({}): {}", gib(bytes), named(Fate::Host)),
+        };
+        Some(format!(
+            "{} of {layers} layers run again in backward; computed again: {}{host}; about {} in all",
+            policies.len(),
+            named(Fate::Recompute),
+            gib(fixed + self.bytes)
+        ))
+    }
+}
+
+fn name(saved: Saved) -> &'static str {
+    match saved {
+        Saved::Input => "inputs",
+        Saved::Middle => "the stream before the MLP",
+        Saved::Projections => "q, k and v",
+        Saved::Attention => "attention",
+        Saved::Gates => "gate and up",
+    }
+}
+
+pub(crate) fn gib(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
+}
+
+/// Bytes from `17.8GiB`, `16 GB`, `512MiB` or a plain number.
+///
+/// # Errors
+/// Where that is none of these.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let number_end = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(number_end);
+    let unit = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kib" => 1024.0,
+        "mib" => 1_048_576.0,
+        "gib" | "g" => 1_073_741_824.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        _ => return Err(format!("{unit} is no unit: use GiB, MiB, GB, MB or none for bytes")),
+    };
+    match number.trim().parse::<f64>() {
+        Ok(number) if number.is_finite() && number > 0.0 => Ok((number * unit) as u64),
+        _ => Err("expected a number of bytes, as in 17.8GiB".into()),
+    }
+}
