@@ -45,10 +45,11 @@ def page(results):
     for work in works.values():
         found = work["profile"]["profile"]
         if isinstance(found, list):
-            yield f"**{work['what']}**, a step under `--profile`"
+            plain, watched = (work[run]["step_ms"] for run in ("report", "profile"))
+            yield f"**{work['what']}**: a step of {watched:,.1f} ms, of which events take {watched - plain:.1f}."
             yield "\n".join(operations(found, limits))
         else:
-            yield f"**{work['what']}**, a token under `--profile`"
+            yield f"**{work['what']}**: a token, launched operation by operation instead of replayed."
             yield "\n".join(operations(found["decode"], limits))
 
 
@@ -62,7 +63,7 @@ def summary(works):
         speed_bar, memory_bar = bars["tok_s"], bars["gib"]
         ms = report.get("step_ms") or 1e3 / speed
         cells = [
-            work["what"],
+            work["what"] + (f", {work['of_reading']:.0%} of reading" if "of_reading" in work else ""),
             judged(f"{speed:,.0f}", speed_bar is None or speed >= speed_bar),
             "" if speed_bar is None else f"{speed_bar:,.0f}",
             f"{ms:,.2f}" if ms < 100 else f"{ms:,.0f}",
