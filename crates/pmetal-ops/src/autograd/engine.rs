@@ -1,4 +1,5 @@
 use std::{
+    cell::Cell,
     collections::{BTreeMap, HashMap},
     sync::{Arc, PoisonError},
 };
@@ -26,7 +27,18 @@ pub fn backward(loss: Value) -> Result<()> {
         return Err(Error::operand("backward", "loss", "a scalar", loss.tensor.dims()));
     }
     let one = loss.tensor.ones_like()?;
+    ONE.set(Some(one.id()));
     gradients(vec![(loss, one)], &[]).map(drop)
+}
+
+thread_local! {
+    /// The gradient that the last walk began with.
+    static ONE: Cell<Option<TensorId>> = const { Cell::new(None) };
+}
+
+/// Whether a gradient is known to be 1: that of the loss itself.
+pub(crate) fn is_one(grad: &Tensor) -> bool {
+    ONE.get() == Some(grad.id())
 }
 
 /// Walks back from `roots` (values with the gradients that arrive at them) and returns the gradients of the leaves `wrt`, made by

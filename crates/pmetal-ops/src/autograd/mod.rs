@@ -22,6 +22,7 @@ use candle_core::Tensor;
 pub(crate) use checkpoint::unread;
 pub use checkpoint::{Fate, Policy, Saved, checkpoint, keep, last, saved};
 pub use composite::composite;
+pub(crate) use engine::is_one;
 pub use engine::{backward, gradients};
 
 use crate::{Param, Result, profile, rows::GradPlace};

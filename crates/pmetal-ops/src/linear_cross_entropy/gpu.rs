@@ -13,22 +13,30 @@ use crate::{
     profile,
 };
 
+/// Where no more than one token of so many is not counted, it is computed as if it were.
+const FEW: usize = 8;
+
+/// Rows of a tile of the matrix units.
+const TILE: usize = 128;
+
 pub(super) fn run(gpu: &dyn Gpu, task: &Task) -> Result<Found> {
     let (hidden, device, dtype) = (task.hidden, task.hidden.device(), task.hidden.dtype());
     let (tokens, width) = hidden.dims2()?;
     let vocab = task.weight.shape().dim(0)?;
-    let n = task.counted.len();
+    let counted = task.counted.len();
+    // where few tokens are not counted, all are computed where they lie: the kernels leave out labels that are none
+    let all = FEW * (tokens - counted) <= tokens;
+    let n = if all { tokens } else { counted };
     let token_losses = Tensor::zeros(n, DType::F32, device)?;
     let loss = empty(1, DType::F32, device)?;
+    let places = upload(task.counted, device)?;
     let mut dhidden = None;
-    if n > 0 {
+    if counted > 0 {
         let head = task.weight.tensor_in(dtype)?;
-        let (places, labels) = (upload(task.counted, device)?, upload(task.classes, device)?);
-        // every token is counted: blocks are ranges of what is there
-        let all = n == tokens;
+        let labels = if all { upload(&labels_of_all(task, tokens), device)? } else { upload(task.classes, device)? };
         let rows = if all { hidden.clone() } else { gather_on_gpu(gpu, &places, hidden)? };
         let drows = task.needs_hidden.then(|| empty((n, width), dtype, device)).transpose()?;
-        let most = (task.logits_bytes / (dtype.size_in_bytes() * vocab)).clamp(8, n.max(8));
+        let most = block(n, task.logits_bytes / (dtype.size_in_bytes() * vocab));
         let logits = empty((most.min(n), vocab), dtype, device)?;
         for first in (0..n).step_by(most) {
             let len = most.min(n - first);
@@ -52,7 +60,24 @@ pub(super) fn run(gpu: &dyn Gpu, task: &Task) -> Result<Found> {
     }
     let params = kernels::SumParams { n: n as u32, scale: task.scale };
     kernels::sum_scaled(gpu, DType::F32, Grid::line(1, 1024), &token_losses, &loss, params)?;
+    let token_losses = if n == counted { token_losses } else { token_losses.index_select(&places, 0)? };
     Ok(Found { loss: loss.reshape(())?, token_losses, dhidden })
+}
+
+/// A label for every token; of those that are not counted none that the vocabulary has.
+fn labels_of_all(task: &Task, tokens: usize) -> Vec<u32> {
+    let mut labels = vec![u32::MAX; tokens];
+    for (&place, &class) in task.counted.iter().zip(task.classes) {
+        labels[place as usize] = class;
+    }
+    labels
+}
+
+/// Rows of a block: blocks of one size, whole tiles of a product, and at most `most` or 8.
+fn block(rows: usize, most: usize) -> usize {
+    let most = most.max(8);
+    let even = rows.div_ceil(rows.div_ceil(most).max(1));
+    if most < TILE { even } else { even.next_multiple_of(TILE).min(most) }
 }
 
 /// The losses of a block; where gradients are needed, its logits become theirs.
