@@ -1,6 +1,6 @@
 // Root-mean-square norm, alone and with the residual sum before it; its gradients.
 //
-// A row of at most 32 elements to a thread stays in registers: where it is `wide`, a threadgroup has it, else a SIMD group. `aligned`: eight
+// A row of at most 16 elements to a thread stays in registers: where it is `wide`, a threadgroup has it, else a SIMD group. `aligned`: eight
 // elements can be moved at once, in every row. A pitch is the distance between rows.
 
 struct RmsNormParams {
@@ -14,8 +14,8 @@ struct RmsNormParams {
     float eps;
 };
 
-// What a thread holds: four times eight elements.
-struct RmsNormRow { Octet part[4]; };
+// What a thread holds: twice eight elements.
+struct RmsNormRow { Octet part[2]; };
 
 FUNCTION float4 rms_norm_four(DEVICE_PTR(const T) x, ulong row, uint c, uint width) {
     return make_float4(c < width ? float(x[row + c]) : 0.0f, c + 1 < width ? float(x[row + c + 1]) : 0.0f,
@@ -29,7 +29,7 @@ struct RmsNormThread { uint row; uint c; uint step; uint lane; uint simd; uint s
 template <bool ALIGNED>
 FUNCTION RmsNormRow rms_norm_load(DEVICE_PTR(const T) x, ulong row, uint width, RmsNormThread t) {
     RmsNormRow v;
-    for (uint k = 0; k < 4; ++k) {
+    for (uint k = 0; k < 2; ++k) {
         const uint c = t.c + k * t.step;
         v.part[k].low = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         v.part[k].high = v.part[k].low;
@@ -52,7 +52,7 @@ FUNCTION void rms_norm_store_four(DEVICE_PTR(T) y, ulong row, uint c, uint width
 
 template <bool ALIGNED>
 FUNCTION void rms_norm_store(DEVICE_PTR(T) y, ulong row, uint width, RmsNormThread t, RmsNormRow v) {
-    for (uint k = 0; k < 4; ++k) {
+    for (uint k = 0; k < 2; ++k) {
         const uint c = t.c + k * t.step;
         if (ALIGNED) {
             if (c < width) store8(y, row + c, v.part[k]);
@@ -94,7 +94,7 @@ FUNCTION float rms_norm_dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y +
 
 FUNCTION float rms_norm_dot_row(RmsNormRow a, RmsNormRow b) {
     float dot = 0.0f;
-    for (uint k = 0; k < 4; ++k) dot += rms_norm_dot(a.part[k].low, b.part[k].low) + rms_norm_dot(a.part[k].high, b.part[k].high);
+    for (uint k = 0; k < 2; ++k) dot += rms_norm_dot(a.part[k].low, b.part[k].low) + rms_norm_dot(a.part[k].high, b.part[k].high);
     return dot;
 }
 
@@ -110,7 +110,7 @@ FUNCTION void rms_norm_write(RmsNormRow v, RmsNormRow weight, DEVICE_PTR(T) y, D
     const float squares = rms_norm_total(rms_norm_dot_row(v, v), p.wide, sums, t);
     const float scale = rsqrt(squares / float(p.width) + p.eps);
     if (t.c == 0) rstd[t.row] = scale;
-    for (uint k = 0; k < 4; ++k) {
+    for (uint k = 0; k < 2; ++k) {
         v.part[k].low = rms_norm_of(v.part[k].low, scale, weight.part[k].low);
         v.part[k].high = rms_norm_of(v.part[k].high, scale, weight.part[k].high);
     }
@@ -142,7 +142,7 @@ FUNCTION void add_rms_norm_row(DEVICE_PTR(const T) x, DEVICE_PTR(const T) residu
     RmsNormRow v = rms_norm_load<ALIGNED>(x, ulong(t.row) * p.x_pitch, p.width, t);
     const RmsNormRow r = rms_norm_load<ALIGNED>(residual, ulong(t.row) * p.residual_pitch, p.width, t);
     const RmsNormRow w = rms_norm_load<ALIGNED>(weight, 0, p.width, t);
-    for (uint k = 0; k < 4; ++k) {
+    for (uint k = 0; k < 2; ++k) {
         v.part[k].low = rms_norm_rounded_sum(v.part[k].low, r.part[k].low);
         v.part[k].high = rms_norm_rounded_sum(v.part[k].high, r.part[k].high);
     }
@@ -184,12 +184,12 @@ FUNCTION void rms_norm_row_backward(DEVICE_PTR(const T) dy, DEVICE_PTR(const T) 
     const RmsNormRow d = rms_norm_load<ALIGNED>(dsum, ulong(t.row) * p.dsum_pitch, p.has_dsum ? p.width : 0, t);
     const RmsNormRow w = rms_norm_load<ALIGNED>(weight, 0, p.width, t);
     const float scale = rstd[t.row];
-    for (uint k = 0; k < 4; ++k) {
+    for (uint k = 0; k < 2; ++k) {
         g.part[k].low = rms_norm_product(g.part[k].low, w.part[k].low);
         g.part[k].high = rms_norm_product(g.part[k].high, w.part[k].high);
     }
     const float factor = rms_norm_total(rms_norm_dot_row(g, v), p.wide, sums, t) / float(p.width) * scale * scale * scale;
-    for (uint k = 0; k < 4; ++k) {
+    for (uint k = 0; k < 2; ++k) {
         g.part[k].low = rms_norm_sum(rms_norm_dx(g.part[k].low, scale, v.part[k].low, factor), d.part[k].low);
         g.part[k].high = rms_norm_sum(rms_norm_dx(g.part[k].high, scale, v.part[k].high, factor), d.part[k].high);
     }

@@ -1,21 +1,18 @@
 // Rotary position embedding on half-split pairs, alone and behind the norm of each head; its gradients.
 //
-// A SIMD group has a token and `ROPE_HEADS * 32 / lanes` of its heads: `lanes`, a power of two, have a head of at most eight pairs to a thread,
-// which stay in registers. `chunks` SIMD groups share a token. `aligned`: eight elements can be moved at once, in every half of a head.
-
-#define ROPE_HEADS 2
+// A threadgroup has a token, and `2^lanes_log2` lanes of a SIMD group have a head, of which eight pairs to a thread stay in registers.
+// `aligned`: eight elements can be moved at once, in every half of a head. `share` is what an element is of a head.
 
 struct RopeParams {
-    uint tokens;
     uint heads;
     uint pairs;
     uint known;
-    uint lanes;
-    uint chunks;
+    uint lanes_log2;
     uint aligned;
     uint dy_pitch;
     uint x_pitch;
     uint y_pitch;
+    float share;
     float eps;
     float sign;
 };
@@ -78,17 +75,36 @@ FUNCTION void rope_store(DEVICE_PTR(T) y, ulong head, uint pair, uint pairs, Rop
     rope_store_half<ALIGNED>(y, head + pairs, pair, pairs, v.second);
 }
 
-// Which token is a thread's, the first of its heads, `each` apart, and its pairs of them.
-struct RopeThread { uint token; uint head; uint each; uint pair; };
+// A thread's token, the first of its heads and the first of its SIMD group's, `step` between one and the next, and its pairs of them.
+struct RopeThread { uint token; uint head; uint first; uint step; uint pair; };
 
-FUNCTION RopeThread rope_thread(uint item, uint lane, uint lanes, uint chunks) {
-    const uint each = 32 / lanes;
-    const RopeThread t = {item / chunks, ROPE_HEADS * each * (item % chunks) + lane / lanes, each, 8 * (lane % lanes)};
+FUNCTION RopeThread rope_thread(uint token, uint lane, uint simd, uint simds, uint lanes_log2) {
+    const uint each = 32 >> lanes_log2;
+    const RopeThread t = {token, simd * each + (lane >> lanes_log2), simd * each, simds * each, 8 * (lane & ((1u << lanes_log2) - 1))};
     return t;
 }
 
-// The pairs of head `k` that are a thread's: none of a head beyond the last.
-FUNCTION uint rope_pair(RopeThread t, uint k, RopeParams p) { return t.head + k * t.each < p.heads ? t.pair : p.pairs; }
+// The thread after its SIMD group's next heads.
+FUNCTION RopeThread rope_next(RopeThread t) {
+    t.head += t.step;
+    t.first += t.step;
+    return t;
+}
+
+// The pairs that are a thread's: none of a head beyond the last.
+FUNCTION uint rope_pair(RopeThread t, RopeParams p) { return t.head < p.heads ? t.pair : p.pairs; }
+
+// A thread's pairs of its head.
+template <bool ALIGNED>
+FUNCTION RopePairs rope_head(DEVICE_PTR(const T) x, uint pitch, RopeParams p, RopeThread t) {
+    const ulong from = ulong(t.token) * pitch + ulong(t.head) * 2 * p.pairs;
+    return rope_load<ALIGNED, T>(x, from, from + p.pairs, rope_pair(t, p), p.pairs);
+}
+
+template <bool ALIGNED>
+FUNCTION void rope_store_head(DEVICE_PTR(T) y, uint pitch, RopePairs v, RopeParams p, RopeThread t) {
+    rope_store<ALIGNED>(y, ulong(t.token) * pitch + ulong(t.head) * 2 * p.pairs, rope_pair(t, p), p.pairs, v);
+}
 
 FUNCTION float4 rope_times(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 
@@ -101,6 +117,11 @@ FUNCTION float4 rope_scaled_four(float4 x, float scale) { return make_float4(x.x
 
 FUNCTION Octet rope_scaled(Octet x, float scale) {
     const Octet y = {rope_scaled_four(x.low, scale), rope_scaled_four(x.high, scale)};
+    return y;
+}
+
+FUNCTION Octet rope_every(float x) {
+    const Octet y = {make_float4(x, x, x, x), make_float4(x, x, x, x)};
     return y;
 }
 
@@ -131,18 +152,13 @@ FUNCTION RopePairs rope_angles(DEVICE_PTR(const float) angles, DEVICE_PTR(const 
 template <bool ALIGNED>
 FUNCTION void rope_heads(DEVICE_PTR(const T) x, DEVICE_PTR(const float) angles, DEVICE_PTR(const uint) positions, DEVICE_PTR(T) y,
                          RopeParams p, RopeThread t) {
-    RopePairs v[ROPE_HEADS];
-#pragma unroll
-    for (uint k = 0; k < ROPE_HEADS; ++k) {
-        const ulong from = ulong(t.token) * p.x_pitch + ulong(t.head + k * t.each) * 2 * p.pairs;
-        v[k] = rope_load<ALIGNED, T>(x, from, from + p.pairs, rope_pair(t, k, p), p.pairs);
-    }
+    RopePairs v = rope_head<ALIGNED>(x, p.x_pitch, p, t);
     const RopePairs at = rope_angles<ALIGNED>(angles, positions, p.sign, p, t);
     const RopeTurn turn = {at.first, rope_scaled(at.second, -1.0f), at.second, at.first};
-#pragma unroll
-    for (uint k = 0; k < ROPE_HEADS; ++k) {
-        const ulong to = ulong(t.token) * p.y_pitch + ulong(t.head + k * t.each) * 2 * p.pairs;
-        rope_store<ALIGNED>(y, to, rope_pair(t, k, p), p.pairs, rope_turned(v[k], turn));
+    while (t.first < p.heads) {
+        rope_store_head<ALIGNED>(y, p.y_pitch, rope_turned(v, turn), p, t);
+        t = rope_next(t);
+        v = rope_head<ALIGNED>(x, p.x_pitch, p, t);
     }
 }
 
@@ -150,15 +166,16 @@ FUNCTION void rope_heads(DEVICE_PTR(const T) x, DEVICE_PTR(const float) angles, 
 /// `y [tokens, heads * 2 * pairs]`, `angles [2, known, pairs]` cosines and sines by position, `positions [tokens]`.
 KERNEL(rope)(READ_ROWS(T, x, 0), READ(float, angles, 1), READ(uint, positions, 2), WRITE_ROWS(T, y, 3), PARAMS(RopeParams, 4))
 {
-    const RopeThread t = rope_thread(GROUP_X * SIMDS + SIMD, LANE, params.lanes, params.chunks);
-    if (t.token >= params.tokens) return;
+    const RopeThread t = rope_thread(GROUP_X, LANE, SIMD, SIMDS, params.lanes_log2);
     if (params.aligned) rope_heads<true>(x, angles, positions, y, params, t);
     else rope_heads<false>(x, angles, positions, y, params, t);
 }
 
-// The sum over the lanes of a head.
-FUNCTION float rope_total(float x, uint lanes) {
-    for (uint mask = lanes / 2; mask > 0; mask /= 2) x += simd_shuffle_xor(x, mask);
+// The sum over the lanes of a head, of which there are at most sixteen.
+FUNCTION float rope_total(float x, uint lanes_log2) {
+    for (uint step = 0; step < 4; ++step) {
+        if (step < lanes_log2) x += simd_shuffle_xor(x, 1u << step);
+    }
     return x;
 }
 
@@ -172,33 +189,27 @@ FUNCTION float rope_dot(RopePairs a, RopePairs b) {
 template <bool ALIGNED>
 FUNCTION void norm_rope_heads(DEVICE_PTR(const T) x, DEVICE_PTR(const T) weight, DEVICE_PTR(const float) angles,
                               DEVICE_PTR(const uint) positions, DEVICE_PTR(T) y, DEVICE_PTR(float) rstd, RopeParams p, RopeThread t) {
-    RopePairs v[ROPE_HEADS];
-#pragma unroll
-    for (uint k = 0; k < ROPE_HEADS; ++k) {
-        const ulong from = ulong(t.token) * p.x_pitch + ulong(t.head + k * t.each) * 2 * p.pairs;
-        v[k] = rope_load<ALIGNED, T>(x, from, from + p.pairs, rope_pair(t, k, p), p.pairs);
-    }
+    RopePairs v = rope_head<ALIGNED>(x, p.x_pitch, p, t);
     const RopePairs at = rope_angles<ALIGNED>(angles, positions, 1.0f, p, t);
     const RopePairs w = rope_load<ALIGNED, T>(weight, 0, p.pairs, t.pair, p.pairs);
     const RopeTurn turn = {rope_product(w.first, at.first), rope_scaled(rope_product(w.second, at.second), -1.0f),
                            rope_product(w.first, at.second), rope_product(w.second, at.first)};
-#pragma unroll
-    for (uint k = 0; k < ROPE_HEADS; ++k) {
-        const float scale = rsqrt(rope_total(rope_dot(v[k], v[k]), p.lanes) / float(2 * p.pairs) + p.eps);
-        const ulong head = ulong(t.token) * p.heads + t.head + k * t.each;
-        if (rope_pair(t, k, p) == 0) rstd[head] = scale;
-        const RopePairs n = {rope_scaled(v[k].first, scale), rope_scaled(v[k].second, scale)};
-        rope_store<ALIGNED>(y, head * 2 * p.pairs, rope_pair(t, k, p), p.pairs, rope_turned(n, turn));
+    while (t.first < p.heads) {
+        const float scale = rsqrt(rope_total(rope_dot(v, v), p.lanes_log2) * p.share + p.eps);
+        if (rope_pair(t, p) == 0) rstd[ulong(t.token) * p.heads + t.head] = scale;
+        const RopePairs n = {rope_scaled(v.first, scale), rope_scaled(v.second, scale)};
+        rope_store_head<ALIGNED>(y, p.y_pitch, rope_turned(n, turn), p, t);
+        t = rope_next(t);
+        v = rope_head<ALIGNED>(x, p.x_pitch, p, t);
     }
 }
 
 /// `y = rope(x * rstd * weight)`, `rstd = 1 / sqrt(mean(x²) + eps)` of each head: `weight [2 * pairs]`, `rstd [tokens, heads]`, the rest as in
 /// `rope`.
-KERNEL(norm_rope)(READ_ROWS(T, x, 0), READ(T, weight, 1), READ(float, angles, 2), READ(uint, positions, 3), WRITE(T, y, 4),
+KERNEL(norm_rope)(READ_ROWS(T, x, 0), READ(T, weight, 1), READ(float, angles, 2), READ(uint, positions, 3), WRITE_ROWS(T, y, 4),
                   WRITE(float, rstd, 5), PARAMS(RopeParams, 6))
 {
-    const RopeThread t = rope_thread(GROUP_X * SIMDS + SIMD, LANE, params.lanes, params.chunks);
-    if (t.token >= params.tokens) return;
+    const RopeThread t = rope_thread(GROUP_X, LANE, SIMD, SIMDS, params.lanes_log2);
     if (params.aligned) norm_rope_heads<true>(x, weight, angles, positions, y, rstd, params, t);
     else norm_rope_heads<false>(x, weight, angles, positions, y, rstd, params, t);
 }
@@ -207,28 +218,22 @@ template <bool ALIGNED>
 FUNCTION void norm_rope_heads_backward(DEVICE_PTR(const T) dy, DEVICE_PTR(const T) x, DEVICE_PTR(const T) weight,
                                        DEVICE_PTR(const float) angles, DEVICE_PTR(const uint) positions, DEVICE_PTR(const float) rstd,
                                        DEVICE_PTR(T) dx, RopeParams p, RopeThread t) {
-    RopePairs d[ROPE_HEADS], v[ROPE_HEADS];
-#pragma unroll
-    for (uint k = 0; k < ROPE_HEADS; ++k) {
-        const ulong head = ulong(t.head + k * t.each) * 2 * p.pairs;
-        const ulong from = ulong(t.token) * p.dy_pitch + head, at = ulong(t.token) * p.x_pitch + head;
-        d[k] = rope_load<ALIGNED, T>(dy, from, from + p.pairs, rope_pair(t, k, p), p.pairs);
-        v[k] = rope_load<ALIGNED, T>(x, at, at + p.pairs, rope_pair(t, k, p), p.pairs);
-    }
+    RopePairs d = rope_head<ALIGNED>(dy, p.dy_pitch, p, t), v = rope_head<ALIGNED>(x, p.x_pitch, p, t);
+    float scale = t.head < p.heads ? rstd[ulong(t.token) * p.heads + t.head] : 0.0f;
     const RopePairs at = rope_angles<ALIGNED>(angles, positions, 1.0f, p, t);
     const RopePairs w = rope_load<ALIGNED, T>(weight, 0, p.pairs, t.pair, p.pairs);
     const RopeTurn back = {rope_product(w.first, at.first), rope_product(w.first, at.second),
                            rope_scaled(rope_product(w.second, at.second), -1.0f), rope_product(w.second, at.first)};
-#pragma unroll
-    for (uint k = 0; k < ROPE_HEADS; ++k) {
-        const uint pair = rope_pair(t, k, p), head = t.head + k * t.each;
-        const float scale = pair < p.pairs ? rstd[ulong(t.token) * p.heads + head] : 0.0f;
-        const RopePairs g = rope_turned(d[k], back);
-        const float factor = -rope_total(rope_dot(g, v[k]), p.lanes) / float(2 * p.pairs) * scale * scale * scale;
-        const Octet scales = {make_float4(scale, scale, scale, scale), make_float4(scale, scale, scale, scale)};
-        const Octet factors = {make_float4(factor, factor, factor, factor), make_float4(factor, factor, factor, factor)};
-        const RopePairs y = {rope_mix(g.first, scales, v[k].first, factors), rope_mix(g.second, scales, v[k].second, factors)};
-        rope_store<ALIGNED>(dx, ulong(t.token) * p.y_pitch + ulong(head) * 2 * p.pairs, pair, p.pairs, y);
+    while (t.first < p.heads) {
+        const RopePairs g = rope_turned(d, back);
+        const float factor = -rope_total(rope_dot(g, v), p.lanes_log2) * p.share * scale * scale * scale;
+        const Octet scales = rope_every(scale), factors = rope_every(factor);
+        const RopePairs y = {rope_mix(g.first, scales, v.first, factors), rope_mix(g.second, scales, v.second, factors)};
+        rope_store_head<ALIGNED>(dx, p.y_pitch, y, p, t);
+        t = rope_next(t);
+        d = rope_head<ALIGNED>(dy, p.dy_pitch, p, t);
+        v = rope_head<ALIGNED>(x, p.x_pitch, p, t);
+        scale = t.head < p.heads ? rstd[ulong(t.token) * p.heads + t.head] : 0.0f;
     }
 }
 
@@ -237,8 +242,7 @@ FUNCTION void norm_rope_heads_backward(DEVICE_PTR(const T) dy, DEVICE_PTR(const 
 KERNEL(norm_rope_backward)(READ_ROWS(T, dy, 0), READ_ROWS(T, x, 1), READ(T, weight, 2), READ(float, angles, 3),
                            READ(uint, positions, 4), READ(float, rstd, 5), WRITE_ROWS(T, dx, 6), PARAMS(RopeParams, 7))
 {
-    const RopeThread t = rope_thread(GROUP_X * SIMDS + SIMD, LANE, params.lanes, params.chunks);
-    if (t.token >= params.tokens) return;
+    const RopeThread t = rope_thread(GROUP_X, LANE, SIMD, SIMDS, params.lanes_log2);
     if (params.aligned) norm_rope_heads_backward<true>(dy, x, weight, angles, positions, rstd, dx, params, t);
     else norm_rope_heads_backward<false>(dy, x, weight, angles, positions, rstd, dx, params, t);
 }

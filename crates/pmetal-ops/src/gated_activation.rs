@@ -182,7 +182,15 @@ fn reference(activation: Activation, gate: &Tensor, up: &Tensor) -> candle_core:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check_op, random};
+    use crate::testing::{check_columns, check_op, random};
+
+    #[test]
+    fn columns_of_wider_matrices() {
+        for (shape, spare) in [([1, 1], 0), ([3, 19], 5), ([70, 24], 16)] {
+            let inputs = [random(&shape, 1), random(&shape, 2)];
+            check_columns(&inputs, &[0, 1], |v| Ok(vec![gated_activation(Activation::Silu, &v[0], &v[1], spare)?]));
+        }
+    }
 
     #[test]
     fn gated_activations_and_their_gradients() {

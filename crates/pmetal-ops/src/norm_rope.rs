@@ -77,7 +77,13 @@ fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32, table: &
     let weight = converted(weight, dtype)?;
     let (y, rstd) = (empty((tokens, width), dtype, x.device())?, empty((tokens, heads), DType::F32, x.device())?);
     let (grid, params) = table.shared_out(OP, x)?;
-    let params = kernels::RopeParams { aligned: aligned(table, &[x, &weight]), x_pitch: pitch_of(x), eps, ..params };
+    let params = kernels::RopeParams {
+        aligned: aligned(table, &[x, &weight]),
+        x_pitch: pitch_of(x),
+        y_pitch: pitch_of(&y),
+        eps,
+        ..params
+    };
     let (angles, positions) = table.on(x.device())?;
     kernels::norm_rope(gpu, dtype, grid, x, &weight, &angles, &positions, &y, &rstd, params)?;
     Ok((y, rstd))
@@ -147,7 +153,16 @@ fn reference(x: &Tensor, weight: &Tensor, eps: f64, table: &RopeTable) -> candle
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check_op, random};
+    use crate::testing::{check_columns, check_op, random};
+
+    #[test]
+    fn columns_of_wider_matrices() {
+        for (heads, half) in [(2, 3), (3, 8), (5, 64)] {
+            let table = RopeTable::new(&[0, 1, 2, 0, 1], &vec![0.3; half], 1.0);
+            let inputs = [random(&[5, heads * 2 * half], 1), random(&[2 * half], 2)];
+            check_columns(&inputs, &[0], |v| Ok(vec![rms_norm_rope(&v[0], &v[1], 1e-6, &table)?]));
+        }
+    }
 
     #[test]
     fn norm_and_rope_of_heads_and_their_gradients() {

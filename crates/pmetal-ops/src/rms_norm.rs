@@ -213,10 +213,10 @@ fn backward_on_cpu(
 }
 
 /// Elements of a row that a thread of the kernels holds.
-const PER_THREAD: usize = 32;
+const PER_THREAD: usize = 16;
 
 /// Threads of a threadgroup: so many have the registers for what they hold, on every GPU.
-const MAX_THREADS: usize = 256;
+const MAX_THREADS: usize = 512;
 
 /// SIMD groups of a threadgroup that has a row for each.
 const ROWS: usize = 4;
@@ -343,7 +343,20 @@ pub(crate) fn reference(x: &Tensor, weight: &Tensor, eps: f64) -> candle_core::R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, check_op, emulated, random};
+    use crate::testing::{assert_close, check_columns, check_op, emulated, random};
+
+    #[test]
+    fn columns_of_wider_matrices() {
+        for (rows, width) in SHAPES {
+            let inputs = [random(&[rows, width], 1), random(&[rows, width], 2), random(&[width], 3)];
+            let [x, weight] = [0, 2].map(|i: usize| inputs[i].clone());
+            check_columns(&[x, weight], &[0], |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-6, 8)?]));
+            check_columns(&inputs, &[0], |v| {
+                let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-6, 8)?;
+                Ok(vec![sum, y])
+            });
+        }
+    }
 
     /// Rows to a SIMD group and to a threadgroup, in fours and not, one and many.
     const SHAPES: [(usize, usize); 8] = [(1, 1), (5, 24), (3, 17), (70, 6), (2, 128), (9, 130), (3, 1030), (1, 2056)];

@@ -135,38 +135,34 @@ impl RopeTable {
     pub(crate) fn shares(&self, heads: usize) -> Option<(Grid, kernels::RopeParams)> {
         let (tokens, known) = (self.0.positions.len(), &self.0.known);
         let lanes = known.half.div_ceil(OCTET).next_power_of_two();
-        let chunks = heads.div_ceil(HEADS * SIMD_WIDTH.checked_div(lanes)?.max(1));
-        let grid = Grid::line((tokens * chunks).div_ceil(SIMD_GROUPS), SIMD_WIDTH * SIMD_GROUPS);
+        let heads_at_a_time = SIMD_WIDTH.checked_div(lanes)?.max(1);
+        let simds = heads.div_ceil(heads_at_a_time).clamp(1, MAX_SIMDS);
         let params = kernels::RopeParams {
-            tokens: tokens as u32,
             heads: heads as u32,
             pairs: known.half as u32,
             known: known.positions as u32,
-            lanes: lanes as u32,
-            chunks: chunks as u32,
+            lanes_log2: lanes.ilog2(),
             aligned: 0,
             dy_pitch: 0,
             x_pitch: 0,
             y_pitch: 0,
+            share: 0.5 / known.half as f32,
             eps: 0.0,
             sign: 1.0,
         };
-        (2 * known.half <= WIDEST).then_some((grid, params))
+        (2 * known.half <= WIDEST).then_some((Grid::line(tokens, SIMD_WIDTH * simds), params))
     }
 }
 
 /// The widest heads that kernels take.
-pub(crate) const WIDEST: usize = 256;
+const WIDEST: usize = 256;
 
 /// Pairs of a head that a thread has.
 const OCTET: usize = 8;
 
-/// Heads that a thread has pairs of: the text's ROPE_HEADS.
-const HEADS: usize = 2;
-
-/// Threads of a SIMD group, and SIMD groups of a threadgroup.
+/// Threads of a SIMD group, and SIMD groups of a threadgroup at most: one that has many heads takes some after others.
 const SIMD_WIDTH: usize = 32;
-const SIMD_GROUPS: usize = 4;
+const MAX_SIMDS: usize = 8;
 
 /// 1 where kernels can move eight elements at once in every half of a head, else 0.
 pub(crate) fn aligned(table: &RopeTable, tensors: &[&Tensor]) -> u32 {
@@ -262,7 +258,15 @@ pub(crate) fn reference(x: &Tensor, table: &RopeTable) -> candle_core::Result<Te
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, check_op, random};
+    use crate::testing::{assert_close, check_columns, check_op, random};
+
+    #[test]
+    fn columns_of_wider_matrices() {
+        for (heads, half) in [(2, 3), (3, 8), (5, 64)] {
+            let table = RopeTable::new(&[0, 1, 2, 0, 1], &vec![0.3; half], 1.0);
+            check_columns(&[random(&[5, heads * 2 * half], 1)], &[0], |v| Ok(vec![rope(&v[0], &table)?]));
+        }
+    }
 
     #[test]
     fn rope_and_its_gradient() {

@@ -10,6 +10,7 @@ use crate::{
     autograd::composite,
     doctor::compare::{self, pattern, relative_error, results, rounding},
     emulate,
+    rows::GradRows,
 };
 
 /// Runs `f` with the emulator's GPU in the place of the CPU.
@@ -51,6 +52,39 @@ pub(crate) fn check_op(
             for (i, (want, got)) in want_grads.iter().zip(&got_grads).enumerate() {
                 assert_close(want, got, tolerance, &format!("{place}, {dtype:?} gradient {i}"));
             }
+        }
+    }
+}
+
+/// Checks an operation on a GPU whose inputs are column ranges of wider matrices, as are the places of their gradients where they are
+/// `placed`: results are the same bits as of contiguous ones, and gradients lie in their places.
+pub(crate) fn check_columns(inputs: &[Tensor], placed: &[usize], op: impl Fn(&[Value]) -> Result<Vec<Value>>) {
+    const BESIDE: usize = 8;
+    for dtype in [DType::F32, DType::BF16] {
+        let inputs: Vec<Tensor> = inputs.iter().map(|t| t.to_dtype(dtype).unwrap()).collect();
+        let (outputs, grads) = emulated(|| run(&inputs, &op));
+        let column_range = |t: &Tensor| match t.dims() {
+            &[rows, width] => {
+                let beside = Tensor::ones((rows, BESIDE), dtype, t.device()).unwrap();
+                Tensor::cat(&[&beside, t, &beside], 1).unwrap().narrow(1, BESIDE, width).unwrap()
+            }
+            _ => t.clone(),
+        };
+        let leaf = |(i, t): (usize, &Tensor)| {
+            let leaf = Value::variable(column_range(t));
+            if !placed.contains(&i) {
+                return leaf;
+            }
+            let (rows, width) = t.dims2().unwrap();
+            leaf.with_grad_place(GradRows::new(rows, width + 2 * BESIDE).place(BESIDE))
+        };
+        let leaves: Vec<Value> = inputs.iter().enumerate().map(leaf).collect();
+        let (in_columns, placed_grads) = emulated(|| results(&leaves, &op).unwrap());
+        for (want, got) in outputs.iter().zip(&in_columns).chain(grads.iter().zip(&placed_grads)) {
+            assert_close(want, &got.contiguous().unwrap(), 0.0, &format!("{dtype:?} in columns"));
+        }
+        for &i in placed {
+            assert_eq!(placed_grads[i].layout().start_offset(), BESIDE, "{dtype:?} gradient {i}");
         }
     }
 }
