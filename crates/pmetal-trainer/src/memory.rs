@@ -193,7 +193,8 @@ impl StepSize<'_> {
         // of those that take hardly more than the least, the fastest
         let bytes = |c| self.peak(Some(c), LOGITS_BYTES[0]).0;
         let least = candidates.iter().map(|&c| bytes(c)).min().unwrap_or(0);
-        let small = candidates.into_iter().filter(|&c| limit.is_none() && bytes(c) <= least + least / 10 || bytes(c) == least);
+        let small =
+            candidates.into_iter().filter(|&c| limit.is_none() && bytes(c) <= least + least / 10 || bytes(c) == least);
         self.choice(small.min_by(|&a, &b| self.cost(a, &rates).total_cmp(&self.cost(b, &rates))), limit)
     }
 

@@ -115,7 +115,8 @@ impl Plan {
             _ => (0, 0),
         };
         let trained_bytes = numbers * (TRAINED_BYTES + copies);
-        let machine_memory = pmetal_ops::device::memory(&setup.device)?.map(|memory| memory.total).or_else(total_memory);
+        let machine_memory =
+            pmetal_ops::device::memory(&setup.device)?.map(|memory| memory.total).or_else(total_memory);
         let fixed = mapped_weights + weights + trained_bytes;
         let choice = choose_memory(options, setup, fixed, machine_memory)?;
         let logits = if on_cpu {

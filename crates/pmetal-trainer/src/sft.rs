@@ -12,8 +12,8 @@ use pmetal_data::{Example, TOKENIZER_FILES, Template, TemplateChoice, Tokenizer}
 use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
-    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config,
-    refuse_too_large, save_pretrained, spec_of, tensors_of,
+    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, refuse_too_large,
+    save_pretrained, spec_of, tensors_of,
 };
 use pmetal_ops::{Arena, no_grad};
 
