@@ -39,6 +39,8 @@ pub(super) struct Products {
     /// One for all products: the stream runs them one after the other.
     workspace: CudaSlice<u8>,
     plans: RwLock<HashMap<Shape, Arc<Plan>>>,
+    /// The algorithm for all products of about one size.
+    algorithms: RwLock<HashMap<Shape, cublasLtMatmulAlgo_t>>,
 }
 
 // SAFETY: any thread may use the library's handle.
@@ -58,7 +60,7 @@ impl Products {
         // SAFETY: the library writes before it reads.
         let workspace = unsafe { stream.alloc(WORKSPACE) }.w()?;
         let library = result::create_handle().map_err(failed)?;
-        Ok(Self { library, workspace, plans: RwLock::default() })
+        Ok(Self { library, workspace, plans: RwLock::default(), algorithms: RwLock::default() })
     }
 
     /// Asks for a product behind all that was asked for before.
@@ -136,20 +138,36 @@ impl Products {
             return Ok(plan.clone());
         }
         let matrices = Matrices::new(shape)?;
-        let proposed = matrices.proposals(self.library, shape)?;
-        let algorithm = match self.fastest(gpu, shape, &matrices, &proposed, work) {
-            Some(best) => best,
-            None => {
-                *proposed.first().ok_or_else(|| failed(CublasError(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)))?
-            }
-        };
+        let algorithm = self.algorithm(gpu, shape, &matrices, work)?;
         let plan = Arc::new(Plan { matrices, algorithm });
         self.plans.write().unwrap_or_else(PoisonError::into_inner).insert(*shape, plan.clone());
         Ok(plan)
     }
 
-    /// The proposed algorithm that took the least time on the operands themselves; none where that is not to be measured, or the
-    /// library's first choice is as good.
+    fn algorithm(
+        &self,
+        gpu: &CudaGpu,
+        shape: &Shape,
+        matrices: &Matrices,
+        work: &Work,
+    ) -> Result<cublasLtMatmulAlgo_t> {
+        let class = shape.class();
+        if let Some(known) = self.algorithms.read().unwrap_or_else(PoisonError::into_inner).get(&class)
+            && matrices.takes(self.library, known)
+        {
+            return Ok(*known);
+        }
+        let proposed = matrices.proposals(self.library, shape)?;
+        let Some(best) = self.fastest(gpu, shape, matrices, &proposed, work) else {
+            let first = proposed.first();
+            return first.copied().ok_or_else(|| failed(CublasError(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)));
+        };
+        self.algorithms.write().unwrap_or_else(PoisonError::into_inner).insert(class, best);
+        Ok(best)
+    }
+
+    /// The proposed algorithm that took the least time on the operands themselves, or the library's first choice where that is as good; none
+    /// where it is not to be measured.
     fn fastest(
         &self,
         gpu: &CudaGpu,
@@ -179,7 +197,7 @@ impl Products {
         let times: Vec<f32> = times.iter().zip(again).map(|(first, second)| first.min(second)).collect();
         let best = (0..times.len()).min_by(|&i, &j| times[i].total_cmp(&times[j]))?;
         // less may be chance
-        (times[best] < 0.97 * times[0]).then(|| proposed[best])
+        Some(proposed[if times[best] < 0.97 * times[0] { best } else { 0 }])
     }
 
     /// How long an algorithm takes; forever where it fails.

@@ -2,7 +2,7 @@
 
 use std::{
     ffi::{c_int, c_void},
-    mem::size_of,
+    mem::{MaybeUninit, size_of},
     ptr,
 };
 
@@ -37,6 +37,16 @@ pub(super) struct Shape {
     pub(super) pitches: [usize; 3],
     /// The same three, in bytes.
     pub(super) alignment: [u32; 3],
+}
+
+impl Shape {
+    /// The shape that stands for all of about this size: what is fastest for one of them is taken for all, since steps whose rows differ in
+    /// length multiply matrices of ever new sizes.
+    pub(super) fn class(&self) -> Self {
+        let about = |n: usize| n.next_multiple_of(1 << n.max(1).ilog2().saturating_sub(3));
+        let pitches = self.pitches.map(|pitch| pitch & 7);
+        Self { m: about(self.m), n: about(self.n), k: about(self.k), pitches, ..*self }
+    }
 }
 
 /// What a product computes, in the library's words.
@@ -93,6 +103,20 @@ impl Matrices {
             .filter(|one| one.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS)
             .map(|one| one.algo)
             .collect())
+    }
+
+    /// Whether an algorithm that was found for matrices of another size takes these.
+    pub(super) fn takes(&self, library: sys::cublasLtHandle_t, algorithm: &cublasLtMatmulAlgo_t) -> bool {
+        let [a, b, c] = self.layouts.each_ref().map(|layout| layout.0);
+        let mut found = MaybeUninit::<cublasLtMatmulHeuristicResult_t>::zeroed();
+        // SAFETY: all descriptors are alive, and the result is written.
+        let checked =
+            unsafe { sys::cublasLtMatmulAlgoCheck(library, self.product.0, a, b, c, c, algorithm, found.as_mut_ptr()) };
+        // SAFETY: it is a structure of numbers, of which zeros are some.
+        let found = unsafe { found.assume_init() };
+        checked == cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            && found.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            && found.workspaceSize <= WORKSPACE
     }
 }
 
