@@ -3,12 +3,13 @@
 //! bf16 inputs are multiplied as bf16 where the machine has instructions for it: adapters, kept in f32, are rounded to it for the products, as the
 //! gradients that come in are. Sums are f32, and so are the gradients of parameters.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use pmetal_cpu::{Arithmetic, FewRows, Left, MAX_ROWS, Mat, Right, few_rows, matmul, multiply};
 
 use super::{Adapter, LinearGroup, LinearMember, OP};
 use crate::{
     Param, Result, Weight,
+    autograd::{keep, unread},
     kernel::{CpuElement, View, for_dtype, room, tensor},
 };
 
@@ -103,24 +104,36 @@ fn member_forward<T: CpuElement>(
     left: &Left,
     noise: Option<u64>,
 ) -> Result<(Tensor, LowRank)> {
+    let low_rank = member.adapter.as_ref().map(|adapter| half_product(adapter, x, left, noise)).transpose()?;
+    let y = match unread((x.tokens, member.out_features()), T::DTYPE, &Device::Cpu)? {
+        Some(y) => y,
+        None => keep(OP, || Ok(vec![member_product(member, x, left, low_rank.as_deref())?]))?.swap_remove(0),
+    };
+    Ok((y, low_rank))
+}
+
+/// The products of a member's weight and of its adapter's second half, and its bias.
+fn member_product<T: CpuElement>(
+    member: &LinearMember,
+    x: &Input<T>,
+    left: &Left,
+    low_rank: Option<&[f32]>,
+) -> Result<Tensor> {
     let (tokens, out) = (x.tokens, member.out_features());
     let mut y = room::<T>(tokens * out);
     let weight = member.weight.view()?;
     let weight = weight.right(out, x.width, true)?;
-    let mut low_rank = None;
-    match &member.adapter {
-        None => multiply(&mut y, out, &[(left, weight)], 1.0, 0.0),
-        Some(adapter) => {
-            let u = half_product(adapter, x, left, noise)?;
+    match (&member.adapter, low_rank) {
+        (Some(adapter), Some(u)) => {
             let r = adapter.rank();
             let b = adapter.b.view()?;
-            let half = Left::new(Mat::new(&u, tokens, r), Arithmetic::of::<T>());
+            let half = Left::new(Mat::new(u, tokens, r), Arithmetic::of::<T>());
             multiply(&mut y, out, &[(left, weight), (&half, b.right(out, r, true)?)], 1.0, 0.0);
-            low_rank = Some(u);
         }
+        _ => multiply(&mut y, out, &[(left, weight)], 1.0, 0.0),
     }
     add_bias(member, &mut y)?;
-    Ok((tensor(y, (tokens, out))?, low_rank))
+    tensor(y, (tokens, out))
 }
 
 fn half_product<T: CpuElement>(adapter: &Adapter, x: &Input<T>, left: &Left, noise: Option<u64>) -> Result<Vec<f32>> {
