@@ -5,8 +5,10 @@ use pmetal_metal::{Gpu, empty};
 
 use super::{add_dropped, dropped, product, weight_gradient};
 use crate::{
-    Result, Weight, elementwise,
-    linear::{LinearGroup, LinearMember, kernel::mask_seed},
+    Error, Result, Weight,
+    autograd::{keep, unread},
+    elementwise,
+    linear::{Adapter, LinearGroup, LinearMember, OP, kernel::mask_seed},
 };
 
 /// Each member's result, and its low-rank half-product `scale * dropout(x) Aᵀ [tokens, r]`.
@@ -25,20 +27,29 @@ fn member_forward(
     x: &Tensor,
     noise: Option<u64>,
 ) -> Result<(Tensor, Option<Tensor>)> {
-    let (tokens, dtype) = (x.dim(0)?, x.dtype());
-    let y = empty((tokens, member.out_features()), dtype, x.device())?;
-    product(gpu, x, &member.weight.tensor_in(dtype)?, true, &y, 1.0, 0.0)?;
-    let mut low_rank = None;
-    if let Some(adapter) = &member.adapter {
-        let (a, b) = (adapter.a.tensor_in(dtype)?, adapter.b.tensor_in(dtype)?);
+    let (tokens, out, dtype) = (x.dim(0)?, member.out_features(), x.dtype());
+    let half = |adapter: &Adapter| {
+        let a = adapter.a.tensor_in(dtype)?;
         let u = empty((tokens, a.dim(0)?), dtype, x.device())?;
         product(gpu, &dropped(adapter, x, noise)?, &a, true, &u, adapter.scale, 0.0)?;
-        product(gpu, &u, &b, true, &y, 1.0, 1.0)?;
-        low_rank = Some(u);
-    }
-    if let Some(bias) = &member.bias {
-        elementwise::bias_add(&y, &bias.tensor_in(dtype)?)?;
-    }
+        Ok::<_, Error>(u)
+    };
+    let low_rank = member.adapter.as_ref().map(half).transpose()?;
+    let compute = || {
+        let y = empty((tokens, out), dtype, x.device())?;
+        product(gpu, x, &member.weight.tensor_in(dtype)?, true, &y, 1.0, 0.0)?;
+        if let Some((adapter, u)) = member.adapter.as_ref().zip(low_rank.as_ref()) {
+            product(gpu, u, &adapter.b.tensor_in(dtype)?, true, &y, 1.0, 1.0)?;
+        }
+        if let Some(bias) = &member.bias {
+            elementwise::bias_add(&y, &bias.tensor_in(dtype)?)?;
+        }
+        Ok(vec![y])
+    };
+    let y = match unread((tokens, out), dtype, x.device())? {
+        Some(y) => y,
+        None => keep(OP, compute)?.swap_remove(0),
+    };
     Ok((y, low_rank))
 }
 
