@@ -49,7 +49,7 @@ def page(results):
             yield f"**{work['what']}**: a step of {watched:,.1f} ms, of which events take {watched - plain:.1f}."
             yield "\n".join(operations(found, limits))
         else:
-            yield f"**{work['what']}**: a token, launched operation by operation instead of replayed."
+            yield f"**{work['what']}**: a token."
             yield "\n".join(operations(found["decode"], limits))
 
 
