@@ -1,7 +1,7 @@
 // Rotary position embedding on half-split pairs, alone and behind the norm of each head; its gradients.
 //
-// A threadgroup has a token, and `2^lanes_log2` lanes of a SIMD group have a head, of which eight pairs to a thread stay in registers.
-// `aligned`: eight elements can be moved at once, in every half of a head. `share` is what an element is of a head.
+// A threadgroup has a token, and `2^lanes_log2` lanes of a SIMD group have a head, of which four pairs to a thread stay in registers.
+// `aligned`: four elements can be moved at once, in every half of a head. `share` is what an element is of a head.
 
 struct RopeParams {
     uint heads;
@@ -17,11 +17,11 @@ struct RopeParams {
     float sign;
 };
 
-// Eight pairs: their first elements and their second.
-struct RopePairs { Octet first, second; };
+// Four pairs: their first elements and their second.
+struct RopePairs { float4 first, second; };
 
-// How eight pairs turn: `first = first * a + second * b`, `second = first * c + second * d`.
-struct RopeTurn { Octet a, b, c, d; };
+// How four pairs turn: `first = first * a + second * b`, `second = first * c + second * d`.
+struct RopeTurn { float4 a, b, c, d; };
 
 template <typename E>
 FUNCTION float4 rope_four(DEVICE_PTR(const E) x, ulong from, uint pair, uint pairs) {
@@ -30,43 +30,28 @@ FUNCTION float4 rope_four(DEVICE_PTR(const E) x, ulong from, uint pair, uint pai
 }
 
 template <bool ALIGNED, typename E>
-FUNCTION Octet rope_load_half(DEVICE_PTR(const E) x, ulong from, uint pair, uint pairs) {
-    Octet v;
-    v.low = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    v.high = v.low;
-    if (ALIGNED) {
-        if (pair < pairs) v = load8(x, from + pair);
-    } else {
-        v.low = rope_four<E>(x, from, pair, pairs);
-        v.high = rope_four<E>(x, from, pair + 4, pairs);
-    }
-    return v;
+FUNCTION float4 rope_load_half(DEVICE_PTR(const E) x, ulong from, uint pair, uint pairs) {
+    if (!ALIGNED) return rope_four<E>(x, from, pair, pairs);
+    return pair < pairs ? load4(x, from + pair) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
 // Pairs from `pair` on whose first elements begin at `first` and whose second ones at `second`; zeros from `pairs` on.
 template <bool ALIGNED, typename E>
 FUNCTION RopePairs rope_load(DEVICE_PTR(const E) x, ulong first, ulong second, uint pair, uint pairs) {
-    RopePairs v;
-    v.first = rope_load_half<ALIGNED, E>(x, first, pair, pairs);
-    v.second = rope_load_half<ALIGNED, E>(x, second, pair, pairs);
+    const RopePairs v = {rope_load_half<ALIGNED, E>(x, first, pair, pairs), rope_load_half<ALIGNED, E>(x, second, pair, pairs)};
     return v;
 }
 
-FUNCTION void rope_store_four(DEVICE_PTR(T) y, ulong to, uint pair, uint pairs, float4 v) {
+template <bool ALIGNED>
+FUNCTION void rope_store_half(DEVICE_PTR(T) y, ulong to, uint pair, uint pairs, float4 v) {
+    if (ALIGNED) {
+        if (pair < pairs) store4(y, to + pair, v);
+        return;
+    }
     if (pair < pairs) y[to + pair] = T(v.x);
     if (pair + 1 < pairs) y[to + pair + 1] = T(v.y);
     if (pair + 2 < pairs) y[to + pair + 2] = T(v.z);
     if (pair + 3 < pairs) y[to + pair + 3] = T(v.w);
-}
-
-template <bool ALIGNED>
-FUNCTION void rope_store_half(DEVICE_PTR(T) y, ulong to, uint pair, uint pairs, Octet v) {
-    if (ALIGNED) {
-        if (pair < pairs) store8(y, to + pair, v);
-    } else {
-        rope_store_four(y, to, pair, pairs, v.low);
-        rope_store_four(y, to, pair + 4, pairs, v.high);
-    }
 }
 
 template <bool ALIGNED>
@@ -80,7 +65,7 @@ struct RopeThread { uint token; uint head; uint first; uint step; uint pair; };
 
 FUNCTION RopeThread rope_thread(uint token, uint lane, uint simd, uint simds, uint lanes_log2) {
     const uint each = 32 >> lanes_log2;
-    const RopeThread t = {token, simd * each + (lane >> lanes_log2), simd * each, simds * each, 8 * (lane & ((1u << lanes_log2) - 1))};
+    const RopeThread t = {token, simd * each + (lane >> lanes_log2), simd * each, simds * each, 4 * (lane & ((1u << lanes_log2) - 1))};
     return t;
 }
 
@@ -106,33 +91,13 @@ FUNCTION void rope_store_head(DEVICE_PTR(T) y, uint pitch, RopePairs v, RopePara
     rope_store<ALIGNED>(y, ulong(t.token) * pitch + ulong(t.head) * 2 * p.pairs, rope_pair(t, p), p.pairs, v);
 }
 
-FUNCTION float4 rope_times(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
+FUNCTION float4 rope_product(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 
-FUNCTION Octet rope_product(Octet a, Octet b) {
-    const Octet y = {rope_times(a.low, b.low), rope_times(a.high, b.high)};
-    return y;
-}
-
-FUNCTION float4 rope_scaled_four(float4 x, float scale) { return make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale); }
-
-FUNCTION Octet rope_scaled(Octet x, float scale) {
-    const Octet y = {rope_scaled_four(x.low, scale), rope_scaled_four(x.high, scale)};
-    return y;
-}
-
-FUNCTION Octet rope_every(float x) {
-    const Octet y = {make_float4(x, x, x, x), make_float4(x, x, x, x)};
-    return y;
-}
-
-FUNCTION float4 rope_mix_four(float4 a, float4 b, float4 c, float4 d) {
-    return make_float4(a.x * b.x + c.x * d.x, a.y * b.y + c.y * d.y, a.z * b.z + c.z * d.z, a.w * b.w + c.w * d.w);
-}
+FUNCTION float4 rope_scaled(float4 x, float scale) { return make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale); }
 
 // `a * b + c * d`.
-FUNCTION Octet rope_mix(Octet a, Octet b, Octet c, Octet d) {
-    const Octet y = {rope_mix_four(a.low, b.low, c.low, d.low), rope_mix_four(a.high, b.high, c.high, d.high)};
-    return y;
+FUNCTION float4 rope_mix(float4 a, float4 b, float4 c, float4 d) {
+    return make_float4(a.x * b.x + c.x * d.x, a.y * b.y + c.y * d.y, a.z * b.z + c.z * d.z, a.w * b.w + c.w * d.w);
 }
 
 FUNCTION RopePairs rope_turned(RopePairs v, RopeTurn turn) {
@@ -171,9 +136,9 @@ KERNEL(rope)(READ_ROWS(T, x, 0), READ(float, angles, 1), READ(uint, positions, 2
     else rope_heads<false>(x, angles, positions, y, params, t);
 }
 
-// The sum over the lanes of a head, of which there are at most sixteen.
+// The sum over the lanes of a head, of which there are at most 32.
 FUNCTION float rope_total(float x, uint lanes_log2) {
-    for (uint step = 0; step < 4; ++step) {
+    for (uint step = 0; step < 5; ++step) {
         if (step < lanes_log2) x += simd_shuffle_xor(x, 1u << step);
     }
     return x;
@@ -181,10 +146,7 @@ FUNCTION float rope_total(float x, uint lanes_log2) {
 
 FUNCTION float rope_dot_four(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
 
-FUNCTION float rope_dot(RopePairs a, RopePairs b) {
-    return (rope_dot_four(a.first.low, b.first.low) + rope_dot_four(a.first.high, b.first.high)) +
-           (rope_dot_four(a.second.low, b.second.low) + rope_dot_four(a.second.high, b.second.high));
-}
+FUNCTION float rope_dot(RopePairs a, RopePairs b) { return rope_dot_four(a.first, b.first) + rope_dot_four(a.second, b.second); }
 
 template <bool ALIGNED>
 FUNCTION void norm_rope_heads(DEVICE_PTR(const T) x, DEVICE_PTR(const T) weight, DEVICE_PTR(const float) angles,
@@ -227,7 +189,7 @@ FUNCTION void norm_rope_heads_backward(DEVICE_PTR(const T) dy, DEVICE_PTR(const 
     while (t.first < p.heads) {
         const RopePairs g = rope_turned(d, back);
         const float factor = -rope_total(rope_dot(g, v), p.lanes_log2) * p.share * scale * scale * scale;
-        const Octet scales = rope_every(scale), factors = rope_every(factor);
+        const float4 scales = make_float4(scale, scale, scale, scale), factors = make_float4(factor, factor, factor, factor);
         const RopePairs y = {rope_mix(g.first, scales, v.first, factors), rope_mix(g.second, scales, v.second, factors)};
         rope_store_head<ALIGNED>(dx, p.y_pitch, y, p, t);
         t = rope_next(t);

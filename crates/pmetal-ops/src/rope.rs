@@ -11,7 +11,7 @@ use pmetal_metal::{Gpu, Grid, kernels};
 use crate::{
     Error, Result,
     autograd::{Value, composite, one, only},
-    elementwise::{in_octets, pitch_of, readable},
+    elementwise::{pitch_of, readable, rows_in_quads},
     kernel::{View, for_dtype, room, tensor},
     place::{Place, place, upload},
     profile,
@@ -134,9 +134,10 @@ impl RopeTable {
     /// How kernels work on `heads` of every token: their grid, and what they are told beside pitches; none where a head is too wide.
     pub(crate) fn shares(&self, heads: usize) -> Option<(Grid, kernels::RopeParams)> {
         let (tokens, known) = (self.0.positions.len(), &self.0.known);
-        let lanes = known.half.div_ceil(OCTET).next_power_of_two();
-        let heads_at_a_time = SIMD_WIDTH.checked_div(lanes)?.max(1);
-        let simds = heads.div_ceil(heads_at_a_time).clamp(1, MAX_SIMDS);
+        let lanes = known.half.div_ceil(QUAD).next_power_of_two();
+        let heads_at_a_time = (SIMD_WIDTH / lanes).max(1);
+        let turns = heads.div_ceil(heads_at_a_time).max(1);
+        let simds = (turns / TURNS).clamp(2, MAX_SIMDS).min(turns);
         let params = kernels::RopeParams {
             heads: heads as u32,
             pairs: known.half as u32,
@@ -158,15 +159,18 @@ impl RopeTable {
 const WIDEST: usize = 256;
 
 /// Pairs of a head that a thread has.
-const OCTET: usize = 8;
+const QUAD: usize = 4;
 
-/// Threads of a SIMD group, and SIMD groups of a threadgroup at most: one that has many heads takes some after others.
+/// Threads of a SIMD group, and SIMD groups of a threadgroup at most.
 const SIMD_WIDTH: usize = 32;
 const MAX_SIMDS: usize = 8;
 
-/// 1 where kernels can move eight elements at once in every half of a head, else 0.
+/// How often a SIMD group takes further heads, roughly: it reads the angles once.
+const TURNS: usize = 4;
+
+/// 1 where kernels can move four elements at once in every half of a head, else 0.
 pub(crate) fn aligned(table: &RopeTable, tensors: &[&Tensor]) -> u32 {
-    in_octets(tensors) * u32::from(table.0.known.half.is_multiple_of(8))
+    rows_in_quads(table.0.known.half, tensors)
 }
 
 /// What is held for the device that first asked; for another it is sent again.
