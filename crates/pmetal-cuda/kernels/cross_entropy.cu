@@ -1,8 +1,8 @@
 // The gradient of the cross-entropy of rows of logits, in their place, where a cluster of thread blocks holds a row in its registers: each
 // logit is read once. From compute capability 9.0 on.
 //
-// This text stands behind the shared prelude, T is half or bfloat. The host defines BLOCKS, the thread blocks of a cluster, ROW_THREADS, the
-// threads of each, and OCTETS, how many times eight logits a thread holds. Exponents are of two.
+// This text stands behind the shared prelude, T is half or bfloat. The host defines BLOCKS, the thread blocks of a cluster, ROW_THREADS,
+// the threads of each, and OCTETS, how many times eight logits a thread holds. Exponents are of two.
 
 #define LOG2E 1.4426950408889634f
 // Below every logit, and finite: the difference of two such is 0, not NaN.
@@ -76,7 +76,8 @@ FUNCTION Pair of_row(Pair own, Pair* simds, Pair* blocks, uint rank) {
 
 // As the shared text's `cross_entropy_gradient`, for rows of a multiple of eight logits that begin at aligned places. A cluster has a row.
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(ROW_THREADS, 1024 / ROW_THREADS)
-    cross_entropy_gradient_cluster(T* __restrict__ logits, const uint* __restrict__ labels, float* __restrict__ losses, const RowParams params) {
+    cross_entropy_gradient_cluster(T* __restrict__ logits, const uint* __restrict__ labels, float* __restrict__ losses,
+                                   const RowParams params) {
     __shared__ Pair simds[32], blocks[BLOCKS];
     const uint row = GROUP_X / BLOCKS, rank = GROUP_X % BLOCKS, octets = params.vocab / 8, label = labels[row];
     const uint first = rank * ROW_THREADS + THREAD;

@@ -1,7 +1,7 @@
 // Root-mean-square norm, alone and with the residual sum before it; its gradients.
 //
-// A row of at most 16 elements to a thread stays in registers: where it is `wide`, a threadgroup has it, else a SIMD group. `aligned`: eight
-// elements can be moved at once, in every row. A pitch is the distance between rows.
+// A row of at most 16 elements to a thread stays in registers: where it is `wide`, a threadgroup has it, else a SIMD group. `aligned`:
+// eight elements can be moved at once, in every row. A pitch is the distance between rows.
 
 struct RmsNormParams {
     uint rows;

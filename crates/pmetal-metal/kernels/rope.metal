@@ -166,8 +166,8 @@ FUNCTION void norm_rope_heads(DEVICE_PTR(const T) x, DEVICE_PTR(const T) weight,
     }
 }
 
-/// `y = rope(x * rstd * weight)`, `rstd = 1 / sqrt(mean(x²) + eps)` of each head: `weight [2 * pairs]`, `rstd [tokens, heads]`, the rest as in
-/// `rope`.
+/// `y = rope(x * rstd * weight)`, `rstd = 1 / sqrt(mean(x²) + eps)` of each head: `weight [2 * pairs]`, `rstd [tokens, heads]`, the rest as
+/// in `rope`.
 KERNEL(norm_rope)(READ_ROWS(T, x, 0), READ(T, weight, 1), READ(float, angles, 2), READ(uint, positions, 3), WRITE_ROWS(T, y, 4),
                   WRITE(float, rstd, 5), PARAMS(RopeParams, 6))
 {
@@ -199,8 +199,8 @@ FUNCTION void norm_rope_heads_backward(DEVICE_PTR(const T) dy, DEVICE_PTR(const 
     }
 }
 
-/// The gradient of `norm_rope` in `x`: `dx = rstd * (g - n * mean(g * n))` with `n = x * rstd` and `g` the product of `weight` and of `dy` turned
-/// back; its rows are `y_pitch` apart.
+/// The gradient of `norm_rope` in `x`: `dx = rstd * (g - n * mean(g * n))` with `n = x * rstd` and `g` the product of `weight` and of `dy`
+/// turned back; its rows are `y_pitch` apart.
 KERNEL(norm_rope_backward)(READ_ROWS(T, dy, 0), READ_ROWS(T, x, 1), READ(T, weight, 2), READ(float, angles, 3),
                            READ(uint, positions, 4), READ(float, rstd, 5), WRITE_ROWS(T, dx, 6), PARAMS(RopeParams, 7))
 {
