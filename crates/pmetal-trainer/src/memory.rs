@@ -7,6 +7,8 @@ use pmetal_ops::{DeviceRates, Fate, Policy, Saved};
 const COMPUTED: [Saved; 4] = [Saved::Middle, Saved::Attention, Saved::Projections, Saved::Gates];
 /// Bytes of logits at a time: no fewer, so that products stay large; no more.
 const LOGITS_BYTES: [u64; 2] = [128 << 20, 512 << 20];
+/// Bytes of what is small: ids, statistics, partial sums. Estimates are a hundredth larger besides.
+const SMALL_BYTES: u64 = 16 << 20;
 /// A device's rate of products where nothing was measured: only ratios of times count then.
 const NOMINAL: f64 = 1e12;
 /// Attention's rate as a share of that of large products.
@@ -146,11 +148,14 @@ impl StepSize<'_> {
         for i in 0..self.layers() {
             let (here, away) = self.left(policy(i));
             left += here;
-            // what the layer before left with the host comes back meanwhile
-            most = most.max(left + away + before + self.room(policy(i)));
+            // what the part before left with the host comes back meanwhile: the layer before, or the same layer's attention
+            let halves = policy(i).is_some_and(|policy| policy.fate(Saved::Middle) != Fate::Recompute);
+            let away_here = if halves { away.max(before) } else { away + before };
+            most = most.max(left + away_here + self.room(policy(i)));
             (host, before) = (host + away, away);
         }
-        (most.max(self.loss(checkpointing) + logits_bytes), host)
+        let most = most.max(self.loss(checkpointing) + logits_bytes);
+        (most + most / 100 + SMALL_BYTES, host)
     }
 
     /// Bytes that are there when the loss is computed, beside logits.
@@ -261,6 +266,7 @@ impl StepSize<'_> {
             (None, Some(_)) => bytes,
         };
         let [least, enough] = LOGITS_BYTES;
+        let most = most.saturating_sub(SMALL_BYTES) / 101 * 100;
         let logits_bytes = most.saturating_sub(self.loss(checkpointing)).clamp(least, enough);
         let (bytes, _) = self.peak(checkpointing, logits_bytes);
         MemoryChoice { checkpointing, logits_bytes, bytes, host_bytes, fits: limit.is_none_or(|limit| bytes <= limit) }

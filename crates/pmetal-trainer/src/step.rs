@@ -3,7 +3,9 @@
 use candle_core::{DType, Tensor};
 use pmetal_data::Example;
 use pmetal_models::{CausalLMModel, Checkpointing, Input};
-use pmetal_ops::{AdamW, Arena, StepOutcome, adamw, backward, linear_cross_entropy, linear_cross_entropy_within, no_grad, random};
+use pmetal_ops::{
+    AdamW, Arena, StepOutcome, adamw, backward, linear_cross_entropy, linear_cross_entropy_within, no_grad, random,
+};
 
 use crate::Result;
 
@@ -96,7 +98,8 @@ pub fn start_step(
         let packed = Packed::new(rows);
         let input = Input { noise: Some(noise), checkpointing: settings.checkpointing, ..packed.input() };
         let hidden = model.forward(&input, None)?;
-        let entropy = linear_cross_entropy_within(settings.logits_bytes, &hidden, model.head(), &packed.targets, scale)?;
+        let entropy =
+            linear_cross_entropy_within(settings.logits_bytes, &hidden, model.head(), &packed.targets, scale)?;
         drop(hidden);
         loss = (loss + entropy.loss.tensor())?;
         token_losses.push(entropy.token_losses);

@@ -31,7 +31,8 @@ fn rows() -> Vec<Example> {
 fn run(model: &dyn CausalLMModel, arena: &Arena, checkpointing: Option<Checkpointing>) -> (Vec<[u64; 2]>, Vec<u32>) {
     let rows = rows();
     let micro_batches = [rows[..3].iter().collect(), rows[3..].iter().collect()];
-    let settings = StepSettings { max_grad_norm: 1.0, weight_decay: 0.01, checkpointing, logits_bytes: 1 << 20, seed: 3 };
+    let settings =
+        StepSettings { max_grad_norm: 1.0, weight_decay: 0.01, checkpointing, logits_bytes: 1 << 20, seed: 3 };
     let step = |step: usize| {
         let result = train_step(model, arena, &micro_batches, step, 1e-3, step as u64 + 1, &settings).unwrap();
         assert!(result.applied);

@@ -122,10 +122,12 @@ pub fn checkpoint(
     let (outputs, run) = in_run(Run::First(policy, stowed), || no_grad(|| f(&constants(&tensors))));
     let outputs = outputs?.iter().map(|v| v.tensor().clone()).collect();
     drop(tensors);
-    let mut stowed = run.map(Run::stowed).unwrap_or_default();
-    stowed.leave()?;
-    let stowed = Arc::new(Mutex::new(stowed));
+    let stowed = Arc::new(Mutex::new(run.map(Run::stowed).unwrap_or_default()));
     let before = BEFORE.replace(Arc::downgrade(&stowed));
+    if let Some(before) = before.upgrade() {
+        // by now it has been copied, so that nothing waits
+        before.lock().unwrap_or_else(PoisonError::into_inner).leave()?;
+    }
     Ok(Value::record_if(true, outputs, inputs, move |grads| {
         let mut stowed = mem::take(&mut *stowed.lock().unwrap_or_else(PoisonError::into_inner));
         let tensors = stowed.take_inputs()?;
