@@ -52,6 +52,7 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
     const u64 query = row.first_query + first, key = row.first_key, kv_head = head / (heads / kv_heads);
     k += key * pitches.k + kv_head * D, v += key * pitches.v + kv_head * D;
     const uint q_tile = first_tile(), k_tiles = q_tile + TILE_BYTES<ROWS>, v_tiles = k_tiles + 2 * TILE_BYTES<TILE>;
+    const uint own_q = own_rows(q_tile);
     const int seen = max(row.offset + first + count, 0), tiles = (seen + TILE - 1) / TILE;
     const int limit = row.offset + first + own_row(), open = max(row.offset + first + 1, 0) / TILE;
     const float scale2 = scale * 1.44269504f;
@@ -75,7 +76,7 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
     auto step = [&](int j, bool masked) {
         await_loads();
         await_turn<GROUPS>();
-        multiply_transposed<TILE, ROWS>(s, q_tile, tile_of(k_tiles, j));
+        multiply_transposed<TILE, ROWS>(s, own_q, tile_of(k_tiles, j));
         multiply_add<TILE>(o, p, tile_of(v_tiles, j + 1));
         pass_turn<GROUPS>();
         load_tile(k_tiles, k, pitches.k, j - 1);
@@ -102,7 +103,7 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
         load_tile(k_tiles, k, pitches.k, j);
         end_of_load();
         await_loads();
-        multiply_transposed<TILE, ROWS>(s, q_tile, tile_of(k_tiles, j));
+        multiply_transposed<TILE, ROWS>(s, own_q, tile_of(k_tiles, j));
         load_tile(k_tiles, k, pitches.k, j - 1);
         load_tile(v_tiles, v, pitches.v, j);
         end_of_load();
@@ -151,6 +152,7 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
     k += key * pitches.k + kv_head * D, v += key * pitches.v + kv_head * D;
     dout += query * pitches.dout + head * D, out += query * pitches.out + head * D;
     const uint q_tile = first_tile(), dout_tile = q_tile + TILE_BYTES<ROWS>, streamed = dout_tile + TILE_BYTES<ROWS>;
+    const uint own_q = own_rows(q_tile), own_dout = own_rows(dout_tile);
     const int seen = max(row.offset + first + count, 0), tiles = (seen + TILE - 1) / TILE;
     const int limit = row.offset + first + own_row(), open = max(row.offset + first + 1, 0) / TILE;
     const float scale2 = scale * 1.44269504f;
@@ -180,8 +182,8 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
     };
     auto step = [&](int j, bool masked) {
         await_loads();
-        multiply_transposed<TILE, ROWS>(s, q_tile, at);
-        multiply_transposed<TILE, ROWS>(dp, dout_tile, at + TILE_BYTES<TILE>);
+        multiply_transposed<TILE, ROWS>(s, own_q, at);
+        multiply_transposed<TILE, ROWS>(dp, own_dout, at + TILE_BYTES<TILE>);
         load_tile(j - 1, after(at));
         await_products<1>();
         hold(s);
@@ -227,6 +229,7 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
     const int count = min(row.keys - first, ROWS);
     const u64 key = row.first_key + first;
     const uint k_tile = first_tile(), v_tile = k_tile + TILE_BYTES<ROWS>, streamed = v_tile + TILE_BYTES<ROWS>;
+    const uint own_k = own_rows(k_tile), own_v = own_rows(v_tile);
     // Tiles of queries that see none of the block's keys are left out.
     const int all = (row.queries + TILE - 1) / TILE, skipped = max(first - row.offset, 0) / TILE;
     const float scale2 = scale * 1.44269504f;
@@ -266,8 +269,8 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
         if (++tile == all) tile = skipped, head++;
         const uint q_tile = at, dout_tile = q_tile + TILE_BYTES<TILE>, base = dout_tile + TILE_BYTES<TILE>, shift = base + 512;
         await_loads();
-        multiply_transposed<TILE, ROWS>(s, k_tile, q_tile);
-        multiply_transposed<TILE, ROWS>(dp, v_tile, dout_tile);
+        multiply_transposed<TILE, ROWS>(s, own_k, q_tile);
+        multiply_transposed<TILE, ROWS>(dp, own_v, dout_tile);
         load_tile(after(at));
         await_products<1>();
         hold(s);

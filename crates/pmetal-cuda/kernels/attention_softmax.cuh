@@ -26,25 +26,30 @@ template <int TILE> __device__ __forceinline__ void mask(float (&s)[TILE / 2], i
 // thread's columns) follow, and `shrink` is what earlier results must be multiplied with.
 template <int N>
 __device__ __forceinline__ void softmax(float (&s)[N / 2], float (&largest)[2], float (&sum)[2], float (&shrink)[2], float scale2) {
+    // Two chains a row: a warp has few others to hide behind.
+    float most[2][2] = {{largest[0], -INF}, {largest[1], -INF}}, total[2][2] = {}, base[2];
+#pragma unroll
+    for (int e = 0; e < N / 2; e += 2) most[e / 2 % 2][e / 4 % 2] = fmaxf(most[e / 2 % 2][e / 4 % 2], fmaxf(s[e], s[e + 1]));
+#pragma unroll
+    for (int r = 0; r < 2; r++) most[r][0] = fmaxf(most[r][0], most[r][1]);
+#pragma unroll
+    for (int lanes = 1; lanes <= 2; lanes *= 2)
+#pragma unroll
+        for (int r = 0; r < 2; r++) most[r][0] = fmaxf(most[r][0], __shfl_xor_sync(~0u, most[r][0], lanes));
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float most = largest[r];
-#pragma unroll
-        for (int e = 2 * r; e < N / 2; e += 4) most = fmaxf(most, fmaxf(s[e], s[e + 1]));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        const float base = most == -INF ? 0 : most * scale2;
-        shrink[r] = exp2_fast(largest[r] * scale2 - base);
-        largest[r] = most;
-        float total = 0;
-#pragma unroll
-        for (int e = 2 * r; e < N / 2; e += 4) {
-            s[e] = exp2_fast(s[e] * scale2 - base);
-            s[e + 1] = exp2_fast(s[e + 1] * scale2 - base);
-            total += s[e] + s[e + 1];
-        }
-        sum[r] = sum[r] * shrink[r] + total;
+        base[r] = most[r][0] == -INF ? 0 : most[r][0] * scale2;
+        shrink[r] = exp2_fast(largest[r] * scale2 - base[r]);
+        largest[r] = most[r][0];
     }
+#pragma unroll
+    for (int e = 0; e < N / 2; e += 2) {
+        s[e] = exp2_fast(s[e] * scale2 - base[e / 2 % 2]);
+        s[e + 1] = exp2_fast(s[e + 1] * scale2 - base[e / 2 % 2]);
+        total[e / 2 % 2][e / 4 % 2] += s[e] + s[e + 1];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) sum[r] = sum[r] * shrink[r] + (total[r][0] + total[r][1]);
 }
 
 __device__ __forceinline__ float quad_sum(float x) {

@@ -71,6 +71,11 @@ __device__ __forceinline__ void await_loads() {
 // Two neighbours packed into a word are the same layout's left operand.
 
 __device__ __forceinline__ int group() { return threadIdx.x / 128; }
+// A number that is the same in all lanes, for the compiler to see: addresses of matrices are to lie in registers of the whole warp.
+__device__ __forceinline__ uint uniform(uint x) { return __shfl_sync(~0u, x, 0); }
+__device__ __forceinline__ uint4 uniform(uint4 x) { return make_uint4(uniform(x.x), uniform(x.y), uniform(x.z), uniform(x.w)); }
+// Where the group's 64 rows of a tile begin.
+__device__ __forceinline__ uint own_rows(uint tile) { return uniform(tile + group() * 8192); }
 __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 // First of the two rows of this thread in its block.
 __device__ __forceinline__ int own_row() { return threadIdx.x / 32 * 16 + lane() / 4; }
@@ -106,9 +111,10 @@ template <int N> __device__ __forceinline__ void pack(uint (&to)[N], const float
         ",%62,%63"
 #define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." DTYPE "." DTYPE " "
 
-// A matrix in shared memory as wgmma reads it: swizzled by 128 bytes, eight rows every 1024 bytes, panels `panel` bytes apart.
-__device__ __forceinline__ u64 matrix(uint at, uint panel) {
-    return (u64)(at >> 4) | (u64)(panel >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+// A matrix in shared memory as wgmma reads it, `further` bytes behind `at`: swizzled by 128 bytes, eight rows every 1024 bytes, panels
+// `panel` bytes apart.
+__device__ __forceinline__ u64 matrix(uint at, uint panel, uint further) {
+    return (u64)((at >> 4 | (panel >> 4) << 16) + (further >> 4)) | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
 // c = a bᵀ where nothing is read of c, and c += a bᵀ.
@@ -156,16 +162,13 @@ template <int PENDING> __device__ __forceinline__ void await_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Starts c [64, N] = a bᵀ: the group's 64 rows of tile `a` of ROWS rows with tile `b` of N rows.
+// Starts c [64, N] = a bᵀ: 64 rows, from `a` on, of a tile of ROWS rows with tile `b` of N rows.
 template <int N, int ROWS> __device__ __forceinline__ void multiply_transposed(float (&c)[N / 2], uint a, uint b) {
-    a += group() * 8192;
-    // Eight addresses that a loop does not change would be kept in registers that are not there.
-    asm volatile("" : "+r"(a));
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < (D + 15) / 16; k++) {
-        const u64 left = matrix(a + k / 4 * ROWS * 128 + k % 4 * 32, 16);
-        const u64 right = matrix(b + k / 4 * N * 128 + k % 4 * 32, 16);
+        const u64 left = matrix(a, 16, k / 4 * ROWS * 128 + k % 4 * 32);
+        const u64 right = matrix(b, 16, k / 4 * N * 128 + k % 4 * 32);
         if (k == 0) wgmma_transposed_first(c, left, right);
         else wgmma_transposed_next(c, left, right);
     }
@@ -178,7 +181,7 @@ template <int N> __device__ __forceinline__ void multiply_left_transposed(float 
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < (D + 15) / 16; k++) {
-        const u64 right = matrix(b + k / 4 * N * 128 + k % 4 * 32, 16);
+        const u64 right = matrix(b, 16, k / 4 * N * 128 + k % 4 * 32);
         if (k == 0) wgmma_left_first(c, a, right);
         else wgmma_left_next(c, a + 4 * k, right);
     }
@@ -191,7 +194,7 @@ template <int K> __device__ __forceinline__ void multiply_add(float (&c)[WIDTH /
     hold(a);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int k = 0; k < K / 16; k++) wgmma(c, a + 4 * k, matrix(b + k * 2048, K * 128));
+    for (int k = 0; k < K / 16; k++) wgmma(c, a + 4 * k, matrix(b, K * 128, k * 2048));
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     hold(c);
 }
@@ -221,7 +224,7 @@ template <int N, int ROWS> __device__ __forceinline__ void multiply_transposed(f
 #pragma unroll
     for (int k = 0; k < (D + 15) / 16; k++) {
         uint left[4], right[4];
-        LDMATRIX("", left, place<ROWS>(a, threadIdx.x / 32 * 16 + i % 2 * 8 + j, 2 * k + i / 2));
+        LDMATRIX("", left, place<ROWS>(a, threadIdx.x / 32 % 4 * 16 + i % 2 * 8 + j, 2 * k + i / 2));
 #pragma unroll
         for (int n = 0; n < N / 16; n++) {
             LDMATRIX("", right, place<N>(b, n * 16 + i / 2 * 8 + j, 2 * k + i % 2));

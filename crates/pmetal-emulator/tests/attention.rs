@@ -80,15 +80,9 @@ fn check(rows: &[[usize; 4]], d: usize, dtype: DType) {
     let kv_tokens = rows.iter().map(|row| row[2] + row[3]).max().unwrap();
     let [q, dout] = [1, 2].map(|seed| random(tokens, HEADS, d, seed, dtype));
     let [k, v] = [3, 4].map(|seed| random(kv_tokens, KV_HEADS, d, seed, dtype));
-    let table: Vec<u32> = rows.iter().flatten().map(|&x| x as u32).collect();
     let spec = AttentionSpec { heads: HEADS, kv_heads: KV_HEADS, head_dim: d, scale: 0.2 };
-    let rows_of = AttentionRows {
-        table: Tensor::from_vec(table, (rows.len(), 4), &Device::Cpu).unwrap(),
-        rows: rows.len(),
-        max_q_len: rows.iter().map(|row| row[1]).max().unwrap(),
-        max_kv_len: rows.iter().map(|row| row[3]).max().unwrap(),
-        packed: rows.iter().all(|row| row[1] == row[3]),
-    };
+    let upload = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), &Device::Cpu);
+    let rows_of = AttentionRows::new::<candle_core::Error>(rows, upload).unwrap();
     let zeros = |like: &Tensor, spare| pitched(&like.zeros_like().unwrap().contiguous().unwrap(), spare);
     let out = zeros(&q, 24);
     let (dq, dk, dv) = (zeros(&q, 0), zeros(&k, 40), zeros(&v, 48));

@@ -2,7 +2,10 @@
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-use crate::{Call, Error, LowRankBackward, LowRankMember, Marks, Result, low_rank_backward, low_rank_forward, pitch};
+use crate::{
+    AttentionRows, Call, Error, LowRankBackward, LowRankMember, Marks, Result, low_rank_backward, low_rank_forward,
+    pitch,
+};
 
 /// A GPU, or what plays one.
 pub trait Gpu: Send + Sync {
@@ -30,7 +33,8 @@ pub trait Gpu: Send + Sync {
     }
 
     /// Attention on matrix units: fills `out` and returns what the backward needs beside it; none where this device has no such kernel
-    /// for the dtype, the head's width or the rows.
+    /// for the dtype, the head's width or the rows. `q` and `out` are `[tokens, heads * head_dim]`, `k` and `v` `[kv_tokens, kv_heads *
+    /// head_dim]`, of contiguous rows ([`pitch`]) that begin at multiples of 8 elements where heads are a multiple of 8 wide.
     fn attention_forward(
         &self,
         q: &Tensor,
@@ -41,7 +45,7 @@ pub trait Gpu: Send + Sync {
         spec: &AttentionSpec,
     ) -> Result<Option<Tensor>>;
 
-    /// The backward of [`Gpu::attention_forward`], which returned `stats`: fills `[dq, dk, dv]`.
+    /// The backward of [`Gpu::attention_forward`], which returned `stats`: fills `[dq, dk, dv]`, all of the same form.
     #[allow(clippy::too_many_arguments, reason = "what the formula needs")]
     fn attention_backward(
         &self,
@@ -130,21 +134,6 @@ impl Gemm<'_> {
 fn misfit(buffer: &'static str, expected: String, tensor: &Tensor) -> Error {
     let got = format!("{:?} of {:?}, strides {:?}", tensor.dims(), tensor.dtype(), tensor.stride());
     Error::Buffer { kernel: "gemm", buffer, expected, got }
-}
-
-/// The rows of an attention, on the host and on the device.
-#[derive(Clone, Debug)]
-pub struct AttentionRows {
-    /// `[rows, 4]` u32 on the device: first query, queries, first key, keys of each row.
-    pub table: Tensor,
-    /// Rows.
-    pub rows: usize,
-    /// Queries of the longest row.
-    pub max_q_len: usize,
-    /// Keys of the longest row.
-    pub max_kv_len: usize,
-    /// Whether queries and keys are the same tokens: no cache.
-    pub packed: bool,
 }
 
 /// What is constant over the rows of an attention.

@@ -5,6 +5,7 @@
 //! and attention on its matrix units. The dialect is described in `kernels/prelude/metal.h`.
 
 mod attention;
+mod attention_rows;
 mod error;
 mod gpu;
 mod kernel;
@@ -18,8 +19,9 @@ mod metal;
 mod metal;
 
 pub use attention::{attention_backward, attention_forward, pitches};
+pub use attention_rows::AttentionRows;
 pub use error::{Error, Result};
-pub use gpu::{AttentionRows, AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
+pub use gpu::{AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
 pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel, launches, pitch};
 pub use low_rank::{LowRankBackward, LowRankGradient, LowRankMember, low_rank_backward, low_rank_forward};
 pub use marks::{HostMarks, Marks};

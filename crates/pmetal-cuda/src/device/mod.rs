@@ -1,6 +1,8 @@
 //! A CUDA device: candle's, its one stream, and what runs on it.
 
 mod attention;
+#[cfg(test)]
+mod attention_case;
 mod capture;
 mod cudnn;
 mod gemm;

@@ -80,16 +80,8 @@ impl Rows {
         if let Some(sent) = self.0.sent.get().filter(|sent| sent.table.device().same_device(device)) {
             return Ok(sent.clone());
         }
-        let segments = self.segments();
-        let table: Vec<u32> =
-            segments.iter().flat_map(|s| [s.q_start, s.q_len, s.kv_start, s.kv_len]).map(|n| n as u32).collect();
-        let rows = AttentionRows {
-            table: upload(&table, device)?.reshape((segments.len(), 4))?,
-            rows: segments.len(),
-            max_q_len: segments.iter().map(|s| s.q_len).max().unwrap_or(0),
-            max_kv_len: segments.iter().map(|s| s.kv_len).max().unwrap_or(0),
-            packed: segments.iter().all(|s| s.q_start == s.kv_start && s.q_len == s.kv_len),
-        };
+        let segments: Vec<_> = self.segments().iter().map(|s| [s.q_start, s.q_len, s.kv_start, s.kv_len]).collect();
+        let rows = AttentionRows::new(&segments, |numbers| upload(numbers, device))?;
         Ok(self.0.sent.get_or_init(|| rows.clone()).clone())
     }
 
