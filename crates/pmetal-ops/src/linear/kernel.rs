@@ -51,6 +51,7 @@ fn few_rows_forward<T: CpuElement>(
         products.push(FewRows { c, c_row_stride: out, right: weights[i].right(out, x.width, true)?, low_rank });
     }
     few_rows(x.mat(), &mut products, 1.0, 0.0);
+    group.members.iter().for_each(|member| member.count(x.tokens, T::DTYPE));
     let finish = |((member, mut y), half): ((&LinearMember, Vec<T>), LowRank)| {
         let out = member.out_features();
         add_bias(member, &mut y)?;
@@ -120,6 +121,7 @@ fn member_product<T: CpuElement>(
     low_rank: Option<&[f32]>,
 ) -> Result<Tensor> {
     let (tokens, out) = (x.tokens, member.out_features());
+    member.count(tokens, T::DTYPE);
     let mut y = room::<T>(tokens * out);
     let weight = member.weight.view()?;
     let weight = weight.right(out, x.width, true)?;

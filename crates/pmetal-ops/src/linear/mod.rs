@@ -71,6 +71,13 @@ impl LinearMember {
         self.adapter.as_ref().map_or(0, Adapter::rank)
     }
 
+    /// Counts the product with the weight and with an adapter's second half: what a layer that runs again may leave out.
+    fn count(&self, tokens: usize, dtype: DType) {
+        let outputs = self.out_features();
+        profile::work(|| 2.0 * (tokens * outputs * (self.in_features() + self.rank())) as f64);
+        profile::traffic(|| (self.weight.size_in_bytes() + tokens * outputs * dtype.size_in_bytes()) as f64);
+    }
+
     fn trainable(&self) -> bool {
         let adapter = self.adapter.iter().flat_map(|a| [&a.a, &a.b]);
         std::iter::once(&self.weight).chain(&self.bias).chain(adapter).any(|w| w.param().is_some())
@@ -123,8 +130,8 @@ impl LinearGroup {
         self.check(x)?;
         let (tokens, width) = x.tensor().dims2()?;
         let _span = profile::span((OP, [width, self.members.iter().map(LinearMember::out_features).sum()]));
-        profile::work(|| self.flops(tokens));
-        profile::traffic(|| self.bytes(tokens, x.tensor().dtype()));
+        profile::moved(&[x.tensor()]);
+        profile::work(|| 2.0 * self.members.iter().map(|m| tokens * m.rank() * width).sum::<usize>() as f64);
         match place(x.tensor(), OP)? {
             Place::Cpu => self.by_kernels(
                 x,
@@ -173,22 +180,7 @@ impl LinearGroup {
         Ok(())
     }
 
-    /// Floating-point operations of the products forward.
-    fn flops(&self, tokens: usize) -> f64 {
-        let of_member =
-            |m: &LinearMember| m.in_features() * m.out_features() + m.rank() * (m.in_features() + m.out_features());
-        2.0 * (tokens * self.members.iter().map(of_member).sum::<usize>()) as f64
-    }
-
-    /// Bytes forward: frozen weights, input and results.
-    fn bytes(&self, tokens: usize, dtype: DType) -> f64 {
-        let width = self.members.first().map_or(0, LinearMember::in_features);
-        let outputs = self.members.iter().map(LinearMember::out_features).sum::<usize>();
-        let weights = self.members.iter().map(|m| m.weight.size_in_bytes()).sum::<usize>();
-        (weights + tokens * (width + outputs) * dtype.size_in_bytes()) as f64
-    }
-
-    /// The same backward, for an input of `elements`: gradients of trained weights, of low-rank halves, and of the input where it is needed.
+    /// Floating-point operations of the products backward, for an input of `elements`: gradients of trained weights, of low-rank halves, and of the input where it is needed.
     fn backward_flops(&self, elements: usize, needs_dx: bool) -> f64 {
         let of_member = |m: &LinearMember| {
             let (outputs, rank) = (m.out_features(), m.rank());

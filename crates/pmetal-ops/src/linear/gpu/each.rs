@@ -36,6 +36,7 @@ fn member_forward(
     };
     let low_rank = member.adapter.as_ref().map(half).transpose()?;
     let compute = || {
+        member.count(tokens, dtype);
         let y = empty((tokens, out), dtype, x.device())?;
         product(gpu, x, &member.weight.tensor_in(dtype)?, true, &y, 1.0, 0.0)?;
         if let Some((adapter, u)) = member.adapter.as_ref().zip(low_rank.as_ref()) {

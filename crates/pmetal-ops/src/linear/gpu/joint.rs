@@ -131,6 +131,7 @@ pub(in crate::linear) fn forward(
         half_products(&**gpu, group, joint, &input, noise)?;
     }
     let compute = || {
+        group.members.iter().for_each(|member| member.count(tokens, input.dtype()));
         let y = empty((tokens, *n), input.dtype(), input.device())?;
         product(&**gpu, &input, &joint.part(0..*n, 0..k + r)?, true, &y, 1.0, 0.0)?;
         if let Some(bias) = &joint.bias {
