@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Shape, Tensor};
 
 use crate::{
-    AttentionRows, Call, Error, LowRankBackward, LowRankMember, Marks, Result, low_rank_backward, low_rank_forward,
-    pitch,
+    AttentionRows, Call, Error, LowRankBackward, LowRankMember, Marks, Result, low_rank_forward, low_rank_inputs,
+    low_rank_outputs, pitch,
 };
 
 /// A GPU, or what plays one.
@@ -29,7 +29,8 @@ pub trait Gpu: Send + Sync {
     /// # Errors
     /// Where the operands do not fit one another.
     fn low_rank_backward(&self, work: &LowRankBackward) -> Result<()> {
-        low_rank_backward(self, work)
+        low_rank_outputs(self, work)?;
+        low_rank_inputs(self, work)
     }
 
     /// Attention on matrix units: fills `out` and returns what the backward needs beside it; none where this device has no such kernel

@@ -23,6 +23,6 @@ pub use attention_rows::AttentionRows;
 pub use error::{Error, Result};
 pub use gpu::{AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
 pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel, launches, pitch};
-pub use low_rank::{LowRankBackward, LowRankGradient, LowRankMember, low_rank_backward, low_rank_forward};
+pub use low_rank::{LowRankBackward, LowRankGradient, LowRankMember, low_rank_forward, low_rank_inputs, low_rank_outputs};
 pub use marks::{HostMarks, Marks};
 pub use metal::{exact, exact_zeros, gpu, open};

@@ -64,32 +64,37 @@ pub fn low_rank_forward<G: Gpu + ?Sized>(
     })
 }
 
-/// [`Gpu::low_rank_backward`] as a product for `du` of all members of one factor, and one for each gradient of a parameter.
+/// What [`Gpu::low_rank_backward`] makes of `dy`, `du` and the gradients of `B`: a product for `du` of all members of one factor, and one for
+/// each gradient.
 ///
 /// # Errors
 /// As for [`low_rank_forward`].
-pub fn low_rank_backward<G: Gpu + ?Sized>(gpu: &G, work: &LowRankBackward) -> Result<()> {
+pub fn low_rank_outputs<G: Gpu + ?Sized>(gpu: &G, work: &LowRankBackward) -> Result<()> {
     joined(work.members).try_for_each(|(outputs, ranks, alpha)| {
         let (dy, du) = (&columns(work.dy, &outputs)?, &columns(work.du, &ranks)?);
         let b = &columns(&rows(work.b, &outputs)?, &ranks)?;
         gpu.gemm(&Gemm { a: dy, a_transposed: false, b, b_transposed: false, c: du, alpha, beta: 0.0 })
     })?;
     work.members.iter().try_for_each(|member| {
-        let first = member.ranks.start;
-        if let Some((db, fresh)) = member.db {
-            let u = &columns(work.u, &(first..first + db.dim(1)?))?;
-            gradient(gpu, &columns(work.dy, &member.outputs)?, u, db, fresh)?;
-        }
-        match member.da {
-            Some((da, fresh)) if work.joined_da.is_none() => {
-                gradient(gpu, &columns(work.du, &(first..first + da.dim(0)?))?, work.x, da, fresh)
-            }
-            _ => Ok(()),
-        }
-    })?;
-    let (Some((da, fresh)), Some(first)) = (work.joined_da, work.members.first()) else { return Ok(()) };
-    let ranks = first.ranks.start..first.ranks.start + da.dim(0)?;
-    gradient(gpu, &columns(work.du, &ranks)?, work.x, da, fresh)
+        let Some((db, fresh)) = member.db else { return Ok(()) };
+        let u = &columns(work.u, &(member.ranks.start..member.ranks.start + db.dim(1)?))?;
+        gradient(gpu, &columns(work.dy, &member.outputs)?, u, db, fresh)
+    })
+}
+
+/// What [`Gpu::low_rank_backward`] makes of `x`, the gradients of `A`: one product where they are one tensor, else one for each.
+///
+/// # Errors
+/// As for [`low_rank_forward`].
+pub fn low_rank_inputs<G: Gpu + ?Sized>(gpu: &G, work: &LowRankBackward) -> Result<()> {
+    let of = |da: Option<LowRankGradient>, first: usize| {
+        let Some((da, fresh)) = da else { return Ok(()) };
+        gradient(gpu, &columns(work.du, &(first..first + da.dim(0)?))?, work.x, da, fresh)
+    };
+    match (work.joined_da, work.members.first()) {
+        (Some(da), Some(first)) => of(Some(da), first.ranks.start),
+        _ => work.members.iter().try_for_each(|member| of(member.da, member.ranks.start)),
+    }
 }
 
 /// Outputs, ranks and factor of members that one product computes: those next to one another that have the same factor. Between them `b` is

@@ -7,6 +7,7 @@ mod capture;
 mod cudnn;
 mod gemm;
 mod kernels;
+mod low_rank;
 mod memory;
 mod nvrtc;
 
@@ -26,7 +27,10 @@ use candle_core::{
         cudarc::driver::{CudaContext, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys},
     },
 };
-use pmetal_metal::{AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, Memory, Result};
+use pmetal_metal::{
+    AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, LowRankBackward, Memory, Result, low_rank_inputs,
+    low_rank_outputs,
+};
 
 use self::cudnn::Cudnn;
 
@@ -107,6 +111,7 @@ pub(crate) struct CudaGpu {
     kernels: kernels::Kernels,
     products: gemm::Products,
     attention: attention::Attention,
+    low_rank: low_rank::LowRank,
     /// Opened when it is first asked for; none where the machine has none.
     cudnn: OnceLock<Option<Cudnn>>,
 }
@@ -125,6 +130,7 @@ impl CudaGpu {
         let context = stream.context().clone();
         let pool = memory::Pool::new(&context)?;
         let products = gemm::Products::new(&stream)?;
+        let low_rank = low_rank::LowRank::new(&context)?;
         Ok(Self {
             device: device.clone(),
             context,
@@ -133,6 +139,7 @@ impl CudaGpu {
             kernels: Default::default(),
             products,
             attention: Default::default(),
+            low_rank,
             cudnn: OnceLock::new(),
         })
     }
@@ -201,6 +208,13 @@ impl Gpu for CudaGpu {
 
     fn gemm(&self, product: &Gemm) -> Result<()> {
         self.products.run(self, product)
+    }
+
+    fn low_rank_backward(&self, work: &LowRankBackward) -> Result<()> {
+        if !self.low_rank.outputs(self, work)? {
+            low_rank_outputs(self, work)?;
+        }
+        low_rank_inputs(self, work)
     }
 
     fn attention_forward(

@@ -171,6 +171,13 @@ fn keep(path: &Path, image: &[u8]) -> pmetal_core::Result<()> {
     staged.commit()
 }
 
+/// Has the compiler take a text for a compute capability, times ten: no GPU is needed to know whether it does.
+#[cfg(test)]
+pub(super) fn takes(name: &str, text: &str, options: &[&str], capability: i32) -> Result<()> {
+    let target = Target::of(capability)?;
+    translate(name, text, &target.options(options), &target).map(|_| ())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
