@@ -44,6 +44,8 @@ pub struct MemoryChoice {
     pub logits_bytes: u64,
     /// Bytes that the step takes at most, beside weights and optimizer.
     pub bytes: u64,
+    /// The same, were there no logits.
+    pub bytes_without_logits: u64,
     /// Bytes that rest in the host's memory.
     pub host_bytes: u64,
     /// Whether that is within the limit.
@@ -269,7 +271,14 @@ impl StepSize<'_> {
         let most = most.saturating_sub(SMALL_BYTES) / 101 * 100;
         let logits_bytes = most.saturating_sub(self.loss(checkpointing)).clamp(least, enough);
         let (bytes, _) = self.peak(checkpointing, logits_bytes);
-        MemoryChoice { checkpointing, logits_bytes, bytes, host_bytes, fits: limit.is_none_or(|limit| bytes <= limit) }
+        MemoryChoice {
+            checkpointing,
+            logits_bytes,
+            bytes,
+            bytes_without_logits: self.peak(checkpointing, 0).0,
+            host_bytes,
+            fits: limit.is_none_or(|limit| bytes <= limit),
+        }
     }
 }
 

@@ -148,7 +148,7 @@ impl Plan {
                 mapped_weights,
                 weights,
                 trained: trained_bytes,
-                activations: choice.bytes.saturating_sub(choice.logits_bytes),
+                activations: if on_cpu { choice.bytes_without_logits } else { choice.bytes.saturating_sub(logits) },
                 logits,
             },
             choice,
@@ -161,7 +161,7 @@ impl Plan {
     /// What to say where the machine has too little memory.
     pub fn warning(&self) -> Option<String> {
         let needed = self.memory.total();
-        if let Some(limit) = self.memory_limit.filter(|&limit| needed > limit) {
+        if let Some(limit) = self.memory_limit.filter(|_| !self.choice.fits) {
             let (needed, limit) = (gib(needed), gib(limit));
             return Some(format!(
                 "this run needs about {needed} of memory, more than the {limit} of --memory-limit: lower --batch-size or --max-seq-len"

@@ -131,6 +131,18 @@ fn checkpointing_changes_no_bit() {
 }
 
 #[test]
+fn a_limit_of_memory_says_what_runs_again_and_whether_it_can_be_kept() {
+    let space = Space::new();
+    let (model, rows, output) = (model("llama"), rows(), space.path("out"));
+    let base = ["train", "--model", &model, "--dataset", &rows, "--output", &output, "--max-steps", "1"];
+    let run = |limit| succeed([&base[..], &["--memory-limit", limit]].concat());
+    let plenty = run("4GiB").stderr;
+    assert!(!plenty.contains("run again"), "{plenty}");
+    says(&run("1MiB").stderr, &["2 of 2 layers run again in backward", "more than the 0.00 GiB of --memory-limit"]);
+    says(&refused(2, [&base[..], &["--memory-limit", "much"]].concat()), &["--memory-limit"]);
+}
+
+#[test]
 fn a_seed_decides_every_byte_whatever_the_threads() {
     let space = Space::new();
     let (base, rows) = (model("llama"), rows());

@@ -31,7 +31,7 @@ fn losses_and_gradients_are_the_same_bits_however_layers_run_again() {
             let mut run = |checkpointing| {
                 arena.clear_grads();
                 let loss = loss(&*model, &fixture, checkpointing);
-                (loss.to_bits(), bits(&arena.grads().unwrap()))
+                (loss.to_bits(), bits(arena.grads().unwrap()))
             };
             let plain = run(None);
             for way in ways() {

@@ -65,7 +65,7 @@ fn run(policy: Option<Policy>) -> (Vec<u32>, Vec<u32>, Vec<u32>, usize) {
     }
     let (y, dy) = (stream.tensor().clone(), f32_of(&[5, 6], 4));
     let dx = gradients(vec![(stream, dy)], &[&x]).unwrap().remove(0).unwrap();
-    (bits(&y), bits(&dx), bits(&arena.grads().unwrap()), runs.load(Ordering::Relaxed))
+    (bits(&y), bits(&dx), bits(arena.grads().unwrap()), runs.load(Ordering::Relaxed))
 }
 
 fn policies() -> impl Iterator<Item = Policy> {
