@@ -145,7 +145,7 @@ def print_table(works):
         report, bars = work["report"], work["bars"]
         bar = lambda key, digits: "" if bars[key] is None else f"{bars[key]:,.{digits}f}"
         gib = report["peak_bytes"] / 2**30
-        print(f"| {work['what']} | {report['tok_s']:,.0f} | {bar('tok_s', 0)} | {gib:.2f} | {bar('gib', 1)} |")
+        print(f"| {work['what']} | {report['tok_s']:,.0f} | {bar('tok_s', 0)} | {gib:.3f} | {bar('gib', 1)} |")
         for peer, found in work["peers"].items():
             if found:
                 print(f"| {peer} | {found['tok_s']:,.0f} | | {found['peak_gib']:.2f} | |")

@@ -67,7 +67,7 @@ def summary(works):
             judged(f"{speed:,.0f}", speed_bar is None or speed >= speed_bar),
             "" if speed_bar is None else f"{speed_bar:,.0f}",
             f"{ms:,.2f}" if ms < 100 else f"{ms:,.0f}",
-            judged(f"{gib:.2f}", memory_bar is None or gib <= memory_bar),
+            judged(f"{gib:.3f}" if gib < 10 else f"{gib:.2f}", memory_bar is None or gib <= memory_bar),
             "" if memory_bar is None else f"{memory_bar:.1f}",
             "; ".join(others(work)),
         ]
