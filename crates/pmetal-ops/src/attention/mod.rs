@@ -273,7 +273,7 @@ mod tests {
         for i in 0..3 {
             let (want, got) = (want[i].as_ref().unwrap(), got[i].as_ref().unwrap());
             assert_close(want, got, 1e-5, "gradient");
-            if (total + spare) % 8 == 0 || head_dim == 6 {
+            if (total + spare).is_multiple_of(8) || head_dim == 6 {
                 assert_close(want, &parent.narrow(1, starts[i], widths[i]).unwrap(), 1e-5, "gradient in its place");
             }
         }

@@ -79,13 +79,17 @@ impl Plan {
         }
         let shared = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared = usize::try_from(gpu.context.attribute(shared).w()?).unwrap_or_default();
-        let plan = match (capability, head_dim) {
+        let plan = Self::for_capability(capability, head_dim);
+        let needed = plan.forward.shared.max(plan.dq.shared).max(plan.dkv.shared);
+        Ok((needed <= shared).then_some(plan))
+    }
+
+    fn for_capability(capability: (i32, i32), head_dim: usize) -> Self {
+        match (capability, head_dim) {
             ((9, 0), ..=64) => Self::cut(head_dim, 0, [(1, 64, 2), (1, 64, 3), (1, 64, 3)]),
             ((9, 0), _) => Self::cut(head_dim, 1, [(2, 128, 2), (2, 64, 4), (2, 64, 4)]),
             _ => Self::cut(head_dim, 0, [(1, 64, 2); 3]),
-        };
-        let needed = plan.forward.shared.max(plan.dq.shared).max(plan.dkv.shared);
-        Ok((needed <= shared).then_some(plan))
+        }
     }
 
     /// From groups that copy, and groups, tile and stages of each kernel.
@@ -120,5 +124,33 @@ impl Plan {
         let kernels = [("FORWARD", self.forward), ("DQ", self.dq), ("DKV", self.dkv)];
         let cuts = kernels.into_iter().flat_map(|(kernel, cut)| cut.options(kernel));
         [format!("-D{dtype}"), format!("-DD={}", self.head_dim)].into_iter().chain(cuts).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::nvrtc;
+
+    /// Needs the compiler, but no GPU.
+    #[test]
+    fn every_plan_compiles_without_headers() -> Result<()> {
+        for (capability, dtype, head_dim) in
+            [(80, "BF16", 128), (90, "BF16", 128), (90, "F16", 72), (90, "F16", 64), (120, "F16", 8)]
+        {
+            let plan = Plan::for_capability((capability / 10, capability % 10), head_dim);
+            let (file, text) = plan.text();
+            let options = plan.options(dtype);
+            nvrtc::takes(file, text, &options.iter().map(String::as_str).collect::<Vec<_>>(), capability)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_hopper_has_the_shared_memory() {
+        for head_dim in (8..=WIDEST).step_by(8) {
+            let plan = Plan::for_capability((9, 0), head_dim);
+            assert!([plan.forward, plan.dq, plan.dkv].iter().all(|cut| cut.shared <= 227 * 1024), "{head_dim}");
+        }
     }
 }
