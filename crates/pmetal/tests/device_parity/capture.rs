@@ -2,8 +2,9 @@ use candle_core::DType;
 use pmetal::{
     lora::{LoraConfig, attach},
     ops::Arena,
-    trainer::start_step,
+    trainer::{StepSettings, start_step},
 };
+use pmetal_models::Checkpointing;
 
 use crate::{
     common::Fixture,
@@ -20,7 +21,8 @@ fn a_training_step_can_be_captured() {
             eprintln!("left out: graphs are CUDA's");
             return;
         }
-        for name in ["llama", "qwen3"] {
+        for (name, checkpointing) in [("llama", None), ("qwen3", None), ("llama", Some(Checkpointing::HOST))] {
+            let settings = StepSettings { checkpointing, ..SETTINGS };
             let rows = rows();
             let batch = [rows.iter().take(4).collect::<Vec<_>>()];
             let prepared = || {
@@ -32,14 +34,14 @@ fn a_training_step_can_be_captured() {
                 arena.params().flat_map(|p| p.master().flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect()
             };
             let (model, arena) = prepared();
-            let step = || start_step(&*model, &arena, &batch, 0, 1e-3, 1, &SETTINGS);
+            let step = || start_step(&*model, &arena, &batch, 0, 1e-3, 1, &settings);
             let mut launched = Vec::new();
             for _ in 0..4 {
                 step().unwrap().finish().unwrap();
                 launched.push(values(&arena));
             }
             let (model, arena) = prepared();
-            let step = || start_step(&*model, &arena, &batch, 0, 1e-3, 1, &SETTINGS).map(drop).map_err(told);
+            let step = || start_step(&*model, &arena, &batch, 0, 1e-3, 1, &settings).map(drop).map_err(told);
             // the first step is taken, the second captured
             #[allow(unused_variables, reason = "without CUDA in the build there can be no graph")]
             let graph = pmetal_ops::uploads_kept(|| pmetal_cuda::capture(device, step)).unwrap();

@@ -1,11 +1,11 @@
 use candle_core::{DType, Tensor};
 use pmetal::lora::{LoraConfig, attach};
-use pmetal_models::Checkpointing;
-use pmetal_ops::{Fate, Policy, Saved};
+use pmetal_models::{Checkpointing, Input, random};
+use pmetal_ops::{Fate, Policy, Saved, backward, linear_cross_entropy};
 
 use crate::{
     common::Fixture,
-    device::on_device,
+    device::{is_real, on_device},
     training::loss,
 };
 
@@ -28,7 +28,7 @@ fn losses_and_gradients_are_the_same_bits_however_layers_run_again() {
             let fixture = Fixture::open(name);
             let mut model = fixture.model_on(device, dtype, None);
             let arena = attach(&mut *model, &LoraConfig { lora_dropout: 0.1, ..LoraConfig::default() }, 1).unwrap();
-            let mut run = |checkpointing| {
+            let run = |checkpointing| {
                 arena.clear_grads();
                 let loss = loss(&*model, &fixture, checkpointing);
                 (loss.to_bits(), bits(arena.grads().unwrap()))
@@ -37,6 +37,37 @@ fn losses_and_gradients_are_the_same_bits_however_layers_run_again() {
             for way in ways() {
                 assert!(plain == run(Some(way)), "{name} in {dtype:?}: {way:?}");
             }
+        }
+    });
+}
+
+/// As above with copies to and from the host that take as long as what is computed beside them: only a real device has such.
+#[test]
+fn what_rests_with_the_host_comes_back_as_it_was() {
+    on_device(|device| {
+        if !is_real() {
+            eprintln!("left out: the emulator copies at once");
+            return;
+        }
+        let config = serde_json::json!({
+            "model_type": "qwen3", "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128,
+            "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8,
+        });
+        let mut model = random(&config, DType::BF16, device, 5, None).unwrap();
+        let arena = attach(&mut *model, &LoraConfig::default(), 1).unwrap();
+        let (ids, q_lens) = ((0..4096).map(|i| i * 37 % 8192).collect::<Vec<u32>>(), [2048, 1500, 548]);
+        let labels: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+        let run = |checkpointing| {
+            arena.clear_grads();
+            let input = Input { checkpointing, ..Input::rows(&ids, &q_lens) };
+            let hidden = model.forward(&input, None).unwrap();
+            backward(linear_cross_entropy(&hidden, model.head(), &labels, 1.0).unwrap().loss).unwrap();
+            bits(arena.grads().unwrap())
+        };
+        let plain = run(None);
+        assert!(plain.iter().any(|&bits| bits != 0));
+        for way in ways().into_iter().chain(ways()) {
+            assert!(plain == run(Some(way)), "{way:?}");
         }
     });
 }
