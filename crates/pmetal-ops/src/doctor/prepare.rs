@@ -145,9 +145,9 @@ fn attention_spec(rows: usize, width: usize) -> AttentionSpec {
 
 fn attend(run: &Run, rows: Rows, [queries, keys]: [usize; 2], spec: AttentionSpec) -> Result<Prepared> {
     let AttentionSpec { heads, kv_heads, head_dim, .. } = spec;
-    let kv = [keys, kv_heads * head_dim];
-    let leaves = run.variables(&[&[queries, heads * head_dim], &kv, &kv])?;
-    prepared(leaves, move |v| Ok(vec![attention(&v[0], &v[1], &v[2], &rows, spec, 0)?]))
+    let (q, kv) = ([queries, heads * head_dim], [keys, kv_heads * head_dim]);
+    let leaves = [run.columns(q, 1)?, run.columns(kv, 2)?, run.columns(kv, 3)?].map(Value::variable);
+    prepared(leaves.into(), move |v| Ok(vec![attention(&v[0], &v[1], &v[2], &rows, spec, SPARE)?]))
 }
 
 /// Rows of different lengths behind one another, one of them a single token.
