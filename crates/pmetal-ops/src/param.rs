@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -15,6 +15,7 @@ use pmetal_metal::exact_zeros;
 use crate::{
     Error, Result, elementwise,
     kernel::{View, with_slice_mut},
+    linear::Placements,
 };
 
 /// Rows of [`Arena::state`]: the value and AdamW's two moments.
@@ -39,6 +40,8 @@ struct Inner {
     by_name: HashMap<String, usize>,
     /// How often values have changed.
     version: AtomicU64,
+    /// Where else values lie.
+    placements: Mutex<Placements>,
 }
 
 struct Slot {
@@ -93,7 +96,15 @@ impl Arena {
             by_name.insert(name.clone(), slots.len() - 1);
             offset += len;
         }
-        Ok(Self(Arc::new(Inner { state, grad, copies, slots, by_name, version: AtomicU64::new(0) })))
+        Ok(Self(Arc::new(Inner {
+            state,
+            grad,
+            copies,
+            slots,
+            by_name,
+            version: AtomicU64::new(0),
+            placements: Mutex::default(),
+        })))
     }
 
     /// The parameter called `name`.
@@ -151,6 +162,11 @@ impl Arena {
     /// Tells that values have changed.
     pub(crate) fn touch(&self) {
         self.0.version.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The matrices that hold copies of the values.
+    pub(crate) fn placements(&self) -> MutexGuard<'_, Placements> {
+        self.0.placements.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether both are the same memory.

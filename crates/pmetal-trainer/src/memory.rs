@@ -6,7 +6,7 @@ use pmetal_ops::{DeviceRates, Fate, Policy, Saved};
 /// The results that can be computed again.
 const COMPUTED: [Saved; 4] = [Saved::Middle, Saved::Attention, Saved::Projections, Saved::Gates];
 /// Bytes of logits at a time: no fewer, so that products stay large; no more.
-const LOGITS_BYTES: [u64; 2] = [128 << 20, 512 << 20];
+const LOGITS_BYTES: [u64; 2] = [128 << 20, 256 << 20];
 /// Bytes of what is small: ids, statistics, partial sums. Estimates are a hundredth larger besides.
 const SMALL_BYTES: u64 = 16 << 20;
 /// A device's rate of products where nothing was measured: only ratios of times count then.

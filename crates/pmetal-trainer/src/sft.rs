@@ -235,7 +235,7 @@ pub(crate) fn loop_settings(options: &SftOptions) -> LoopSettings {
             max_grad_norm: options.max_grad_norm,
             weight_decay: options.weight_decay,
             checkpointing: None,
-            logits_bytes: 512 << 20,
+            logits_bytes: 256 << 20,
             seed: options.seed,
         },
     }

@@ -99,7 +99,8 @@ fn missing(name: &str) -> Error {
     Error::Device { device: "CUDA".into(), reason: format!("there is no kernel text {name}") }
 }
 
-fn size(gpu: &CudaGpu, n: usize) -> Result<u32> {
+/// A number of threadgroups or threads as the driver takes it.
+pub(super) fn size(gpu: &CudaGpu, n: usize) -> Result<u32> {
     let refuse = |_| Error::Device { device: gpu.name(), reason: format!("a grid of {n} threadgroups is too large") };
     u32::try_from(n).map_err(refuse)
 }

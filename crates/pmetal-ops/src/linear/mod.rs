@@ -19,7 +19,7 @@ use crate::{
     profile,
 };
 
-pub(crate) use gpu::{product, weight_gradient};
+pub(crate) use gpu::{Placements, product, weight_gradient};
 
 const OP: &str = "linear";
 

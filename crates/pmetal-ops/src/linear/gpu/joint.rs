@@ -31,19 +31,19 @@ pub(in crate::linear) struct Joint {
     /// `[N]`, where a member has a bias.
     bias: Option<Tensor>,
     /// How adapters come into the matrix; none where there are none.
-    placement: Option<Placement>,
+    placement: Option<Arc<Placement>>,
 }
 
 impl Joint {
     /// The matrix of members whose weights are frozen on a GPU, which become views of it; none for others.
     pub(in crate::linear) fn of(members: &mut [LinearMember]) -> Result<Option<Self>> {
         let Some(layout) = Layout::of(members)? else { return Ok(None) };
-        let placement = if layout.r == 0 { None } else { Placement::of(members, &layout)? };
+        let bias = joint_bias(members, &layout)?;
+        let matrix = layout.matrix(members)?;
+        let placement = if layout.r == 0 { None } else { Placement::of(members, &layout, &matrix)? };
         if layout.r > 0 && placement.is_none() {
             return Ok(None);
         }
-        let bias = joint_bias(members, &layout)?;
-        let matrix = layout.matrix(members)?;
         for (member, outputs) in members.iter_mut().zip(&layout.outputs) {
             let weight = matrix.narrow(0, outputs.start, outputs.len())?.narrow(1, 0, layout.k)?;
             member.weight = Weight::Frozen(weight);
@@ -127,7 +127,7 @@ pub(in crate::linear) fn forward(
     let (tokens, _) = x.tensor().dims2()?;
     let input = joint.input(x)?;
     if let Some(placement) = &joint.placement {
-        placement.refresh(&**gpu, &joint.matrix)?;
+        placement.refresh(&**gpu)?;
         half_products(&**gpu, group, joint, &input, noise)?;
     }
     let compute = || {

@@ -13,6 +13,7 @@ use super::{Adapter, kernel::mask_seed};
 use crate::{Param, Result, elementwise};
 
 pub(super) use joint::{Joint, forward};
+pub(crate) use placement::Placements;
 
 /// `c = alpha * a · w (or its transpose) + beta * c`.
 pub(crate) fn product(

@@ -2,11 +2,14 @@
 
 use std::{
     ops::Range,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use candle_core::{DType, Tensor};
-use pmetal_metal::{Gpu, Grid, exact_zeros, kernels};
+use pmetal_metal::{Gpu, Grid, Part, PartTable, exact_zeros, kernels};
 
 use crate::{
     Arena, Result, Weight,
@@ -60,6 +63,23 @@ impl Layout {
         Ok(Some(Self { n, k: first.in_features(), r: padded, outputs, ranks }))
     }
 
+    /// Of each adapter's `A` and `B`, which begin at `firsts` in a flat tensor: first value, rows, columns, and the row and column of the
+    /// matrix.
+    fn parts(&self, members: &[LinearMember], firsts: Vec<usize>) -> Vec<[usize; 5]> {
+        let mut firsts = firsts.into_iter();
+        let of_member = |((member, outputs), ranks): ((&LinearMember, &Range<usize>), &Range<usize>)| {
+            let rank = member.rank();
+            let a = [rank, self.k, self.n + ranks.start, 0];
+            let b = [outputs.len(), rank, outputs.start, self.k + ranks.start];
+            member.adapter.as_ref().map(|_| [a, b])
+        };
+        let places = members.iter().zip(&self.outputs).zip(&self.ranks).filter_map(of_member).flatten();
+        places
+            .zip(&mut firsts)
+            .map(|([rows, columns, row, column], first)| [first, rows, columns, row, column])
+            .collect()
+    }
+
     /// Of the members' weights.
     pub(super) fn dtype(&self, members: &[LinearMember]) -> DType {
         members.first().map_or(DType::F32, |member| member.weight.dtype())
@@ -82,32 +102,30 @@ impl Layout {
 
 /// How the adapters' values come into the matrix.
 #[derive(Debug)]
-pub(super) struct Placement {
+pub(crate) struct Placement {
     values: Values,
-    /// `[parts, 5]` u32, as the kernel `place_parts` reads it.
-    parts: Tensor,
-    count: usize,
-    /// Values of the largest part.
-    largest: usize,
-    /// The version of the values that lie in the matrix.
-    placed: Mutex<Option<u64>>,
+    matrix: Tensor,
+    /// First value, rows, columns, and the row and column of the matrix, of each part.
+    parts: Vec<[usize; 5]>,
+    /// The same, `[parts, 5]` u32, as the kernel `place_parts` reads it.
+    table: Tensor,
 }
 
 #[derive(Debug)]
 enum Values {
-    /// Frozen, flat, f32.
-    Frozen(Tensor),
+    /// Frozen, flat, f32; and whether they lie in the matrix.
+    Frozen(Tensor, AtomicBool),
     /// Trained in this arena.
     Trained(Arena),
 }
 
 impl Placement {
     /// None where some adapters are trained and some not, or not all in one arena.
-    pub(super) fn of(members: &[LinearMember], layout: &Layout) -> Result<Option<Self>> {
-        let adapters = || members.iter().filter_map(|member| member.adapter.as_ref());
-        let weights = || adapters().flat_map(|adapter| [&adapter.a, &adapter.b]);
-        let Some(device) = members.first().map(|member| member.weight.tensor()).transpose()? else { return Ok(None) };
-        let device = device.device();
+    pub(super) fn of(members: &[LinearMember], layout: &Layout, matrix: &Tensor) -> Result<Option<Arc<Self>>> {
+        let weights = || {
+            let adapters = members.iter().filter_map(|member| member.adapter.as_ref());
+            adapters.flat_map(|adapter| [&adapter.a, &adapter.b])
+        };
         let (values, firsts) = match weights().next().and_then(Weight::param) {
             Some(param) => {
                 let arena = param.arena();
@@ -115,51 +133,87 @@ impl Placement {
                 let Some(firsts) = weights().map(first).collect::<Option<Vec<_>>>() else { return Ok(None) };
                 (Values::Trained(arena.clone()), firsts)
             }
+            None if weights().any(|weight| weight.param().is_some()) => return Ok(None),
             None => {
-                if weights().any(|weight| weight.param().is_some()) {
-                    return Ok(None);
-                }
                 let flat = weights().map(|weight| {
-                    let tensor = weight.tensor()?.to_device(device)?;
-                    Ok(converted(&tensor.flatten_all()?, DType::F32)?)
+                    let tensor = weight.tensor()?.to_device(matrix.device())?;
+                    converted(&tensor.flatten_all()?, DType::F32)
                 });
                 let flat = flat.collect::<Result<Vec<_>>>()?;
                 let firsts = flat.iter().scan(0, |sum, t| Some(std::mem::replace(sum, *sum + t.elem_count())));
                 let firsts = firsts.collect();
-                (Values::Frozen(Tensor::cat(&flat, 0)?), firsts)
+                (Values::Frozen(Tensor::cat(&flat, 0)?, AtomicBool::new(false)), firsts)
             }
         };
-        let mut parts = Vec::new();
-        let (mut firsts, mut largest) = (firsts.into_iter(), 0);
-        for ((member, outputs), ranks) in members.iter().zip(&layout.outputs).zip(&layout.ranks) {
-            let Some(adapter) = &member.adapter else { continue };
-            let (out, rank) = (outputs.len(), adapter.rank());
-            for (rows, columns, row, column) in
-                [(rank, layout.k, layout.n + ranks.start, 0), (out, rank, outputs.start, layout.k + ranks.start)]
-            {
-                let first = firsts.next().unwrap_or_default();
-                parts.extend([first, rows, columns, row, column]);
-                largest = largest.max(rows * columns);
-            }
+        let parts = layout.parts(members, firsts);
+        let numbers = parts.iter().flatten().map(|&n| u32::try_from(n)).collect::<Result<Vec<_>, _>>();
+        let Ok(numbers) = numbers else { return Ok(None) };
+        let table = upload(&numbers, matrix.device())?;
+        let placement = Arc::new(Self { values, matrix: matrix.clone(), parts, table });
+        if let Values::Trained(arena) = &placement.values {
+            arena.placements().add(&placement);
         }
-        let Ok(parts) = parts.iter().map(|&n| u32::try_from(n)).collect::<Result<Vec<_>, _>>() else { return Ok(None) };
-        let count = parts.len() / 5;
-        Ok(Some(Self { values, parts: upload(&parts, device)?, count, largest, placed: Mutex::default() }))
+        Ok(Some(placement))
     }
 
     /// Brings the adapters' values into the matrix, where they have changed.
-    pub(super) fn refresh(&self, gpu: &dyn Gpu, matrix: &Tensor) -> Result<()> {
-        let (values, version) = match &self.values {
-            Values::Frozen(values) => (values.clone(), 0),
-            Values::Trained(arena) => (arena.state().get(0)?, arena.version()),
-        };
-        let mut placed = self.placed.lock().unwrap_or_else(PoisonError::into_inner);
-        if placed.replace(version) == Some(version) {
+    pub(super) fn refresh(&self, gpu: &dyn Gpu) -> Result<()> {
+        match &self.values {
+            Values::Trained(arena) => arena.placements().refresh(gpu, arena),
+            Values::Frozen(values, placed) if !placed.swap(true, Ordering::Relaxed) => self.place(gpu, values),
+            Values::Frozen(..) => Ok(()),
+        }
+    }
+
+    fn listed(&self) -> impl Iterator<Item = Part<'_>> {
+        let matrix = &self.matrix;
+        let part = |&[first, rows, columns, row, column]: &[usize; 5]| Part { first, rows, columns, matrix, row, column };
+        self.parts.iter().map(part)
+    }
+
+    fn place(&self, gpu: &dyn Gpu, values: &Tensor) -> Result<()> {
+        let largest = self.parts.iter().map(|[_, rows, columns, ..]| rows * columns).max().unwrap_or_default();
+        let grid = Grid { groups: [largest.div_ceil(1024).clamp(1, 64), self.parts.len(), 1], threads: 256 };
+        let params = kernels::PlaceParams { pitch: self.matrix.dim(1)? as u32 };
+        Ok(kernels::place_parts(gpu, self.matrix.dtype(), grid, values, &self.table, &self.matrix, params)?)
+    }
+}
+
+/// The matrices that hold copies of an arena's values: all are brought up to date at once, where the device has a kernel for that.
+#[derive(Debug, Default)]
+pub(crate) struct Placements {
+    all: Vec<Weak<Placement>>,
+    /// For all that are alive.
+    table: Option<PartTable>,
+    /// The version of the values that lie in the matrices.
+    placed: Option<u64>,
+}
+
+impl Placements {
+    fn add(&mut self, placement: &Arc<Placement>) {
+        self.all.push(Arc::downgrade(placement));
+        (self.table, self.placed) = (None, None);
+    }
+
+    fn refresh(&mut self, gpu: &dyn Gpu, arena: &Arena) -> Result<()> {
+        let version = arena.version();
+        if self.placed == Some(version) {
             return Ok(());
         }
-        let grid = Grid { groups: [self.largest.div_ceil(1024).clamp(1, 64), self.count, 1], threads: 256 };
-        let params = kernels::PlaceParams { pitch: matrix.dim(1)? as u32 };
-        Ok(kernels::place_parts(gpu, matrix.dtype(), grid, &values, &self.parts, matrix, params)?)
+        let before = self.all.len();
+        self.all.retain(|placement| placement.strong_count() > 0);
+        let alive: Vec<_> = self.all.iter().filter_map(Weak::upgrade).collect();
+        if self.table.is_none() || alive.len() < before {
+            let parts: Vec<_> = alive.iter().flat_map(|placement| placement.listed()).collect();
+            self.table = gpu.part_table(&parts)?;
+        }
+        let values = arena.state().get(0)?;
+        match &self.table {
+            Some(table) => gpu.place(&values, table)?,
+            None => alive.iter().try_for_each(|placement| placement.place(gpu, &values))?,
+        }
+        self.placed = Some(version);
+        Ok(())
     }
 }
 
