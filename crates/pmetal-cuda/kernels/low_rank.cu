@@ -7,7 +7,7 @@
 // for them, and what lies beyond a matrix is zeros. Products are mma.sync: the tensor cores wait for memory here, not the other way round. The
 // host defines BF16 or F16, and
 //
-//     RANKS      ranks of a member that are taken at a time: 16, 32, 48 or 64
+//     RANKS      ranks of each member: 16 or 32
 //     COLUMNS    columns of dy of a block of low_rank_outputs: 128, 256 or 512
 //     STAGES     tiles in shared memory at a time
 //
@@ -140,10 +140,9 @@ struct Member {
     // Its columns of b, u and du; RANKS of them, of which `used` have gradients.
     int rank, used;
     float scale;
-    // Whether the gradient [outputs, used] in rows of `db_pitch` is written; else it is added to.
+    // Whether the gradient [outputs, used] is written; else it is added to.
     int fresh;
     float* db;
-    int db_pitch;
 };
 
 struct Backward {
@@ -269,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) low_rank_sums(const __grid
     const int n = row - member.slice * COLUMNS;
     if (n >= member.outputs) return;
     add(sum, p.db_parts + (size_t)row * RANKS + r, (size_t)p.slices * COLUMNS * RANKS, p.splits);
-    float* db = member.db + (size_t)n * member.db_pitch + r;
+    float* db = member.db + (size_t)n * member.used + r;
     const float own[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int k = 0; k < 4; k++)

@@ -149,10 +149,9 @@ mod tests {
     use super::{super::nvrtc::takes, *};
 
     #[test]
-    fn the_kernels_compile_for_adapters_of_all_ranks() -> Result<()> {
+    fn the_kernels_compile() -> Result<()> {
         let chip = Chip { processors: 132, shared: 232_448 };
-        let members: [&[_]; 5] =
-            [&[(4096, 16); 3], &[(1024, 16)], &[(1024, 32)], &[(1024, 48), (1024, 48)], &[(1024, 64)]];
+        let members: [&[_]; 3] = [&[(4096, 16); 3], &[(1024, 16)], &[(1024, 32)]];
         for plan in members.into_iter().filter_map(|members| Plan::of(chip, members)) {
             for dtype in ["BF16", "F16"] {
                 let options = plan.options(dtype);

@@ -90,7 +90,7 @@ pub(super) fn tokens_of(work: &LowRankBackward) -> Result<Option<usize>> {
     Ok((agree && members && whole && tokens >= FEWEST_TOKENS).then_some(tokens))
 }
 
-/// The members as the kernels take them: of one whose ranks are more than they take at a time there are several.
+/// The members as the kernels take them.
 pub(super) struct Members {
     pub(super) member: [Member; MEMBERS],
     pub(super) count: usize,
@@ -108,26 +108,21 @@ impl Members {
             if !fits || db.dtype() != DType::F32 || !db.is_contiguous() {
                 return Ok(None);
             }
+            let Some(member) = all.member.get_mut(all.count) else { return Ok(None) };
             let slices = outputs.len().div_ceil(plan.columns);
-            for first in (0..ranks.len()).step_by(plan.ranks) {
-                let Some(member) = all.member.get_mut(all.count) else { return Ok(None) };
-                // of what is beyond the rank nothing is written
-                let begin = first.min(used);
-                *member = Member {
-                    output: number(gpu, outputs.start)?,
-                    outputs: number(gpu, outputs.len())?,
-                    slice: number(gpu, all.slices)?,
-                    slices: number(gpu, slices)?,
-                    rank: number(gpu, ranks.start + first)?,
-                    used: number(gpu, (used - begin).min(plan.ranks))?,
-                    scale: *scale,
-                    fresh: i32::from(*fresh),
-                    db: gpu.address(db)? + 4 * begin as u64,
-                    db_pitch: number(gpu, used)?,
-                };
-                all.count += 1;
-                all.slices += slices;
-            }
+            *member = Member {
+                output: number(gpu, outputs.start)?,
+                outputs: number(gpu, outputs.len())?,
+                slice: number(gpu, all.slices)?,
+                slices: number(gpu, slices)?,
+                rank: number(gpu, ranks.start)?,
+                used: number(gpu, used)?,
+                scale: *scale,
+                fresh: i32::from(*fresh),
+                db: gpu.address(db)?,
+            };
+            all.count += 1;
+            all.slices += slices;
         }
         Ok((all.count > 0).then_some(all))
     }
@@ -150,7 +145,6 @@ pub(super) struct Member {
     scale: f32,
     fresh: i32,
     db: u64,
-    db_pitch: i32,
 }
 
 /// `Backward` of the text.

@@ -17,7 +17,7 @@ const LOST_ROWS: usize = 64;
 /// What the text has the host define.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Plan {
-    /// Ranks of a member that are taken at a time.
+    /// Ranks of each member.
     pub(super) ranks: usize,
     /// Columns of `dy` of a block.
     pub(super) columns: usize,
@@ -35,10 +35,10 @@ pub(super) struct Chip {
 }
 
 impl Plan {
-    /// The plan for members of `(outputs, ranks)`, ranks in multiples of 16; none where the chip has too little shared memory.
+    /// The plan for members of `(outputs, ranks)`; none where their ranks are not the same, the chip has too little shared memory, or a product
+    /// for each gradient was measured faster, which it is from 48 ranks on.
     pub(super) fn of(chip: Chip, members: &[(usize, usize)]) -> Option<Self> {
-        let divides_all = |size: &usize| members.iter().all(|(_, ranks)| ranks.is_multiple_of(*size));
-        let ranks = [64, 48, 32, 16].into_iter().find(divides_all)?;
+        let ranks = [16, 32].into_iter().find(|&size| members.iter().all(|&(_, ranks)| ranks == size))?;
         let outputs: usize = members.iter().map(|(outputs, _)| outputs).sum();
         // parts of du weigh against columns of dy, parts of dB against rows: blocks of a small dy are about square
         let columns = if ranks == 16 && outputs >= 3072 { 512 } else { 256 };
@@ -111,15 +111,16 @@ mod tests {
     }
 
     #[test]
-    fn plans_take_ranks_in_equal_pieces_and_fit() {
+    fn plans_are_for_members_of_the_same_few_ranks() {
         let plan = |chip, members: &[_]| Plan::of(chip, members).map(|plan| (plan.ranks, plan.columns));
         assert_eq!(plan(H200, &[(2048, 16), (1024, 16), (1024, 16)]), Some((16, 512)));
         assert_eq!(plan(H200, &[(1024, 16)]), Some((16, 256)));
-        assert_eq!(plan(H200, &[(2048, 64), (1024, 128)]), Some((64, 256)));
-        assert_eq!(plan(H200, &[(64, 48), (128, 16)]), Some((16, 256)));
+        assert_eq!(plan(H200, &[(2048, 32), (1024, 32)]), Some((32, 256)));
+        assert_eq!(plan(H200, &[(64, 32), (128, 16)]), None);
+        assert_eq!(plan(H200, &[(1024, 64)]), None);
         assert_eq!(plan(RTX, &[(1024, 16)]), Some((16, 256)));
-        assert_eq!(plan(RTX, &[(2048, 64)]), None);
-        for ranks in [16, 32, 48, 64] {
+        assert_eq!(plan(RTX, &[(4096, 16)]), None);
+        for ranks in [16, 32] {
             let plan = Plan::of(H200, &[(4096, ranks)]).unwrap();
             assert!(plan.bytes() + 8 * plan.stages <= H200.shared, "{plan:?}");
         }
