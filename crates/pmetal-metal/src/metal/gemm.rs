@@ -39,7 +39,8 @@ pub(super) fn gemm(metal: &Metal, product: &Gemm) -> Result<()> {
         return Ok(());
     }
     let elements = m as u64 * n as u64;
-    let params = kernels::EpilogueParams { n: elements, alpha, beta };
+    let pitch = pitch(c).ok_or_else(|| metal.failed("a product into a matrix without contiguous rows"))?;
+    let params = kernels::EpilogueParams { n: elements, width: n as u64, pitch: pitch as u64, alpha, beta };
     kernels::gemm_epilogue(metal, c.dtype(), Grid::cover(m * n, 4), &target, c, params)
 }
 

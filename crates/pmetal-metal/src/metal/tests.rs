@@ -74,7 +74,7 @@ fn launches_see_what_earlier_ones_wrote() {
     let arena = exact_zeros(4096, DType::F32, &device).unwrap();
     let (low, high) = (arena.narrow(0, 0, 2048).unwrap(), arena.narrow(0, 2048, 2048).unwrap());
     let ones = Tensor::ones(2048, DType::F32, &device).unwrap();
-    let params = kernels::EpilogueParams { n: 2048, alpha: 1.0, beta: 1.0 };
+    let params = kernels::EpilogueParams { n: 2048, width: 2048, pitch: 2048, alpha: 1.0, beta: 1.0 };
     for _ in 0..100 {
         kernels::gemm_epilogue(&*gpu, DType::F32, Grid::cover(2048, 4), &ones, &low, params).unwrap();
         kernels::gemm_epilogue(&*gpu, DType::F32, Grid::cover(2048, 4), &low, &high, params).unwrap();

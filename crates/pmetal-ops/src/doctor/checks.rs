@@ -155,6 +155,13 @@ pub(super) const ALL: &[Operation] = &[
     Operation { op: "gated_activation", name: "geglu", prepare: prepare::gelu_gate, ..COMMON },
     Operation { op: "embedding", name: "embedding", prepare: prepare::look_up, ..COMMON },
     Operation { op: "linear", name: "linear with LoRA", sizes: FEW, prepare: prepare::low_rank, ..COMMON },
+    Operation {
+        op: "linear",
+        name: "linear with LoRA and dropout",
+        sizes: FEW,
+        prepare: prepare::low_rank_with_dropout,
+        ..COMMON
+    },
     Operation { op: "linear", name: "linear", sizes: FEW, prepare: prepare::trained_linear, ..COMMON },
     Operation {
         op: "linear_cross_entropy",

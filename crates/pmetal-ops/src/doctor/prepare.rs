@@ -75,26 +75,35 @@ pub(super) fn look_up(run: &Run, Size { rows, width }: Size) -> Result<Prepared>
     Ok(Prepared { leaves: vec![], arena: Some(arena), forward: Box::new(forward) })
 }
 
-/// A frozen weight with bias and adapter, dropout in front of it.
-pub(super) fn low_rank(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+/// Frozen weights with a bias and with adapters.
+pub(super) fn low_rank(run: &Run, size: Size) -> Result<Prepared> {
+    adapted(run, size, 0.0)
+}
+
+/// The same with dropout in front of the adapters.
+pub(super) fn low_rank_with_dropout(run: &Run, size: Size) -> Result<Prepared> {
+    adapted(run, size, 0.1)
+}
+
+fn adapted(run: &Run, Size { rows, width }: Size, dropout: f32) -> Result<Prepared> {
     let rank = 16.min(width / 3);
-    let arena = run.arena(&[("bias", &[width]), ("a", &[rank, width]), ("b", &[width, rank])])?;
-    let (a, b) = (weight(&arena, "a")?, weight(&arena, "b")?);
-    let member = LinearMember {
-        weight: Weight::Frozen(run.tensor(&[width, width], 9)?),
-        bias: Some(weight(&arena, "bias")?),
-        adapter: Some(Adapter { a, b, scale: 1.5, dropout: 0.1, place: 7 }),
+    let arena =
+        run.arena(&[("a0", &[rank, width]), ("a1", &[rank, width]), ("b0", &[width, rank]), ("b1", &[width, rank])])?;
+    let member = |a: &str, b: &str, seed| -> Result<LinearMember> {
+        let adapter = Adapter { a: weight(&arena, a)?, b: weight(&arena, b)?, scale: 1.5, dropout, place: seed };
+        let weight = Weight::Frozen(run.tensor(&[width, width], seed)?);
+        Ok(LinearMember { weight, bias: Some(Weight::Frozen(run.tensor(&[width], seed + 2)?)), adapter: Some(adapter) })
     };
-    let group = LinearGroup::new(vec![member])?;
+    let group = LinearGroup::new(vec![member("a0", "b0", 9)?, member("a1", "b1", 10)?])?;
     let leaves = run.variables(&[&[rows, width]])?;
     Ok(Prepared { leaves, arena: Some(arena), forward: Box::new(move |v| group.forward(&v[0], Some(3))) })
 }
 
 pub(super) fn trained_linear(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let arena = run.arena(&[("w", &[width, width])])?;
-    let members = vec![LinearMember { weight: weight(&arena, "w")?, bias: None, adapter: None }];
+    let arena = run.arena(&[("w", &[width, width]), ("bias", &[width])])?;
+    let (weight, bias) = (weight(&arena, "w")?, weight(&arena, "bias")?);
     let leaves = run.variables(&[&[rows, width]])?;
-    let group = LinearGroup::new(members)?;
+    let group = LinearGroup::new(vec![LinearMember { weight, bias: Some(bias), adapter: None }])?;
     Ok(Prepared { leaves, arena: Some(arena), forward: Box::new(move |v| group.forward(&v[0], None)) })
 }
 

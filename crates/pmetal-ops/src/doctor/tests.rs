@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use pmetal_emulator::Emulator;
 use pmetal_metal::{
     AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, Grid, Memory, Result, attention_backward,
-    attention_forward, kernels,
+    attention_forward, kernels, pitch,
 };
 
 use super::*;
@@ -55,7 +55,9 @@ impl Gpu for Mac {
         let c = product.c;
         let target = Tensor::zeros(c.shape(), c.dtype(), c.device())?;
         self.emulator.gemm(&Gemm { c: &target, alpha: 1.0, beta: 0.0, ..*product })?;
-        let params = kernels::EpilogueParams { n: c.elem_count() as u64, alpha: product.alpha, beta: product.beta };
+        let (width, pitch) = (c.dim(1)? as u64, pitch(c).unwrap_or_default() as u64);
+        let (alpha, beta) = (product.alpha, product.beta);
+        let params = kernels::EpilogueParams { n: c.elem_count() as u64, width, pitch, alpha, beta };
         kernels::gemm_epilogue(self, c.dtype(), Grid::cover(c.elem_count(), 4), &target, c, params)
     }
 

@@ -57,7 +57,7 @@ impl Layout {
             (n, r) = (n + member.out_features(), r + member.rank());
         }
         let padded = r.next_multiple_of(RANK_UNIT);
-        if let Some(last) = ranks.iter_mut().rev().find(|ranks| ranks.len() > 0) {
+        if let Some(last) = ranks.iter_mut().rev().find(|ranks| ranks.start < ranks.end) {
             last.end = padded;
         }
         Ok(Some(Self { n, k: first.in_features(), r: padded, outputs, ranks }))
@@ -167,7 +167,8 @@ impl Placement {
 
     fn listed(&self) -> impl Iterator<Item = Part<'_>> {
         let matrix = &self.matrix;
-        let part = |&[first, rows, columns, row, column]: &[usize; 5]| Part { first, rows, columns, matrix, row, column };
+        let part =
+            |&[first, rows, columns, row, column]: &[usize; 5]| Part { first, rows, columns, matrix, row, column };
         self.parts.iter().map(part)
     }
 
