@@ -5,7 +5,7 @@ use std::{ops::ControlFlow, time::Instant};
 use candle_core::Tensor;
 use pmetal_ops::no_grad;
 
-use crate::{CausalLMModel, Error, Input, KvCache, Logprobs, Result, Sampler, SamplingParams};
+use crate::{CausalLMModel, Error, Input, KvCache, Logprobs, OneToken, Result, Sampler, SamplingParams};
 
 /// Tokens of an answer the cache has room for at first: memory follows what is said, not what may be.
 const FIRST_ROOM: usize = 512;
@@ -80,6 +80,16 @@ pub struct Session {
     cache: KvCache,
     /// The tokens in the cache.
     ids: Vec<u32>,
+    one_token: Ready,
+}
+
+/// Whether the model has a way of its own to read single tokens into the cache.
+#[derive(Debug)]
+enum Ready {
+    /// It was not asked since the cache or the model changed.
+    Unasked,
+    No,
+    Yes(OneToken),
 }
 
 impl Session {
@@ -89,13 +99,14 @@ impl Session {
     /// Where there is no memory for its cache.
     pub fn new(model: &dyn CausalLMModel) -> Result<Self> {
         let cache = KvCache::new(model.spec(), 1, 0, model.dtype(), &model.device())?;
-        Ok(Self { cache, ids: Vec::new() })
+        Ok(Self { cache, ids: Vec::new(), one_token: Ready::Unasked })
     }
 
     /// Forgets everything: needed where the model became another one, as by an adapter.
     pub fn clear(&mut self) {
         self.cache.truncate(0, 0);
         self.ids.clear();
+        self.one_token = Ready::Unasked;
     }
 
     /// Tokens that are held.
@@ -129,7 +140,7 @@ impl Session {
 
         let started = Instant::now();
         let kept = self.cut_back_to(prompt);
-        self.cache.grow(most.min(prompt.len() + FIRST_ROOM))?;
+        self.make_room(most.min(prompt.len() + FIRST_ROOM))?;
         let mut generation =
             Generation { tokens: Vec::new(), stop: full, kept, prompt_seconds: 0.0, decode_seconds: 0.0 };
         let Some(mut logits) = self.read_prompt(model, prompt, on_event)? else {
@@ -154,7 +165,7 @@ impl Session {
             }
             if step + 1 < limit {
                 if seen.len() > self.cache.capacity() {
-                    self.cache.grow(most.min(2 * self.cache.capacity()))?;
+                    self.make_room(most.min(2 * self.cache.capacity()))?;
                 }
                 logits = self.next_logits(model, &[token])?;
             }
@@ -194,8 +205,29 @@ impl Session {
         Err(Error::Input { reason: "the prompt has no token".into() })
     }
 
+    fn make_room(&mut self, capacity: usize) -> Result<()> {
+        if capacity > self.cache.capacity() {
+            self.one_token = Ready::Unasked;
+        }
+        self.cache.grow(capacity)
+    }
+
     /// Reads `ids` and returns the logits behind the last of them: the head sees no other.
     fn next_logits(&mut self, model: &dyn CausalLMModel, ids: &[u32]) -> Result<Tensor> {
+        if let &[id] = ids
+            && (id as usize) < model.spec().vocab_size
+        {
+            if let Ready::Unasked = self.one_token {
+                self.one_token = model.one_token(&self.cache)?.map_or(Ready::No, Ready::Yes);
+            }
+            if let Ready::Yes(one_token) = &mut self.one_token {
+                let lens = self.cache.lens_with(&[1])?;
+                let logits = one_token.read(id, self.ids.len() as u32)?;
+                self.cache.advance(lens);
+                self.ids.push(id);
+                return Ok(logits);
+            }
+        }
         let hidden = self.read(model, ids)?;
         let last = hidden.narrow(0, ids.len() - 1, 1)?;
         model.logits(&last)

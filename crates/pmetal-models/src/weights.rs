@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Shape, Tensor};
 use half::{bf16, f16};
-use pmetal_ops::{Arena, Param, Weight, random};
+use pmetal_ops::{Arena, Param, Weight, normal_on_gpu, random};
 use rayon::prelude::*;
 
 use crate::{Checkpoint, Result};
@@ -67,6 +67,11 @@ pub(crate) struct FromSeed<'a> {
 
 impl WeightSource for FromSeed<'_> {
     fn frozen(&self, name: &str, shape: &Shape) -> Result<Weight> {
+        if shape.rank() > 1
+            && let Some(made) = normal_on_gpu(shape, self.stream(name), self.std as f32, self.dtype, self.device)?
+        {
+            return Ok(Weight::Frozen(made));
+        }
         Ok(Weight::Frozen(pmetal_ops::device::send(&self.fresh(name, shape, self.dtype)?, self.device)?))
     }
 
@@ -76,6 +81,11 @@ impl WeightSource for FromSeed<'_> {
 }
 
 impl FromSeed<'_> {
+    /// The seed of a tensor's numbers.
+    fn stream(&self, name: &str) -> u64 {
+        random::mix(self.seed, &name.bytes().map(u64::from).collect::<Vec<_>>())
+    }
+
     fn fresh(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Tensor> {
         if shape.rank() > 1 {
             return self.normal(name, shape, dtype);
@@ -85,8 +95,7 @@ impl FromSeed<'_> {
     }
 
     fn normal(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Tensor> {
-        let words: Vec<u64> = name.bytes().map(u64::from).collect();
-        let (seed, std) = (random::mix(self.seed, &words), self.std as f32);
+        let (seed, std) = (self.stream(name), self.std as f32);
         let value = move |i: usize| random::normal(seed, i as u64) * std;
         let n = shape.elem_count();
         Ok(match dtype {

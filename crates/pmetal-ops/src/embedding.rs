@@ -89,13 +89,18 @@ fn threads_of_row(width: usize) -> usize {
 
 /// The rows of `table [vocab, width]` that `ids [n]` (u32) name, which are below `vocab`: `[n, width]`.
 pub(crate) fn gather_on_gpu(gpu: &dyn Gpu, ids: &Tensor, table: &Tensor) -> Result<Tensor> {
+    let y = empty((ids.elem_count(), table.dim(1)?), table.dtype(), table.device())?;
+    gather_into(gpu, ids, table, &y)?;
+    Ok(y)
+}
+
+/// The same into `y`.
+pub(crate) fn gather_into(gpu: &dyn Gpu, ids: &Tensor, table: &Tensor, y: &Tensor) -> Result<()> {
     let (n, width) = (ids.elem_count(), table.dim(1)?);
-    let y = empty((n, width), table.dtype(), table.device())?;
     let quads = rows_in_quads(width, &[table]) * width as u32 / 4;
     let params = kernels::EmbeddingParams { width: width as u32, quads };
     let grid = Grid::line(n, threads_of_row(width));
-    kernels::embedding(gpu, table.dtype(), grid, table, ids, &y, params)?;
-    Ok(y)
+    Ok(kernels::embedding(gpu, table.dtype(), grid, table, ids, y, params)?)
 }
 
 fn scatter_on_gpu(gpu: &dyn Gpu, dy: &Tensor, ids: &[u32], param: &Param) -> Result<()> {

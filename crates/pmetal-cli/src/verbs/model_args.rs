@@ -1,11 +1,12 @@
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use pmetal::{
     core::{DTypeChoice, DeviceChoice},
     data::Tokenizer,
     hub::{Kind, locate},
     lora::AdapterFile,
-    models::{CausalLMModel, Checkpoint, load},
+    models::{CausalLMModel, Checkpoint, dtype_of, load, random, read_config},
     ops::device,
 };
 
@@ -16,8 +17,8 @@ use crate::transfer_bars::TransferBars;
 #[derive(clap::Args)]
 pub struct ModelArgs {
     /// Model: a Hugging Face folder, a GGUF file, or an id of the hub (org/name, org/name:FILE.gguf)
-    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH|ID")]
-    model: PathBuf,
+    #[arg(long, visible_alias = "model-name-or-path", value_name = "PATH|ID", required = true)]
+    model: Option<PathBuf>,
     /// Branch, tag or commit of --model on the hub
     #[arg(long, value_name = "REVISION")]
     revision: Option<String>,
@@ -35,7 +36,7 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// The model's files, checked; no weight is read.
     pub fn checkpoint(&self) -> Result<Checkpoint> {
-        let path = locate(Kind::Model, &self.model, self.revision.as_deref(), &TransferBars::downloads())?;
+        let path = locate(Kind::Model, self.name(), self.revision.as_deref(), &TransferBars::downloads())?;
         Ok(Checkpoint::open(&path)?)
     }
 
@@ -65,12 +66,19 @@ impl ModelArgs {
 
     /// The model as the user named it.
     pub fn name(&self) -> &Path {
-        &self.model
+        self.model.as_deref().unwrap_or(Path::new(""))
     }
 
     /// The model without an adapter, ready to run.
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<Box<dyn CausalLMModel>> {
         let dtype = self.dtype.resolve(checkpoint.stored_dtype());
         Ok(load(checkpoint, dtype, &device::open(self.device)?, None)?)
+    }
+
+    /// A model of random weights in the shape of a `config.json`, ready to run.
+    pub fn random(&self, config: &Path) -> Result<Box<dyn CausalLMModel>> {
+        let config = read_config(config)?;
+        let dtype = self.dtype.resolve(dtype_of(&config).unwrap_or(DType::BF16));
+        Ok(random(&config, dtype, &device::open(self.device)?, 0, None)?)
     }
 }

@@ -77,7 +77,7 @@ impl CudaGpu {
         Ok(graph)
     }
 
-    fn refuse(&self, reason: String) -> Error {
+    pub(super) fn refuse(&self, reason: String) -> Error {
         Error::Device { device: self.name(), reason }
     }
 }

@@ -1,0 +1,186 @@
+//! A decoder's way through its layers for one new token behind those in a cache, where the device has kernels for that.
+//!
+//! Each layer is five steps, which are recorded once and asked for with every token: the token and its place stand in device memory.
+
+use std::fmt;
+
+use candle_core::{DType, Tensor};
+use pmetal_ops::{
+    LinearGroup, LinearMember, Weight,
+    decoding::{AttentionSpec, Decoding, Recording, RowAttention, RowProduct, RowStep},
+};
+
+use crate::Result;
+
+/// What reads one token after another of the only row of a cache, as long as neither the cache grows nor the model changes.
+pub struct OneToken {
+    kernels: Decoding,
+    recording: Recording,
+    /// `[2]` u32: the token, its place.
+    state: Tensor,
+    rows: Rows,
+    /// What the recording reads.
+    model: Model,
+}
+
+/// A model as its tokens meet it.
+pub(crate) struct Model {
+    pub(crate) embedding: Tensor,
+    pub(crate) layers: Vec<LayerRows>,
+    pub(crate) norm: Tensor,
+    pub(crate) head: Tensor,
+    pub(crate) eps: f32,
+    pub(crate) attention: AttentionSpec,
+    /// `[head_dim / 2]` f32: the angle of each pair of a head at place 1.
+    pub(crate) inv_freq: Tensor,
+}
+
+/// A layer's weights, and its keys and values in the cache.
+pub(crate) struct LayerRows {
+    pub(crate) block_norms: [Tensor; 2],
+    pub(crate) head_norms: Option<[Tensor; 2]>,
+    pub(crate) qkv: Projections,
+    pub(crate) output: Projections,
+    pub(crate) gate_up: Projections,
+    pub(crate) down: Projections,
+    pub(crate) cache: (Tensor, Tensor),
+}
+
+/// Projections of one row.
+pub(crate) struct Projections {
+    weights: Vec<Tensor>,
+    bias: Option<Tensor>,
+}
+
+impl Projections {
+    /// Those of a group as they lie on the device; none where one has an adapter, or another dtype than the activations.
+    pub(crate) fn of(group: &LinearGroup, dtype: DType) -> Result<Option<Self>> {
+        let members = group.members();
+        if members.iter().any(|member| member.adapter.is_some()) {
+            return Ok(None);
+        }
+        let weights = members.iter().map(|member| lying(&member.weight, dtype)).collect::<Option<Vec<_>>>();
+        let Some(weights) = weights else { return Ok(None) };
+        let bias = match members.iter().any(|member| member.bias.is_some()) {
+            true => {
+                Some(Tensor::cat(&members.iter().map(|m| bias_of(m, &weights[0])).collect::<Result<Vec<_>>>()?, 0)?)
+            }
+            false => None,
+        };
+        Ok(Some(Self { weights, bias }))
+    }
+
+    fn inputs(&self) -> usize {
+        self.weights.first().and_then(|weight| weight.dims().get(1).copied()).unwrap_or(0)
+    }
+
+    fn of_row<'a>(&'a self, x: &'a Tensor, y: &'a Tensor) -> RowProduct<'a> {
+        RowProduct { bias: self.bias.as_ref(), ..plain(self.weights.iter().collect(), x, y) }
+    }
+}
+
+/// A member's bias, zeros where it has none.
+fn bias_of(member: &LinearMember, like: &Tensor) -> Result<Tensor> {
+    Ok(match &member.bias {
+        Some(bias) => bias.tensor()?.to_dtype(like.dtype())?,
+        None => Tensor::zeros(member.out_features(), like.dtype(), like.device())?,
+    })
+}
+
+/// A weight where it lies on its device; none where it is not there in `dtype`.
+pub(crate) fn lying(weight: &Weight, dtype: DType) -> Option<Tensor> {
+    let tensor = match weight {
+        Weight::Frozen(tensor) => tensor,
+        Weight::Trainable(param) => param.value(),
+        Weight::Mapped(_) | Weight::Packed(..) => return None,
+    };
+    (tensor.dtype() == dtype).then(|| tensor.clone())
+}
+
+/// The rows that steps hand on.
+struct Rows {
+    stream: Tensor,
+    qkv: Tensor,
+    attended: Tensor,
+    gated: Tensor,
+    logits: Tensor,
+}
+
+impl Rows {
+    fn new(model: &Model) -> Result<Self> {
+        let (device, dtype) = (model.norm.device(), model.norm.dtype());
+        let AttentionSpec { heads, kv_heads, head_dim, .. } = model.attention;
+        let row = |width: usize, dtype| Tensor::zeros((1, width), dtype, device);
+        let inner = model.layers.first().map_or(0, |layer| layer.down.inputs());
+        Ok(Self {
+            stream: row(model.norm.elem_count(), dtype)?,
+            qkv: row((heads + 2 * kv_heads) * head_dim, dtype)?,
+            attended: row(heads * head_dim, dtype)?,
+            gated: row(inner, dtype)?,
+            logits: row(model.head.dim(0)?, DType::F32)?,
+        })
+    }
+}
+
+impl OneToken {
+    pub(crate) fn new(kernels: Decoding, model: Model) -> Result<Self> {
+        let state = Tensor::zeros(2, DType::U32, model.norm.device())?;
+        let rows = Rows::new(&model)?;
+        let position = state.narrow(0, 1, 1)?;
+        let mut steps = Vec::with_capacity(5 * model.layers.len() + 1);
+        for layer in &model.layers {
+            steps.extend(layer.steps(&model, &rows, &position));
+        }
+        let head =
+            RowProduct { norm: Some((&model.norm, model.eps)), ..plain(vec![&model.head], &rows.stream, &rows.logits) };
+        steps.push(RowStep::Product(head));
+        let recording = kernels.record(&steps)?;
+        drop(steps);
+        Ok(Self { kernels, recording, state, rows, model })
+    }
+
+    /// Reads `token`, which is below the vocabulary's size, at place `position`, which the cache has room for, and puts its keys and values
+    /// there. The logits `[1, vocab_size]` behind it stand until the next call.
+    pub(crate) fn read(&mut self, token: u32, position: u32) -> Result<Tensor> {
+        self.state.slice_set(&Tensor::new(&[token, position], self.state.device())?, 0, 0)?;
+        self.kernels.embed(&self.state.narrow(0, 0, 1)?, &self.model.embedding, &self.rows.stream)?;
+        self.recording.replay()?;
+        Ok(self.rows.logits.clone())
+    }
+}
+
+impl LayerRows {
+    fn steps<'a>(&'a self, model: &'a Model, rows: &'a Rows, position: &'a Tensor) -> [RowStep<'a>; 5] {
+        let Rows { stream, qkv, attended, gated, .. } = rows;
+        let [before_attention, before_mlp] = self.block_norms.each_ref().map(|norm| Some((norm, model.eps)));
+        let attention = RowAttention {
+            qkv,
+            head_norms: self.head_norms.as_ref().map(|norms| norms.each_ref()),
+            eps: model.eps,
+            inv_freq: &model.inv_freq,
+            position,
+            keys: &self.cache.0,
+            values: &self.cache.1,
+            out: attended,
+            spec: model.attention,
+        };
+        [
+            RowStep::Product(RowProduct { norm: before_attention, ..self.qkv.of_row(stream, qkv) }),
+            RowStep::Attention(attention),
+            RowStep::Product(RowProduct { residual: Some(stream), ..self.output.of_row(attended, stream) }),
+            RowStep::Product(RowProduct { norm: before_mlp, gated: true, ..self.gate_up.of_row(stream, gated) }),
+            RowStep::Product(RowProduct { residual: Some(stream), ..self.down.of_row(gated, stream) }),
+        ]
+    }
+}
+
+/// A product and nothing else.
+fn plain<'a>(weights: Vec<&'a Tensor>, x: &'a Tensor, y: &'a Tensor) -> RowProduct<'a> {
+    RowProduct { weights, x, norm: None, bias: None, residual: None, gated: false, y }
+}
+
+impl fmt::Debug for OneToken {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.debug_struct("OneToken").field("layers", &self.model.layers.len()).finish_non_exhaustive()
+    }
+}
