@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Shape, Tensor};
 
 use crate::{
-    AttentionRows, Call, Error, LowRankBackward, LowRankMember, Marks, Result, low_rank_forward, low_rank_inputs,
-    low_rank_outputs, pitch,
+    AttentionRows, Call, Decoding, Error, LowRankBackward, LowRankMember, Marks, Part, PartTable, Resting, Result,
+    low_rank_forward, low_rank_inputs, low_rank_outputs, pitch,
 };
 
 /// A GPU, or what plays one.
@@ -58,6 +58,38 @@ pub trait Gpu: Send + Sync {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<()>;
+
+    /// Starts the copy of a tensor to the host's memory, behind what was asked for before and beside what is asked for after; none where the
+    /// device has no memory of its own to save, as on a Mac.
+    ///
+    /// # Errors
+    /// Where the device fails or the host has no room.
+    fn rest(&self, _tensor: &Tensor) -> Result<Option<Box<dyn Resting>>> {
+        Ok(None)
+    }
+
+    /// What it has for making one token after another; none where that is what it has for many.
+    fn decoding(&self) -> Option<&dyn Decoding> {
+        None
+    }
+
+    /// A table for [`Gpu::place`] of parts of one flat tensor, for as long as their matrices stay where they lie; none where the device has no
+    /// kernel for many matrices at a time.
+    ///
+    /// # Errors
+    /// Where the device has no room for it.
+    fn part_table(&self, _parts: &[Part]) -> Result<Option<PartTable>> {
+        Ok(None)
+    }
+
+    /// Copies the parts of `values` (f32) to their places in matrices that are all still there, rounded to their dtype.
+    ///
+    /// # Errors
+    /// Where the table is none of this device's.
+    fn place(&self, _values: &Tensor, _table: &PartTable) -> Result<()> {
+        let reason = "it makes no tables of parts".into();
+        Err(Error::Device { device: self.facts().name, reason })
+    }
 
     /// Waits for all that was asked for.
     fn synchronize(&self) -> Result<()>;

@@ -6,6 +6,7 @@
 
 mod attention;
 mod attention_rows;
+mod decoding;
 mod error;
 mod gpu;
 mod kernel;
@@ -17,12 +18,19 @@ mod metal;
 #[cfg(not(target_os = "macos"))]
 #[path = "metal_absent.rs"]
 mod metal;
+mod parts;
+mod rest;
 
 pub use attention::{attention_backward, attention_forward, pitches};
 pub use attention_rows::AttentionRows;
+pub use decoding::{Decoding, Recording, RowAttention, RowProduct, RowStep};
 pub use error::{Error, Result};
 pub use gpu::{AttentionSpec, Facts, Gemm, Gpu, Memory, empty};
 pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel, launches, pitch};
-pub use low_rank::{LowRankBackward, LowRankGradient, LowRankMember, low_rank_forward, low_rank_inputs, low_rank_outputs};
+pub use low_rank::{
+    LowRankBackward, LowRankGradient, LowRankMember, low_rank_forward, low_rank_inputs, low_rank_outputs,
+};
 pub use marks::{HostMarks, Marks};
 pub use metal::{exact, exact_zeros, gpu, open};
+pub use parts::{Part, PartTable};
+pub use rest::Resting;

@@ -6,7 +6,7 @@ use crate::{DecoderSpec, Error, Result};
 /// Keys (behind rope) and values of the tokens that were read, for several rows with room for `capacity` tokens each.
 #[derive(Debug)]
 pub struct KvCache {
-    /// `[rows * capacity, kv_heads, head_dim]` for each layer: keys, values.
+    /// `[rows * capacity, kv_heads * head_dim]` for each layer: keys, values.
     layers: Vec<(Tensor, Tensor)>,
     lens: Vec<usize>,
     capacity: usize,
@@ -15,7 +15,7 @@ pub struct KvCache {
 impl KvCache {
     /// An empty cache; `dtype` is the model's.
     pub fn new(spec: &DecoderSpec, rows: usize, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let shape = (rows * capacity, spec.num_key_value_heads, spec.head_dim);
+        let shape = (rows * capacity, spec.num_key_value_heads * spec.head_dim);
         let room = || Tensor::zeros(shape, dtype, device);
         let layers = (0..spec.num_hidden_layers).map(|_| Ok((room()?, room()?))).collect::<Result<_>>()?;
         Ok(Self { layers, lens: vec![0; rows], capacity })
@@ -68,7 +68,7 @@ impl KvCache {
         }
     }
 
-    /// Writes a layer's keys and values of the new tokens, `[tokens, kv_heads, head_dim]`, behind those held, and returns all of
+    /// Writes a layer's keys and values of the new tokens, `[tokens, kv_heads * head_dim]`, behind those held, and returns all of
     /// the layer's places. The lengths stay until [`KvCache::advance`].
     pub(crate) fn extend(&self, layer: usize, k: &Tensor, v: &Tensor, q_lens: &[usize]) -> Result<(Tensor, Tensor)> {
         let Some((keys, values)) = self.layers.get(layer) else {
@@ -81,6 +81,11 @@ impl KvCache {
         write_rows(k, keys, &runs)?;
         write_rows(v, values, &runs)?;
         Ok((keys.clone(), values.clone()))
+    }
+
+    /// A layer's places, keys and values.
+    pub(crate) fn layers(&self) -> &[(Tensor, Tensor)] {
+        &self.layers
     }
 
     /// Counts the tokens that every layer has written.

@@ -2,15 +2,14 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
-use pmetal_ops::{
-    Arena, LinearMember, Policy, RopeTable, Rows, Value, Weight, checkpoint, embedding, no_grad, rms_norm,
-};
+use candle_core::{DType, Device, Tensor};
+use pmetal_ops::{Arena, LinearMember, RopeAngles, Rows, Value, Weight, decoding::Decoding, embedding, no_grad};
 
 use crate::{
     CausalLMModel, DecoderSpec, Error, Input, KvCache, Result,
-    layer::{CacheUse, Layer, Pass},
+    layer::{CacheUse, Layer, Norm, Pass},
     names::{EMBEDDING, HEAD, NORM},
+    one_token::{Model, OneToken, lying},
     weights::{WeightSource, fetch},
 };
 
@@ -20,6 +19,7 @@ pub(crate) struct Decoder {
     embedding: Weight,
     /// Shared with the recorded graph where layers run again in backward.
     layers: Vec<Arc<Layer>>,
+    angles: RopeAngles,
     norm: Weight,
     /// None where the head is the embedding.
     head: Option<Weight>,
@@ -45,58 +45,47 @@ impl Decoder {
         let layers = layers.collect::<Result<_>>()?;
         let norm = get(NORM.to_owned(), spec.hidden_size.into())?;
         let head = if spec.tie_word_embeddings { None } else { Some(get(HEAD.to_owned(), table.into())?.packed()?) };
-        Ok(Self { spec, embedding, layers, norm, head, dtype, device: device.clone() })
+        let angles = RopeAngles::new(&spec.rope.inv_freq, 1.0);
+        Ok(Self { spec, embedding, layers, angles, norm, head, dtype, device: device.clone() })
     }
 
     /// The pass of rows that start at `starts`.
     fn pass(&self, input: &Input, starts: &[usize], rows: Rows) -> Pass {
         let positions: Vec<u32> =
             starts.iter().zip(input.q_lens).flat_map(|(&start, &len)| (start..start + len).map(|p| p as u32)).collect();
-        Pass { table: RopeTable::new(&positions, &self.spec.rope.inv_freq, 1.0), rows, noise: input.noise }
+        Pass { table: self.angles.of(&positions), rows, noise: input.noise }
     }
 
     /// From ids through all layers to the last norm.
     fn run(&self, input: &Input, pass: &Pass, cache: CacheUse) -> Result<Value> {
-        let eps = self.spec.rms_norm_eps;
-        let mut stream = embedding(input.ids, &self.embedding, self.dtype, &self.device)?;
-        if let Some(policy) = input.checkpointing.filter(|_| cache.is_none()) {
-            for i in 0..self.layers.len() {
-                stream = self.checkpointed(i, &stream, pass, policy)?;
-            }
-            return Ok(rms_norm(&stream, &self.norm.value()?, eps)?);
-        }
-        let mut normed = rms_norm(&stream, &self.norm_before(0).value()?, eps)?;
+        let embedded = embedding(input.ids, &self.embedding, self.dtype, &self.device)?;
+        let checkpointing = input.checkpointing.filter(|_| cache.is_none());
+        let policy = |i| checkpointing.and_then(|checkpointing| checkpointing.policy(i, self.layers.len()));
+        let first = self.norm_before(0);
+        let (mut stream, mut normed) = match policy(0) {
+            Some(_) => (embedded.clone(), no_grad(|| first.of(&embedded))?.1),
+            None => first.of(&embedded)?,
+        };
+        drop(embedded);
         for (i, layer) in self.layers.iter().enumerate() {
-            (stream, normed) = layer.forward(&stream, &normed, self.norm_before(i + 1), pass, cache)?;
+            let next = self.norm_before(i + 1);
+            let Some(policy) = policy(i) else {
+                (stream, normed) = layer.forward(&stream, &normed, &next, pass, cache)?;
+                continue;
+            };
+            (stream, normed) = layer.checkpointed(policy, &stream, normed, next, pass)?;
+            // what runs again forms the norm before it itself; to anything else a gradient flows through it
+            if checkpointing.is_some_and(|c| c.policy(i + 1, self.layers.len()).is_none()) {
+                (stream, normed) = self.norm_before(i + 1).of(&stream)?;
+            }
         }
         Ok(normed)
     }
 
-    /// A layer that keeps nothing but the stream before it: its norm is formed again inside, and the next layer's, which comes with
-    /// the sum, is left to the next layer.
-    fn checkpointed(&self, index: usize, stream: &Value, pass: &Pass, policy: Policy) -> Result<Value> {
-        let (pass, next_norm, eps) = (pass.clone(), self.norm_before(index + 1).clone(), self.spec.rms_norm_eps);
-        let layer = self.layers[index].clone();
-        let outputs = checkpoint(policy, &[stream], move |inputs| {
-            let normed = rms_norm(&inputs[0], &layer.input_norm().value()?, eps)?;
-            let (stream, _) = layer.forward(&inputs[0], &normed, &next_norm, &pass, None).map_err(into_ops)?;
-            Ok(vec![stream])
-        })?;
-        outputs.into_iter().next().ok_or_else(|| Error::Input { reason: "a layer returned nothing".into() })
-    }
-
     /// The norm in front of layer `index`, or behind the last.
-    fn norm_before(&self, index: usize) -> &Weight {
-        self.layers.get(index).map_or(&self.norm, |layer| layer.input_norm())
-    }
-}
-
-/// An error inside a function that [`checkpoint`] runs.
-fn into_ops(error: Error) -> pmetal_ops::Error {
-    match error {
-        Error::Ops(error) => error,
-        Error::Candle(error) => error.into(),
-        other => candle_core::Error::Msg(other.to_string()).into(),
+    fn norm_before(&self, index: usize) -> Norm {
+        let last = || Norm { weight: self.norm.clone(), eps: self.spec.rms_norm_eps, spare: 0 };
+        self.layers.get(index).map_or_else(last, |layer| layer.input_norm())
     }
 }
 
@@ -135,6 +124,24 @@ impl CausalLMModel for Decoder {
         Ok(hidden)
     }
 
+    fn one_token(&self, cache: &KvCache) -> Result<Option<OneToken>> {
+        let spec = &self.spec;
+        let widths = [spec.hidden_size, spec.num_attention_heads * spec.head_dim, spec.intermediate_size];
+        let ([_], Some(first)) = (cache.lens(), self.layers.first()) else { return Ok(None) };
+        let Some(kernels) = Decoding::on(&self.device, self.dtype, first.attention(), &widths)? else {
+            return Ok(None);
+        };
+        let layers = self.layers.iter().zip(cache.layers());
+        let layers = layers.map(|(layer, cache)| layer.rows(self.dtype, cache.clone()));
+        let Some(layers) = layers.collect::<Result<Option<Vec<_>>>>()? else { return Ok(None) };
+        let [embedding, norm, head] =
+            [self.embedding(), &self.norm, self.head()].map(|weight| lying(weight, self.dtype));
+        let (Some(embedding), Some(norm), Some(head)) = (embedding, norm, head) else { return Ok(None) };
+        let inv_freq = Tensor::new(spec.rope.inv_freq.as_slice(), &self.device)?;
+        let (eps, attention) = (spec.rms_norm_eps as f32, *first.attention());
+        OneToken::new(kernels, Model { embedding, layers, norm, head, eps, attention, inv_freq }).map(Some)
+    }
+
     fn embedding(&self) -> &Weight {
         &self.embedding
     }
@@ -158,10 +165,8 @@ impl CausalLMModel for Decoder {
         Ok(())
     }
 
-    fn for_each_linear(&mut self, f: &mut dyn FnMut(&str, &mut LinearMember)) {
-        for layer in &mut self.layers {
-            Arc::make_mut(layer).linears_mut().for_each(|(module, member)| f(module, member));
-        }
+    fn for_each_linear(&mut self, f: &mut dyn FnMut(&str, &mut LinearMember)) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|layer| Arc::make_mut(layer).for_each_linear(f))
     }
 
     fn named_weights(&self) -> Vec<(String, Weight)> {

@@ -1,12 +1,18 @@
-use candle_core::Shape;
+use std::sync::Arc;
+
+use candle_core::{DType, Shape, Tensor};
 use pmetal_ops::{
-    Activation, AttentionSpec, LinearGroup, LinearMember, RopeTable, Rows, Value, Weight, add_rms_norm, attention,
-    gated_activation, rms_norm_rope, rope,
+    Activation, AttentionSpec, Fate, LinearGroup, LinearMember, Policy, RopeTable, Rows, Saved, Value, Weight,
+    add_rms_norm, attention,
+    autograd::{last, saved},
+    gated_activation, rms_norm_beside, rms_norm_rope, rope,
 };
 
 use crate::{
     DecoderSpec, Error, KvCache, Result,
+    checkpointing::residual,
     names::{BLOCK_NORMS, HEAD_NORMS, LAYERS, LinearShape, linear_groups},
+    one_token::{LayerRows, Projections, lying},
 };
 
 /// What a pass through the layers shares.
@@ -18,6 +24,26 @@ pub(crate) struct Pass {
     pub(crate) rows: Rows,
     /// The seed of dropout.
     pub(crate) noise: Option<u64>,
+}
+
+/// A norm of the residual stream, and the columns that its reader wants free behind each row.
+#[derive(Clone)]
+pub(crate) struct Norm {
+    pub(crate) weight: Weight,
+    pub(crate) eps: f64,
+    pub(crate) spare: usize,
+}
+
+impl Norm {
+    /// `stream` and its norm.
+    pub(crate) fn of(&self, stream: &Value) -> Result<(Value, Value)> {
+        Ok(rms_norm_beside(stream, &self.weight.value()?, self.eps, self.spare)?)
+    }
+
+    /// `x + stream` and its norm.
+    pub(crate) fn of_sum(&self, x: &Value, stream: &Value) -> Result<(Value, Value)> {
+        Ok(add_rms_norm(x, stream, &self.weight.value()?, self.eps, self.spare)?)
+    }
 }
 
 /// Where a pass leaves its keys and values, and the tokens of each row.
@@ -57,7 +83,7 @@ impl Layer {
                 modules.push(module);
                 Ok(LinearMember { weight, bias, adapter: None })
             };
-            Ok::<_, Error>(LinearGroup { members: shapes.into_iter().map(member).collect::<Result<_>>()? })
+            Ok::<_, Error>(LinearGroup::new(shapes.into_iter().map(member).collect::<Result<_>>()?)?)
         };
         let [qkv, output, gate_up, down] = linear_groups(spec);
         let (qkv, output, gate_up, down) = (group(qkv)?, group(output)?, group(gate_up)?, group(down)?);
@@ -78,38 +104,70 @@ impl Layer {
     }
 
     /// The norm that `stream` meets before this layer.
-    pub(crate) fn input_norm(&self) -> &Weight {
-        &self.block_norms[0]
+    pub(crate) fn input_norm(&self) -> Norm {
+        Norm { weight: self.block_norms[0].clone(), eps: self.eps, spare: self.qkv.spare_columns() }
     }
 
-    /// From the residual stream and its norm (both `[tokens, hidden]`) to the next layer's, whose norm is `next_norm`.
+    /// The norm before the MLP.
+    fn middle_norm(&self) -> Norm {
+        Norm { weight: self.block_norms[1].clone(), eps: self.eps, spare: self.gate_up.spare_columns() }
+    }
+
+    /// From the residual stream and its norm (both `[tokens, hidden]`) to the next layer's, whose norm is `next`.
     pub(crate) fn forward(
         &self,
         stream: &Value,
         normed: &Value,
-        next_norm: &Weight,
+        next: &Norm,
         pass: &Pass,
         cache: CacheUse,
     ) -> Result<(Value, Value)> {
-        let attended = self.attend(normed, pass, cache)?;
-        let (stream, normed) = add_rms_norm(&attended, stream, &self.block_norms[1].value()?, self.eps)?;
-        let [gate, up] = take(self.gate_up.forward(&normed, pass.noise)?)?;
-        let gated = gated_activation(Activation::Silu, &gate, &up)?;
-        let [mlp] = take(self.down.forward(&gated, pass.noise)?)?;
-        Ok(add_rms_norm(&mlp, &stream, &next_norm.value()?, self.eps)?)
+        let (stream, normed) = self.middle_norm().of_sum(&self.attend(normed, pass, cache)?, stream)?;
+        next.of_sum(&self.mlp(&normed, pass)?, &stream)
+    }
+
+    /// [`Layer::forward`] that keeps what `policy` says and runs again in backward; no gradient flows through `normed`, nor through the norm that
+    /// is returned.
+    pub(crate) fn checkpointed(
+        self: &Arc<Self>,
+        policy: Policy,
+        stream: &Value,
+        normed: Value,
+        next: Norm,
+        pass: &Pass,
+    ) -> Result<(Value, Value)> {
+        let (layer, pass) = (self.clone(), pass.clone());
+        let (first, middle) = (self.input_norm(), self.middle_norm());
+        if policy.fate(Saved::Middle) == Fate::Recompute {
+            return residual(policy, [first, next], stream, normed, move |stream, normed| {
+                let attended = layer.attend(normed, &pass, None)?;
+                let (stream, normed) = layer.middle_norm().of_sum(&attended, &stream)?;
+                Ok([stream, layer.mlp(&normed, &pass)?])
+            });
+        }
+        let (again, passing) = (layer.clone(), pass.clone());
+        let (stream, normed) = residual(policy, [first, middle.clone()], stream, normed, move |stream, normed| {
+            Ok([stream, again.attend(normed, &passing, None)?])
+        })?;
+        let policy = policy.with(Saved::Input, policy.fate(Saved::Middle));
+        residual(policy, [middle, next], &stream, normed, move |stream, normed| Ok([stream, layer.mlp(normed, &pass)?]))
+    }
+
+    fn mlp(&self, x: &Value, pass: &Pass) -> Result<Value> {
+        let [gate, up] = take(saved(Saved::Gates, || self.gate_up.forward(x, pass.noise))?)?;
+        let gated = gated_activation(Activation::Silu, &gate, &up, self.down.spare_columns())?;
+        let [y] = take(last(|| self.down.forward(&gated, pass.noise))?)?;
+        Ok(y)
     }
 
     fn attend(&self, x: &Value, pass: &Pass, cache: CacheUse) -> Result<Value> {
-        let AttentionSpec { heads, kv_heads, head_dim, .. } = self.attention;
-        let tokens = x.tensor().dim(0)?;
-        let [q, k, v] = take(self.qkv.forward(x, pass.noise)?)?;
+        let [q, k, v] = take(saved(Saved::Projections, || self.qkv.forward(x, pass.noise))?)?;
         let (q_norm, k_norm) = match &self.head_norms {
             Some([q, k]) => (Some(q), Some(k)),
             None => (None, None),
         };
-        let q = self.turned(&q, heads, q_norm, &pass.table)?;
-        let k = self.turned(&k, kv_heads, k_norm, &pass.table)?;
-        let v = v.reshape((tokens, kv_heads, head_dim))?;
+        let q = self.turned(&q, q_norm, &pass.table)?;
+        let k = self.turned(&k, k_norm, &pass.table)?;
         let (k, v) = match cache {
             Some((cache, q_lens)) => {
                 let (keys, values) = cache.extend(self.index, k.tensor(), v.tensor(), q_lens)?;
@@ -117,31 +175,61 @@ impl Layer {
             }
             None => (k, v),
         };
-        let y = attention(&q, &k, &v, &pass.rows, self.attention)?.reshape((tokens, heads * head_dim))?;
-        let [y] = take(self.output.forward(&y, pass.noise)?)?;
+        let spare = self.output.spare_columns();
+        let y = saved(Saved::Attention, || attention(&q, &k, &v, &pass.rows, self.attention, spare))?;
+        let [y] = take(saved(Saved::Middle, || self.output.forward(&y, pass.noise))?)?;
         Ok(y)
     }
 
-    /// `[tokens, heads * head_dim]` as `[tokens, heads, head_dim]`, each head normalised where there is a norm, and turned.
-    fn turned(&self, x: &Value, heads: usize, norm: Option<&Weight>, table: &RopeTable) -> Result<Value> {
-        let x = x.reshape((x.tensor().dim(0)?, heads, self.attention.head_dim))?;
+    /// `[tokens, heads * head_dim]`, each head normalised where there is a norm, and turned.
+    fn turned(&self, x: &Value, norm: Option<&Weight>, table: &RopeTable) -> Result<Value> {
         Ok(match norm {
-            Some(norm) => rms_norm_rope(&x, &norm.value()?, self.eps, table)?,
-            None => rope(&x, table)?,
+            Some(norm) => rms_norm_rope(x, &norm.value()?, self.eps, table)?,
+            None => rope(x, table)?,
         })
     }
 
-    /// The linear layers under their modules' names.
-    pub(crate) fn linears_mut(&mut self) -> impl Iterator<Item = (&str, &mut LinearMember)> {
-        let groups = [&mut self.qkv, &mut self.output, &mut self.gate_up, &mut self.down];
-        self.modules.iter().map(String::as_str).zip(groups.into_iter().flat_map(|group| &mut group.members))
+    /// Visits the linear layers under their modules' names, to change them.
+    pub(crate) fn for_each_linear(&mut self, f: &mut dyn FnMut(&str, &mut LinearMember)) -> Result<()> {
+        let mut modules = self.modules.iter();
+        for group in [&mut self.qkv, &mut self.output, &mut self.gate_up, &mut self.down] {
+            group.change(|members| {
+                members.iter_mut().zip(&mut modules).for_each(|(member, module)| f(module, member))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Its heads.
+    pub(crate) fn attention(&self) -> &AttentionSpec {
+        &self.attention
+    }
+
+    /// The layer for one token at a time, with its places in the cache; none where a weight does not lie on the device in `dtype`, or has an
+    /// adapter.
+    pub(crate) fn rows(&self, dtype: DType, cache: (Tensor, Tensor)) -> Result<Option<LayerRows>> {
+        let both = |[a, b]: &[Weight; 2]| Some([lying(a, dtype)?, lying(b, dtype)?]);
+        let groups = [&self.qkv, &self.output, &self.gate_up, &self.down].map(|group| Projections::of(group, dtype));
+        let [qkv, output, gate_up, down] = groups;
+        let (Some(qkv), Some(output), Some(gate_up), Some(down)) = (qkv?, output?, gate_up?, down?) else {
+            return Ok(None);
+        };
+        let (Some(block_norms), head_norms) = (both(&self.block_norms), self.head_norms.as_ref().map(both)) else {
+            return Ok(None);
+        };
+        let head_norms = match head_norms {
+            Some(None) => return Ok(None),
+            Some(norms) => norms,
+            None => None,
+        };
+        Ok(Some(LayerRows { block_norms, head_norms, qkv, output, gate_up, down, cache }))
     }
 
     /// Every weight with its name, in the order of [`crate::tensors_of`].
     pub(crate) fn named_weights(&self) -> Vec<(String, Weight)> {
         let groups = [&self.qkv, &self.output, &self.gate_up, &self.down];
         let mut weights = Vec::new();
-        for (module, member) in self.modules.iter().zip(groups.into_iter().flat_map(|group| &group.members)) {
+        for (module, member) in self.modules.iter().zip(groups.into_iter().flat_map(LinearGroup::members)) {
             weights.push((format!("{module}.weight"), member.weight.clone()));
             weights.extend(member.bias.iter().map(|bias| (format!("{module}.bias"), bias.clone())));
         }

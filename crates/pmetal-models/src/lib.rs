@@ -24,6 +24,7 @@
 
 mod cache;
 mod checkpoint;
+mod checkpointing;
 mod config;
 mod decoder;
 mod dispatcher;
@@ -36,6 +37,7 @@ mod keys;
 mod layer;
 mod model;
 mod names;
+mod one_token;
 mod registry;
 mod rope_spec;
 mod safetensors_folder;
@@ -47,6 +49,7 @@ mod weights;
 
 pub use cache::KvCache;
 pub use checkpoint::Checkpoint;
+pub use checkpointing::Checkpointing;
 pub use config::{dtype_of, read_config};
 pub use dispatcher::{load, random, refuse_too_large, spec_of};
 pub use error::{Error, Result};
@@ -54,6 +57,7 @@ pub use generation::{Event, Generation, Session, StopReason, generate};
 pub use generation_config::GenerationConfig;
 pub use model::{CausalLMModel, Input};
 pub use names::{EMBEDDING, HEAD, linear_layers, tensors_of};
+pub use one_token::OneToken;
 pub use registry::{Family, known_architectures, known_families};
 pub use rope_spec::{ROPE_SCALING_KINDS, RopeSpec};
 pub use sampling::{Logprobs, Sampler, SamplingParams};

@@ -11,7 +11,7 @@
 //! # fn main() -> pmetal_ops::Result<()> {
 //! let x = Value::variable(Tensor::new(&[[3f32, 4.0]], &Device::Cpu)?);
 //! let weight = Value::constant(Tensor::new(&[1f32, 1.0], &Device::Cpu)?);
-//! let y = rms_norm(&x, &weight, 0.0)?;
+//! let y = rms_norm(&x, &weight, 0.0, 0)?;
 //! let dy = y.tensor().ones_like()?;
 //! let dx = gradients(vec![(y, dy)], &[&x])?;
 //! assert!(dx[0].is_some());
@@ -22,6 +22,7 @@
 mod adamw;
 mod attention;
 pub mod autograd;
+pub mod decoding;
 pub mod device;
 pub mod doctor;
 mod elementwise;
@@ -34,9 +35,11 @@ mod linear;
 mod linear_cross_entropy;
 mod logits;
 mod norm_rope;
+mod normal;
 mod param;
 mod place;
 pub mod profile;
+mod rates;
 mod rms_norm;
 mod rope;
 mod rows;
@@ -47,19 +50,21 @@ mod weight;
 
 pub use adamw::{AdamW, StepOutcome, adamw};
 pub use attention::{AttentionSpec, Rows, attention};
-pub use autograd::{Policy, Value, backward, checkpoint, composite, gradients, no_grad};
+pub use autograd::{Fate, Policy, Saved, Value, backward, checkpoint, composite, gradients, no_grad};
 pub use embedding::embedding;
 pub use error::{Error, Result};
 pub use gated_activation::{Activation, gated_activation};
 pub use kv_cache::write_rows;
 pub use linear::{Adapter, LinearGroup, LinearMember};
-pub use linear_cross_entropy::{CrossEntropy, linear_cross_entropy};
+pub use linear_cross_entropy::{CrossEntropy, linear_cross_entropy, linear_cross_entropy_within};
 pub use logits::logits;
 pub use norm_rope::rms_norm_rope;
+pub use normal::normal_on_gpu;
 pub use param::{Arena, Param};
 pub use place::{emulate, switch_off, uploads_kept};
-pub use rms_norm::{add_rms_norm, rms_norm};
-pub use rope::{RopeTable, rope};
+pub use rates::{DeviceRates, rates};
+pub use rms_norm::{add_rms_norm, rms_norm, rms_norm_beside};
+pub use rope::{RopeAngles, RopeTable, rope};
 pub use sampler::{Sampler, Sampling};
 pub use weight::{MappedFile, MappedWeight, Weight};
 

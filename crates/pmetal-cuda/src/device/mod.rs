@@ -4,12 +4,17 @@ mod attention;
 #[cfg(test)]
 mod attention_case;
 mod capture;
+mod cross_entropy;
 mod cudnn;
+mod decoding;
 mod gemm;
+mod host;
 mod kernels;
 mod low_rank;
+mod marks;
 mod memory;
 mod nvrtc;
+mod place;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -28,8 +33,8 @@ use candle_core::{
     },
 };
 use pmetal_metal::{
-    AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, LowRankBackward, Memory, Result, low_rank_inputs,
-    low_rank_outputs,
+    AttentionRows, AttentionSpec, Call, Decoding, Error, Facts, Gemm, Gpu, LowRankBackward, Marks,
+    Memory, Part, PartTable, Resting, Result, low_rank_inputs, low_rank_outputs,
 };
 
 use self::cudnn::Cudnn;
@@ -109,11 +114,16 @@ pub(crate) struct CudaGpu {
     stream: Arc<CudaStream>,
     pool: memory::Pool,
     kernels: kernels::Kernels,
+    cross_entropy: cross_entropy::CrossEntropy,
     products: gemm::Products,
     attention: attention::Attention,
     low_rank: low_rank::LowRank,
+    placing: place::Placing,
+    decoding: decoding::Kernels,
     /// Opened when it is first asked for; none where the machine has none.
     cudnn: OnceLock<Option<Cudnn>>,
+    /// Made when a tensor first leaves for the host.
+    host: OnceLock<Arc<host::Host>>,
 }
 
 impl CudaGpu {
@@ -137,10 +147,14 @@ impl CudaGpu {
             stream,
             pool,
             kernels: Default::default(),
+            cross_entropy: Default::default(),
             products,
             attention: Default::default(),
             low_rank,
+            placing: Default::default(),
+            decoding: Default::default(),
             cudnn: OnceLock::new(),
+            host: OnceLock::new(),
         })
     }
 
@@ -203,6 +217,9 @@ impl CudaGpu {
 
 impl Gpu for CudaGpu {
     fn launch(&self, call: &Call) -> Result<()> {
+        if self.cross_entropy.launch(self, call)? {
+            return Ok(());
+        }
         self.kernels.launch(self, call)
     }
 
@@ -255,6 +272,29 @@ impl Gpu for CudaGpu {
         self.attention.backward(self, dout, qkv, out, stats, grads, rows, spec)
     }
 
+    fn rest(&self, tensor: &Tensor) -> Result<Option<Box<dyn Resting>>> {
+        let host = match self.host.get() {
+            Some(host) => host,
+            None => {
+                let host = Arc::new(host::Host::new(&self.context)?);
+                self.host.get_or_init(|| host)
+            }
+        };
+        self.rested(host, tensor).map(Some)
+    }
+
+    fn decoding(&self) -> Option<&dyn Decoding> {
+        Some(self)
+    }
+
+    fn part_table(&self, parts: &[Part]) -> Result<Option<PartTable>> {
+        place::table(self, parts)
+    }
+
+    fn place(&self, values: &Tensor, table: &PartTable) -> Result<()> {
+        self.placing.run(self, values, table)
+    }
+
     fn synchronize(&self) -> Result<()> {
         Ok(self.stream.synchronize().w()?)
     }
@@ -288,6 +328,10 @@ impl Gpu for CudaGpu {
             None => "no cuDNN".into(),
         });
         Facts { name: self.context.name().unwrap_or_else(|_| self.name()), driver: driver(), features }
+    }
+
+    fn marks(&self) -> Result<Box<dyn Marks>> {
+        Ok(Box::new(marks::EventMarks::new(&self.stream)))
     }
 }
 
