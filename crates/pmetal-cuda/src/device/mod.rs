@@ -33,8 +33,8 @@ use candle_core::{
     },
 };
 use pmetal_metal::{
-    AttentionRows, AttentionSpec, Call, Decoding, Error, Facts, Gemm, Gpu, LowRankBackward, Marks,
-    Memory, Part, PartTable, Resting, Result, low_rank_inputs, low_rank_outputs,
+    AttentionRows, AttentionSpec, Call, Decoding, Error, Facts, Gemm, Gpu, LowRankBackward, Marks, Memory, Part,
+    PartTable, Resting, Result, low_rank_inputs, low_rank_outputs,
 };
 
 use self::cudnn::Cudnn;
