@@ -41,7 +41,7 @@ impl Plan {
         let ranks = [16, 32].into_iter().find(|&size| members.iter().all(|&(_, ranks)| ranks == size))?;
         let outputs: usize = members.iter().map(|(outputs, _)| outputs).sum();
         // parts of du weigh against columns of dy, parts of dB against rows: blocks of a small dy are about square
-        let columns = if ranks == 16 && outputs >= 3072 { 512 } else { 256 };
+        let columns = if outputs >= 3072 { 512 } else { 256 };
         let plan = Self { ranks, columns, stages: 0 };
         // the barriers of the tiles lie beside them
         let room = chip.shared.checked_sub(plan.bytes() + 1024)?;
@@ -115,7 +115,7 @@ mod tests {
         let plan = |chip, members: &[_]| Plan::of(chip, members).map(|plan| (plan.ranks, plan.columns));
         assert_eq!(plan(H200, &[(2048, 16), (1024, 16), (1024, 16)]), Some((16, 512)));
         assert_eq!(plan(H200, &[(1024, 16)]), Some((16, 256)));
-        assert_eq!(plan(H200, &[(2048, 32), (1024, 32)]), Some((32, 256)));
+        assert_eq!(plan(H200, &[(2048, 32), (1024, 32)]), Some((32, 512)));
         assert_eq!(plan(H200, &[(64, 32), (128, 16)]), None);
         assert_eq!(plan(H200, &[(1024, 64)]), None);
         assert_eq!(plan(RTX, &[(1024, 16)]), Some((16, 256)));
