@@ -153,6 +153,7 @@ pub(super) const ALL: &[Operation] = &[
     },
     Operation { op: "gated_activation", name: "swiglu", prepare: prepare::gate, ..COMMON },
     Operation { op: "gated_activation", name: "geglu", prepare: prepare::gelu_gate, ..COMMON },
+    Operation { op: "normal", name: "random numbers", prepare: prepare::random_numbers, ..COMMON },
     Operation { op: "embedding", name: "embedding", prepare: prepare::look_up, ..COMMON },
     Operation { op: "linear", name: "linear with LoRA", sizes: FEW, prepare: prepare::low_rank, ..COMMON },
     Operation {

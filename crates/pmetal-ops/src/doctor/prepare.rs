@@ -6,7 +6,7 @@ use super::checks::{Prepared, Run, Size};
 use crate::{
     Activation, AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Result, RopeTable, Rows, Sampler,
     Sampling, Value, Weight, adamw, add_rms_norm, attention, elementwise, embedding, gated_activation,
-    linear_cross_entropy, logits, no_grad, rms_norm, rms_norm_rope, rope, write_rows,
+    linear_cross_entropy, logits, no_grad, normal_on_gpu, random, rms_norm, rms_norm_rope, rope, write_rows,
 };
 
 fn weight(arena: &Arena, name: &str) -> Result<Weight> {
@@ -63,6 +63,19 @@ pub(super) fn gelu_gate(run: &Run, Size { rows, width }: Size) -> Result<Prepare
 fn gate_of(activation: Activation, run: &Run, shape: [usize; 2]) -> Result<Prepared> {
     let leaves = [run.columns(shape, 1)?, run.columns(shape, 2)?].map(Value::variable);
     prepared(leaves.into(), move |v| Ok(vec![gated_activation(activation, &v[0], &v[1], SPARE)?]))
+}
+
+/// Numbers of a normal distribution.
+pub(super) fn random_numbers(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let (dtype, device) = (run.dtype, run.device.clone());
+    prepared(vec![], move |_| {
+        let made = normal_on_gpu(&(rows, width).into(), 7, 0.5, dtype, &device)?;
+        let on_host = || {
+            let numbers: Vec<f32> = (0..(rows * width) as u64).map(|i| 0.5 * random::normal(7, i)).collect();
+            Tensor::from_vec(numbers, (rows, width), &device)?.to_dtype(dtype)
+        };
+        Ok(vec![Value::constant(made.map_or_else(on_host, Ok)?)])
+    })
 }
 
 pub(super) fn look_up(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
