@@ -1,11 +1,12 @@
 use std::{
     io::{self, Write},
     ops::ControlFlow,
+    path::PathBuf,
 };
 
 use pmetal::{
     lora::{Use, attach_file},
-    models::{CausalLMModel, Event, Generation, SamplingParams, Session},
+    models::{CausalLMModel, Event, SamplingParams, Session},
     ops::{
         device,
         profile::{self as watch, Profile},
@@ -16,9 +17,13 @@ use super::{median, profile, round, rows::random_ids};
 use crate::verbs::{Failure, Result, model_args::ModelArgs};
 
 #[derive(clap::Args)]
+#[command(mut_arg("model", |model| model.required(false).required_unless_present("model_config")))]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    /// A model's config.json: random weights of its shape, in place of a model
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
+    model_config: Option<PathBuf>,
     /// Tokens of the prompt, drawn at random
     #[arg(long, default_value_t = 512, value_name = "TOKENS")]
     prompt_tokens: usize,
@@ -28,7 +33,7 @@ pub struct Args {
     /// Runs that are timed, after one that is not
     #[arg(long, default_value_t = 3, value_name = "RUNS")]
     runs: usize,
-    /// Also tell where the last run's time goes, operation by operation, on stderr and in the JSON (on the CPU
+    /// Also tell where the time of one more run goes, operation by operation, on stderr and in the JSON (on the CPU
     /// and on CUDA)
     #[arg(long)]
     profile: bool,
@@ -44,8 +49,10 @@ pub fn run(args: &Args) -> Result<()> {
         [adapter] => Some(adapter),
         _ => return Err(Failure::Usage("one --lora at most is timed".into())),
     };
-    let checkpoint = args.model.checkpoint()?;
-    let mut model = args.model.load(&checkpoint)?;
+    let mut model = match &args.model_config {
+        Some(config) => args.model.random(config)?,
+        None => args.model.load(&args.model.checkpoint()?)?,
+    };
     let device = model.device();
     if let Some(adapter) = adapter {
         attach_file(model.as_mut(), &args.model.adapter(adapter)?, Use::Inference)?;
@@ -54,16 +61,9 @@ pub fn run(args: &Args) -> Result<()> {
     let params = SamplingParams { max_tokens: args.tokens, ..SamplingParams::default() };
     let (mut prefill, mut decode) = (Vec::with_capacity(args.runs), Vec::with_capacity(args.runs));
     let mut tokens = 0;
-    let mut profiles = None;
     for run in 0..=args.runs {
-        let made = if run == args.runs && args.profile {
-            let (made, found) = watched(model.as_ref(), &prompt, &params)?;
-            profiles = Some(found);
-            made
-        } else {
-            let mut session = Session::new(model.as_ref())?;
-            session.generate(model.as_ref(), &prompt, &params, &[], &mut |_| ControlFlow::Continue(()))?
-        };
+        let mut session = Session::new(model.as_ref())?;
+        let made = session.generate(model.as_ref(), &prompt, &params, &[], &mut |_| ControlFlow::Continue(()))?;
         // fewer where the model's context ends
         tokens = made.tokens.len();
         if run > 0 {
@@ -82,7 +82,8 @@ pub fn run(args: &Args) -> Result<()> {
         "tokens": tokens,
         "runs": args.runs,
     });
-    if let Some([reading, making]) = profiles {
+    if args.profile {
+        let [reading, making] = watched(model.as_ref(), &prompt, &params)?;
         let steps = tokens.saturating_sub(1).max(1);
         let limits = profile::limits(&device)?;
         let limits = limits.as_ref();
@@ -97,8 +98,8 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(writeln!(io::stdout(), "{report}")?)
 }
 
-/// A run, and what was done up to the first token and after it.
-fn watched(model: &dyn CausalLMModel, prompt: &[u32], params: &SamplingParams) -> Result<(Generation, [Profile; 2])> {
+/// What is done up to the first token of a run and after it.
+fn watched(model: &dyn CausalLMModel, prompt: &[u32], params: &SamplingParams) -> Result<[Profile; 2]> {
     let mut session = Session::new(model)?;
     let mut read = None;
     watch::start(&model.device())?;
@@ -109,5 +110,6 @@ fn watched(model: &dyn CausalLMModel, prompt: &[u32], params: &SamplingParams) -
         ControlFlow::Continue(())
     });
     let making = watch::finish()?;
-    Ok((made?, [read.transpose()?.unwrap_or_default(), making]))
+    made?;
+    Ok([read.transpose()?.unwrap_or_default(), making])
 }

@@ -11,7 +11,8 @@ Examples:
   pmetal bench train --model-config config.json --batch 2 --seq 512 --steps 5
   pmetal bench train --model-config config.json --profile
   pmetal bench train --model-config config.json --device cuda --batch 4 --seq 2048 --packed
-  pmetal bench generate --model ./model --prompt-tokens 512 --tokens 128";
+  pmetal bench generate --model ./model --prompt-tokens 512 --tokens 128
+  pmetal bench generate --model-config config.json --device cuda";
 
 /// Flags of `pmetal bench`.
 #[derive(clap::Args)]
