@@ -35,6 +35,9 @@ class Steps:
 UNSLOTH = "Unsloth 2026.10.9"
 STEPS = {
     "0.6b": Steps("Qwen3-0.6B, 4 x 2,048", QWEN, 4, 2048, (), 130_000, 11.0, (UNSLOTH, 65_295, 11.1)),
+    "0.6b-limited": Steps(
+        "Qwen3-0.6B, 4 x 2,048, within 11 GiB", QWEN, 4, 2048, ("--memory-limit", "11GiB"), 130_000, 11.0, (UNSLOTH, 65_295, 11.1)
+    ),
     "0.6b-checkpointed": Steps(
         "Qwen3-0.6B, 4 x 2,048, checkpointing", QWEN, 4, 2048, ("--memory-limit", "2GiB"), 60_000, 2.0, (UNSLOTH, 24_962, 2.0)
     ),
