@@ -84,7 +84,7 @@ def steps(args, work):
     }
     if args.peers and work.other:
         peer = [sys.executable, str(HERE / "peft_step.py"), config, "--device", "cuda", "--steps", "10", *size]
-        if "--memory-limit" in work.flags:
+        if "checkpointing" in work.what:
             peer.append("--gradient-checkpointing")
         found["peers"]["transformers, PEFT"] = run(peer, may_fail=True)
         found["peers"]["transformers, PEFT, Liger"] = run([*peer, "--liger"], may_fail=True)

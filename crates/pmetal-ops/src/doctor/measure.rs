@@ -97,7 +97,10 @@ pub(super) fn rates(device: &Device) -> Result<Rates> {
 
 /// The norm of many gradients reads them and writes one sum for each threadgroup.
 fn reading(gpu: &dyn Gpu, device: &Device) -> Result<f64> {
-    let (n, groups) = if device.is_cpu() { (1 << 16, 4) } else { (128 << 20, 2048) };
+    // so much that neither the launch nor a cache counts, and a sixteenth of what is free at most
+    let memory = gpu.memory()?;
+    let room = usize::try_from(memory.total.saturating_sub(memory.live) / 64).unwrap_or(usize::MAX);
+    let (n, groups) = if device.is_cpu() { (1 << 16, 4) } else { (room.min(1 << 30), 2048) };
     let x = Tensor::zeros(n, DType::F32, device)?;
     let sums = empty(groups, DType::F32, device)?;
     let params = kernels::NormParams { n: n as u64 };

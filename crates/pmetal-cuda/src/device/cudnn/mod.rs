@@ -91,13 +91,18 @@ impl Cudnn {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<Option<Tensor>> {
-        let Some(shape) = self.shape([q, k, v, out], rows, spec) else { return Ok(None) };
+        let [q, k, v] = &[readable(q, spec)?, readable(k, spec)?, readable(v, spec)?];
+        let result = if wants_contiguous(spec) { &fresh(out)? } else { out };
+        let Some(shape) = self.shape([q, k, v, result], rows, spec) else { return Ok(None) };
         let mut state = self.state();
         let Some([plan, _]) = state.plans(shape) else { return Ok(None) };
         let stats = empty((q.dim(0)?, spec.heads), DType::F32, q.device())?;
-        let tensors = [(Slot::Q, q), (Slot::K, k), (Slot::V, v), (Slot::Out, out), (Slot::Stats, &stats)];
+        let tensors = [(Slot::Q, q), (Slot::K, k), (Slot::V, v), (Slot::Out, result), (Slot::Stats, &stats)];
         let offsets = self.rows.offsets(gpu, rows, shape)?;
         run(gpu, plan, &tensors, &offsets, spec)?;
+        if result.id() != out.id() {
+            copy_rows(gpu, result, out)?;
+        }
         Ok(Some(stats))
     }
 
@@ -117,15 +122,14 @@ impl Cudnn {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<bool> {
+        let [q, k, v, out] = &[readable(q, spec)?, readable(k, spec)?, readable(v, spec)?, readable(out, spec)?];
         let Some(shape) = self.shape([q, k, v, out], rows, spec) else { return Ok(false) };
         let mut state = self.state();
         let Some([_, plan]) = state.plans(shape) else { return Ok(false) };
         let (all, device) = (q.shape(), q.device());
         let dout = &dout.contiguous()?;
         let places = [dq, dk, dv];
-        let contiguous =
-            |t: &Tensor| if t.is_contiguous() { Ok(t.clone()) } else { empty(t.shape(), t.dtype(), device) };
-        let [dq, dk, dv] = &[contiguous(dq)?, contiguous(dk)?, contiguous(dv)?];
+        let [dq, dk, dv] = &[fresh(dq)?, fresh(dk)?, fresh(dv)?];
         let row_sum = empty(stats.shape(), DType::F32, device)?;
         let mut tensors = vec![
             (Slot::Q, q),
@@ -199,6 +203,21 @@ impl State {
         };
         self.plans.entry(shape).or_insert_with(make).as_ref()
     }
+}
+
+/// Whether rows with a pitch are copied: with cuDNN 9.19 their gradients were wrong for heads of 256, and right up to 128.
+const fn wants_contiguous(spec: &AttentionSpec) -> bool {
+    spec.head_dim > super::attention::WIDEST
+}
+
+/// The tensor as cuDNN reads it.
+fn readable(tensor: &Tensor, spec: &AttentionSpec) -> Result<Tensor> {
+    Ok(if wants_contiguous(spec) { tensor.contiguous()? } else { tensor.clone() })
+}
+
+/// The tensor itself where it is contiguous, else room for as much.
+fn fresh(tensor: &Tensor) -> Result<Tensor> {
+    if tensor.is_contiguous() { Ok(tensor.clone()) } else { empty(tensor.shape(), tensor.dtype(), tensor.device()) }
 }
 
 /// Copies a contiguous matrix into rows with a pitch.

@@ -48,6 +48,7 @@ fn packed_rows_are_those_of_the_formula() -> Result<()> {
             ([6, 2, 64], &[300]),
             ([2, 2, 80], &[40, 128, 3]),
             ([8, 1, 96], &[77; 9]),
+            ([2, 1, 256], &[8, 1, 31]),
         ] {
             // an output is rounded once, from weights that were rounded once: half a step of the mantissa each
             for (dtype, tolerance) in [(DType::BF16, 4e-3), (DType::F16, 5e-4)] {
