@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use pmetal_metal::{Error, Gpu, LowRankBackward, LowRankMember, Result};
+use pmetal_metal::{Error, Gpu, LowRankBackward, LowRankMember, Result, low_rank_forward};
 
 /// A matrix of numbers in -1 .. 1 on the device, the same in every run, and as it was rounded.
 fn matrix(dims: (usize, usize), dtype: DType, seed: u64, device: &Device) -> Result<(Tensor, Vec<f64>)> {
@@ -86,7 +86,7 @@ fn check(gpu: &dyn Gpu, device: &Device, tokens: usize, width: usize, sizes: &[S
         du: &columns(&dy_all, outputs, ranks)?,
         members: &members,
     };
-    gpu.low_rank_forward(work.x, &columns(&weights, 0, width)?.narrow(0, outputs, ranks)?, work.u, &members)?;
+    low_rank_forward(gpu, work.x, &columns(&weights, 0, width)?.narrow(0, outputs, ranks)?, work.u, &members)?;
     gpu.low_rank_backward(&work)?;
 
     let what = format!("{tokens} tokens, {width} wide, {sizes:?}, {dtype:?}");

@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Shape, Tensor};
 
 use crate::{
-    AttentionRows, Call, Decoding, Error, LowRankBackward, LowRankMember, Marks, Part, PartTable, Resting, Result,
-    low_rank_forward, low_rank_inputs, low_rank_outputs, pitch,
+    AttentionRows, Call, Decoding, Error, LowRankBackward, Marks, Part, PartTable, Resting, Result, low_rank_inputs,
+    low_rank_outputs, pitch,
 };
 
 /// A GPU, or what plays one.
@@ -14,15 +14,6 @@ pub trait Gpu: Send + Sync {
 
     /// Runs a matrix product.
     fn gemm(&self, product: &Gemm) -> Result<()>;
-
-    /// Fills the columns of `u [tokens, R]` that are the members' with `scale * x · aᵀ`, for `x [tokens, K]` and `a [R, K]`; rows may have a
-    /// pitch.
-    ///
-    /// # Errors
-    /// Where the operands do not fit one another.
-    fn low_rank_forward(&self, x: &Tensor, a: &Tensor, u: &Tensor, members: &[LowRankMember]) -> Result<()> {
-        low_rank_forward(self, x, a, u, members)
-    }
 
     /// The gradients of the members' adapters and of `u`: `du = scale * dy · b`, then `dA (+)= duᵀ · x` and `dB (+)= dyᵀ · u`.
     ///

@@ -47,7 +47,8 @@ pub struct LowRankBackward<'a> {
     pub joined_da: Option<LowRankGradient<'a>>,
 }
 
-/// [`Gpu::low_rank_forward`] as a product for all members of one factor.
+/// Fills the columns of `u [tokens, R]` that are the members' with `scale * x · aᵀ`, for `x [tokens, K]` and `a [R, K]`, whose rows may have a
+/// pitch: a product for all members of one factor.
 ///
 /// # Errors
 /// Where the operands do not fit one another.

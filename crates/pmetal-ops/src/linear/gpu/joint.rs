@@ -7,7 +7,7 @@
 use std::{ops::Range, sync::Arc};
 
 use candle_core::{DType, Tensor};
-use pmetal_metal::{Gpu, LowRankBackward, LowRankMember, empty};
+use pmetal_metal::{Gpu, LowRankBackward, LowRankMember, empty, low_rank_forward};
 
 use super::{
     add_dropped, dropped,
@@ -179,7 +179,7 @@ fn half_products(gpu: &dyn Gpu, group: &LinearGroup, joint: &Joint, input: &Tens
         let scales: Vec<_> =
             group.members.iter().map(|m| Gradients { scale: m.scale(), ..Default::default() }).collect();
         let a = joint.part(*n..n + r, 0..*k)?;
-        return Ok(gpu.low_rank_forward(&x, &a, &u, &joint.low_rank_members(&scales))?);
+        return Ok(low_rank_forward(gpu, &x, &a, &u, &joint.low_rank_members(&scales))?);
     }
     for (member, ranks) in group.members.iter().zip(ranks) {
         let Some(adapter) = &member.adapter else { continue };
