@@ -1,34 +1,15 @@
 //! Products of one row and attention of one query on a CUDA device against f64 on the host. Without the feature or a GPU from Hopper on each
 //! test says that it is left out.
 
-use std::{
-    path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+mod common;
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_metal::{AttentionSpec, Decoding, Error, Gpu, Result, RowAttention, RowProduct, RowStep};
 
+use self::common::{gpu, host, numbers};
+
 /// Dtypes, and how far a result may be from the reference.
 const DTYPES: [(DType, f64); 3] = [(DType::F32, 1e-5), (DType::F16, 1e-3), (DType::BF16, 8e-3)];
-
-/// The first GPU, for one test at a time: they share its memory.
-fn gpu() -> Option<(Device, Arc<dyn Gpu>, MutexGuard<'static, ()>)> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    match pmetal_cuda::open(0) {
-        Ok(device) => {
-            let Device::Cuda(cuda) = &device else { panic!("{device:?} is no CUDA device") };
-            let gpu = pmetal_cuda::gpu(cuda).unwrap();
-            Some((device, gpu, turn))
-        }
-        Err(error) => {
-            assert!(matches!(error, Error::NotBuilt { .. }) || !Path::new("/dev/nvidiactl").exists(), "{error}");
-            eprintln!("left out: {error}");
-            None
-        }
-    }
-}
 
 /// What decodes there; none before Hopper.
 fn decoding<'a>(gpu: &'a dyn Gpu, dtype: DType, spec: &AttentionSpec, width: usize) -> Option<&'a dyn Decoding> {
@@ -42,18 +23,8 @@ fn decoding<'a>(gpu: &'a dyn Gpu, dtype: DType, spec: &AttentionSpec, width: usi
 
 /// Numbers in -1 .. 1 on the device, the same in every run, and as they were rounded.
 fn matrix(dims: (usize, usize), dtype: DType, seed: u64, device: &Device) -> Result<(Tensor, Vec<f64>)> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let next = |_| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    let tensor = Tensor::from_vec((0..dims.0 * dims.1).map(next).collect(), dims, device)?.to_dtype(dtype)?;
+    let tensor = Tensor::from_vec(numbers(dims.0 * dims.1, seed), dims, device)?.to_dtype(dtype)?;
     Ok((tensor.clone(), host(&tensor)?))
-}
-
-fn host(tensor: &Tensor) -> Result<Vec<f64>> {
-    let values: Vec<f32> = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-    Ok(values.into_iter().map(f64::from).collect())
 }
 
 fn distance(got: &[f64], want: &[f64]) -> f64 {

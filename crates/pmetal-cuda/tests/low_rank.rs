@@ -1,24 +1,16 @@
 //! Low-rank products on a CUDA device against f64 on the host. Without the feature or a GPU the test says that it is left out.
 
-use std::path::Path;
+mod common;
 
 use candle_core::{DType, Device, Tensor};
-use pmetal_metal::{Error, Gpu, LowRankBackward, LowRankMember, Result, low_rank_forward};
+use pmetal_metal::{Gpu, LowRankBackward, LowRankMember, Result, low_rank_forward};
+
+use self::common::{gpu, host, numbers};
 
 /// A matrix of numbers in -1 .. 1 on the device, the same in every run, and as it was rounded.
 fn matrix(dims: (usize, usize), dtype: DType, seed: u64, device: &Device) -> Result<(Tensor, Vec<f64>)> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let next = |_| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    let tensor = Tensor::from_vec((0..dims.0 * dims.1).map(next).collect(), dims, device)?.to_dtype(dtype)?;
+    let tensor = Tensor::from_vec(numbers(dims.0 * dims.1, seed), dims, device)?.to_dtype(dtype)?;
     Ok((tensor.clone(), host(&tensor)?))
-}
-
-fn host(tensor: &Tensor) -> Result<Vec<f64>> {
-    let values: Vec<f32> = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-    Ok(values.into_iter().map(f64::from).collect())
 }
 
 /// A member's outputs, its ranks and how many of them are its adapter's.
@@ -140,16 +132,7 @@ fn check(gpu: &dyn Gpu, device: &Device, tokens: usize, width: usize, sizes: &[S
 
 #[test]
 fn low_rank_products_are_those_of_the_host() -> Result<()> {
-    let device = match pmetal_cuda::open(0) {
-        Ok(device) => device,
-        Err(error) => {
-            assert!(matches!(error, Error::NotBuilt { .. }) || !Path::new("/dev/nvidiactl").exists(), "{error}");
-            eprintln!("left out: {error}");
-            return Ok(());
-        }
-    };
-    let Device::Cuda(cuda) = &device else { panic!("{device:?} is no CUDA device") };
-    let gpu = pmetal_cuda::gpu(cuda)?;
+    let Some((device, gpu, _turn)) = gpu() else { return Ok(()) };
     let groups: [&[Size]; 6] = [
         &[(64, 16, 16), (640, 16, 5), (128, 16, 16)],
         &[(3136, 16, 16)],

@@ -56,7 +56,7 @@ pub use error::{Error, Result};
 pub use gated_activation::{Activation, gated_activation};
 pub use kv_cache::write_rows;
 pub use linear::{Adapter, LinearGroup, LinearMember};
-pub use linear_cross_entropy::{CrossEntropy, linear_cross_entropy, linear_cross_entropy_within};
+pub use linear_cross_entropy::{CrossEntropy, LOGITS_BYTES, linear_cross_entropy, linear_cross_entropy_within};
 pub use logits::logits;
 pub use norm_rope::rms_norm_rope;
 pub use normal::normal_on_gpu;

@@ -1,12 +1,12 @@
 //! What a step needs of memory beside weights and optimizer, and which results survive its forward pass within a limit.
 
 use pmetal_models::{Checkpointing, DecoderSpec};
-use pmetal_ops::{DeviceRates, Fate, Policy, Saved};
+use pmetal_ops::{DeviceRates, Fate, LOGITS_BYTES as MOST_LOGITS_BYTES, Policy, Saved};
 
 /// The results that can be computed again.
 const COMPUTED: [Saved; 4] = [Saved::Middle, Saved::Attention, Saved::Projections, Saved::Gates];
 /// Bytes of logits at a time: no fewer, so that products stay large; no more.
-const LOGITS_BYTES: [u64; 2] = [128 << 20, 256 << 20];
+const LOGITS_BYTES: [u64; 2] = [MOST_LOGITS_BYTES as u64 / 2, MOST_LOGITS_BYTES as u64];
 /// Bytes of what is small: ids, statistics, partial sums. Estimates are a hundredth larger besides.
 const SMALL_BYTES: u64 = 16 << 20;
 /// A device's rate of products where nothing was measured: only ratios of times count then.

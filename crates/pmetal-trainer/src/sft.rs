@@ -15,7 +15,7 @@ use pmetal_models::{
     CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, refuse_too_large,
     save_pretrained, spec_of, tensors_of,
 };
-use pmetal_ops::{Arena, no_grad};
+use pmetal_ops::{Arena, LOGITS_BYTES, no_grad};
 
 use crate::{
     Error, FineTuneType, LoopSettings, MetricsFile, Observer, Result, Schedule, SftOptions, StepSettings, Summary,
@@ -235,7 +235,7 @@ pub(crate) fn loop_settings(options: &SftOptions) -> LoopSettings {
             max_grad_norm: options.max_grad_norm,
             weight_decay: options.weight_decay,
             checkpointing: None,
-            logits_bytes: 256 << 20,
+            logits_bytes: LOGITS_BYTES,
             seed: options.seed,
         },
     }

@@ -18,7 +18,7 @@ use crate::{
 const OP: &str = "linear_cross_entropy";
 
 /// Bytes of logits that exist at a time on a GPU, roughly, unless it is said.
-const LOGITS_BYTES: usize = 256 << 20;
+pub const LOGITS_BYTES: usize = 256 << 20;
 
 /// A loss and the losses it sums.
 pub struct CrossEntropy {

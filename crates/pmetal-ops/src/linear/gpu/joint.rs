@@ -19,6 +19,7 @@ use crate::{
     autograd::{keep, recording, unread},
     elementwise,
     linear::{LinearGroup, LinearMember, OP, kernel::mask_seed},
+    profile,
     rows::{GradRows, same_memory},
 };
 
@@ -38,8 +39,8 @@ impl Joint {
     /// The matrix of members whose weights are frozen on a GPU, which become views of it; none for others.
     pub(in crate::linear) fn of(members: &mut [LinearMember]) -> Result<Option<Self>> {
         let Some(layout) = Layout::of(members)? else { return Ok(None) };
-        let bias = joint_bias(members, &layout)?;
         let matrix = layout.matrix(members)?;
+        let bias = joint_bias(members, &layout, &matrix)?;
         let placement = if layout.r == 0 { None } else { Placement::of(members, &layout, &matrix)? };
         if layout.r > 0 && placement.is_none() {
             return Ok(None);
@@ -160,15 +161,11 @@ pub(in crate::linear) fn forward(
         noise,
     };
     let values = Value::record_if(trained, results, &[x], move |grads| {
-        group_work(&saved.group, tokens * saved.joint.layout.k, needs_dx);
+        profile::work(|| saved.group.backward_flops(tokens * saved.joint.layout.k, needs_dx));
         Ok(vec![saved.run(grads, needs_dx)?])
     });
     let place = |(value, range): (Value, &Range<usize>)| value.with_grad_place(grad_rows.place(range.start));
     Ok(values.into_iter().zip(outputs).map(place).collect())
-}
-
-fn group_work(group: &LinearGroup, elements: usize, needs_dx: bool) {
-    crate::profile::work(|| group.backward_flops(elements, needs_dx));
 }
 
 /// Fills the columns behind the input with `scale * dropout(x) Aᵀ`.
@@ -311,16 +308,13 @@ fn joined_da(members: &[LinearMember], of: &[LowRankMember], k: usize) -> Result
     Ok(Some((first.arena().grads_at(first.first(), end - first.first())?.reshape((ranks, k))?, fresh)))
 }
 
-fn joint_bias(members: &[LinearMember], layout: &Layout) -> Result<Option<Tensor>> {
+fn joint_bias(members: &[LinearMember], layout: &Layout, matrix: &Tensor) -> Result<Option<Tensor>> {
     if members.iter().all(|member| member.bias.is_none()) {
         return Ok(None);
     }
     let parts = members.iter().zip(&layout.outputs).map(|(member, outputs)| match &member.bias {
-        Some(bias) => bias.tensor_in(layout.dtype(members)),
-        None => {
-            let weight = member.weight.tensor()?;
-            Ok(Tensor::zeros(outputs.len(), weight.dtype(), weight.device())?)
-        }
+        Some(bias) => bias.tensor_in(matrix.dtype()),
+        None => Ok(Tensor::zeros(outputs.len(), matrix.dtype(), matrix.device())?),
     });
     Ok(Some(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?))
 }

@@ -80,11 +80,6 @@ impl Layout {
             .collect()
     }
 
-    /// Of the members' weights.
-    pub(super) fn dtype(&self, members: &[LinearMember]) -> DType {
-        members.first().map_or(DType::F32, |member| member.weight.dtype())
-    }
-
     /// The matrix with the weights in it; the one weight itself where there is nothing to add to it.
     pub(super) fn matrix(&self, members: &[LinearMember]) -> Result<Tensor> {
         let weights = members.iter().map(|member| member.weight.tensor()).collect::<Result<Vec<_>>>()?;
