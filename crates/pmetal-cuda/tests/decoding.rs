@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use pmetal_metal::{AttentionSpec, Decoding, Error, Gpu, Result, RowAttention, RowProduct, RowStep};
+use pmetal_metal::{AttentionSpec, Decoding, Error, Gpu, Reach, Result, RowAttention, RowProduct, RowStep};
 
 use self::common::{gpu, host, numbers};
 
@@ -12,6 +12,10 @@ use self::common::{gpu, host, numbers};
 const DTYPES: [(DType, f64); 3] = [(DType::F32, 1e-5), (DType::F16, 1e-3), (DType::BF16, 8e-3)];
 
 /// What decodes there; none before Hopper.
+fn spec(heads: usize, kv_heads: usize, head_dim: usize, scale: f32) -> AttentionSpec {
+    AttentionSpec { heads, kv_heads, head_dim, scale, reach: Reach::All, softcap: None }
+}
+
 fn decoding<'a>(gpu: &'a dyn Gpu, dtype: DType, spec: &AttentionSpec, width: usize) -> Option<&'a dyn Decoding> {
     let decoding = gpu.decoding()?;
     let takes = decoding.decodes(dtype, spec, &[width]).unwrap();
@@ -90,7 +94,7 @@ fn check_product(decoding: &dyn Decoding, device: &Device, case: &Case, dtype: D
 #[test]
 fn products_of_one_row() -> Result<()> {
     let Some((device, gpu, _turn)) = gpu() else { return Ok(()) };
-    let spec = AttentionSpec { heads: 2, kv_heads: 1, head_dim: 64, scale: 1.0 };
+    let spec = spec(2, 1, 64, 1.0);
     let cases: [Case; 7] = [
         (&[1], 8, 0, [false; 4]),
         (&[5], 72, 16, [false, true, true, false]),
@@ -112,7 +116,7 @@ fn products_of_one_row() -> Result<()> {
 #[test]
 fn operands_that_do_not_fit_are_refused() -> Result<()> {
     let Some((device, gpu, _turn)) = gpu() else { return Ok(()) };
-    let spec = AttentionSpec { heads: 2, kv_heads: 1, head_dim: 64, scale: 1.0 };
+    let spec = spec(2, 1, 64, 1.0);
     let Some(decoding) = decoding(&*gpu, DType::F32, &spec, 64) else { return Ok(()) };
     let zeros = |rows: usize, width: usize| Tensor::zeros((rows, width), DType::F32, &device);
     let (weight, x, y) = (zeros(8, 64)?, zeros(1, 64)?, zeros(1, 8)?);
@@ -161,7 +165,7 @@ fn check_attention(
     (position, has_norms): (usize, bool),
     (dtype, tolerance): (DType, f64),
 ) -> Result<()> {
-    let &AttentionSpec { heads, kv_heads, head_dim: d, scale } = spec;
+    let &AttentionSpec { heads, kv_heads, head_dim: d, scale, .. } = spec;
     let (qkv, qkv_host) = matrix((1, (heads + 2 * kv_heads) * d), dtype, 1, device)?;
     let (keys, mut keys_host) = matrix((CAPACITY, kv_heads * d), dtype, 2, device)?;
     let (values, mut values_host) = matrix((CAPACITY, kv_heads * d), dtype, 3, device)?;
@@ -224,7 +228,7 @@ fn attention_of_one_query() -> Result<()> {
         ((4, 1, 256), bf16),
     ];
     for ((heads, kv_heads, head_dim), dtype) in cases {
-        let spec = AttentionSpec { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
+        let spec = spec(heads, kv_heads, head_dim, 1.0 / (head_dim as f32).sqrt());
         let Some(decoding) = decoding(&*gpu, dtype.0, &spec, 64) else { return Ok(()) };
         for (position, has_norms) in
             [(0, false), (1, true), (8, false), (130, true), (639, false), (CAPACITY - 1, true)]
@@ -238,7 +242,7 @@ fn attention_of_one_query() -> Result<()> {
 #[test]
 fn steps_follow_one_another_and_are_done_again() -> Result<()> {
     let Some((device, gpu, _turn)) = gpu() else { return Ok(()) };
-    let spec = AttentionSpec { heads: 2, kv_heads: 1, head_dim: 64, scale: 1.0 };
+    let spec = spec(2, 1, 64, 1.0);
     for width in [64, 2048] {
         let Some(decoding) = decoding(&*gpu, DType::F32, &spec, width) else { return Ok(()) };
         let (weight, w) = matrix((width, width), DType::F32, 1, &device)?;

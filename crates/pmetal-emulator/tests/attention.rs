@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_emulator::Emulator;
-use pmetal_metal::{AttentionRows, AttentionSpec, attention_backward, attention_forward, empty};
+use pmetal_metal::{AttentionRows, AttentionSpec, Reach, attention_backward, attention_forward, empty};
 
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
@@ -80,7 +80,8 @@ fn check(rows: &[[usize; 4]], d: usize, dtype: DType) {
     let kv_tokens = rows.iter().map(|row| row[2] + row[3]).max().unwrap();
     let [q, dout] = [1, 2].map(|seed| random(tokens, HEADS, d, seed, dtype));
     let [k, v] = [3, 4].map(|seed| random(kv_tokens, KV_HEADS, d, seed, dtype));
-    let spec = AttentionSpec { heads: HEADS, kv_heads: KV_HEADS, head_dim: d, scale: 0.2 };
+    let (heads, kv_heads) = (HEADS, KV_HEADS);
+    let spec = AttentionSpec { heads, kv_heads, head_dim: d, scale: 0.2, reach: Reach::All, softcap: None };
     let upload = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), &Device::Cpu);
     let rows_of = AttentionRows::new::<candle_core::Error>(rows, upload).unwrap();
     let zeros = |like: &Tensor, spare| pitched(&like.zeros_like().unwrap().contiguous().unwrap(), spare);

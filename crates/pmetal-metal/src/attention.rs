@@ -9,7 +9,8 @@ const TILE: usize = 32;
 
 /// Fills `out` and returns the log-sum-exp of each query `[tokens, heads]` in f32, as [`Gpu::attention_forward`] says.
 ///
-/// None where a head's width is not a multiple of 8 or exceeds 128, or where the dtype is none of f32, f16 and bf16.
+/// None where a head's width is not a multiple of 8 or exceeds 128, where queries do not see every key up to their own or scores have a cap,
+/// or where the dtype is none of f32, f16 and bf16.
 ///
 /// # Errors
 /// When a buffer does not fit, or the launch fails.
@@ -21,7 +22,8 @@ pub fn attention_forward(
     spec: &AttentionSpec,
 ) -> Result<Option<Tensor>> {
     let width = spec.head_dim;
-    if !width.is_multiple_of(8) || width > 128 || !matches!(q.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+    let served = spec.is_plain() && width.is_multiple_of(8) && width <= 128;
+    if !served || !matches!(q.dtype(), DType::F32 | DType::F16 | DType::BF16) {
         return Ok(None);
     }
     let lse = empty((q.dim(0)?, spec.heads), DType::F32, q.device())?;

@@ -25,7 +25,7 @@ pub trait Gpu: Send + Sync {
     }
 
     /// Attention on matrix units: fills `out` and returns what the backward needs beside it; none where this device has no such kernel
-    /// for the dtype, the head's width or the rows. `q` and `out` are `[tokens, heads * head_dim]`, `k` and `v` `[kv_tokens, kv_heads *
+    /// for the dtype, the rows or what `spec` says. `q` and `out` are `[tokens, heads * head_dim]`, `k` and `v` `[kv_tokens, kv_heads *
     /// head_dim]`, of contiguous rows ([`pitch`]) that begin at multiples of 8 elements where heads are a multiple of 8 wide.
     fn attention_forward(
         &self,
@@ -160,6 +160,38 @@ fn misfit(buffer: &'static str, expected: String, tensor: &Tensor) -> Error {
     Error::Buffer { kernel: "gemm", buffer, expected, got }
 }
 
+/// What a query sees of the keys up to its own. Positions count from the row's first key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Reach {
+    /// All of them.
+    #[default]
+    All,
+    /// The last so many, its own among them.
+    Window(usize),
+    /// Those of its own chunk, `position / n`.
+    Chunk(usize),
+}
+
+impl Reach {
+    /// The first key that the query at `position` sees.
+    pub const fn first(self, position: usize) -> usize {
+        match self {
+            Self::All | Self::Chunk(0) => 0,
+            Self::Window(keys) => (position + 1).saturating_sub(keys),
+            Self::Chunk(keys) => position / keys * keys,
+        }
+    }
+
+    /// The same over rows of at most `keys` keys: what reaches over all of them is [`Reach::All`].
+    #[must_use]
+    pub const fn within(self, keys: usize) -> Self {
+        match self {
+            Self::Window(own) | Self::Chunk(own) if own < keys => self,
+            _ => Self::All,
+        }
+    }
+}
+
 /// What is constant over the rows of an attention.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionSpec {
@@ -171,6 +203,17 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Factor on the scores, as a rule `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// What each query sees.
+    pub reach: Reach,
+    /// Scaled scores become `cap * tanh(score / cap)`, before the mask.
+    pub softcap: Option<f32>,
+}
+
+impl AttentionSpec {
+    /// Whether queries see every key up to their own and scores have no cap: what kernels take that know of neither.
+    pub const fn is_plain(&self) -> bool {
+        matches!(self.reach, Reach::All) && self.softcap.is_none()
+    }
 }
 
 /// Bytes of a device's memory.

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Shape, Tensor};
 use pmetal_ops::{
-    Activation, AttentionSpec, Fate, LinearGroup, LinearMember, Policy, RopeTable, Rows, Saved, Value, Weight,
+    Activation, AttentionSpec, Fate, LinearGroup, LinearMember, Policy, Reach, RopeTable, Rows, Saved, Value, Weight,
     add_rms_norm, attention,
     autograd::{last, saved},
     gated_activation, rms_norm_beside, rms_norm_rope, rope,
@@ -98,6 +98,8 @@ impl Layer {
             kv_heads: spec.num_key_value_heads,
             head_dim: spec.head_dim,
             scale: 1.0 / (spec.head_dim as f32).sqrt(),
+            reach: Reach::All,
+            softcap: None,
         };
         let eps = spec.rms_norm_eps;
         Ok(Self { index, attention, eps, block_norms, head_norms, qkv, output, gate_up, down, modules })
@@ -176,7 +178,7 @@ impl Layer {
             None => (k, v),
         };
         let spare = self.output.spare_columns();
-        let y = saved(Saved::Attention, || attention(&q, &k, &v, &pass.rows, self.attention, spare))?;
+        let y = saved(Saved::Attention, || attention(&q, &k, &v, None, &pass.rows, self.attention, spare))?;
         let [y] = take(saved(Saved::Middle, || self.output.forward(&y, pass.noise))?)?;
         Ok(y)
     }

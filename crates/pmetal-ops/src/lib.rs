@@ -49,7 +49,7 @@ mod testing;
 mod weight;
 
 pub use adamw::{AdamW, StepOutcome, adamw};
-pub use attention::{AttentionSpec, Rows, attention};
+pub use attention::{AttentionSpec, Reach, Rows, attention};
 pub use autograd::{Fate, Policy, Saved, Value, backward, checkpoint, composite, gradients, no_grad};
 pub use embedding::embedding;
 pub use error::{Error, Result};

@@ -1,7 +1,7 @@
 //! An attention over packed rows for tests on a device, and what the formula says of it in f64.
 
 use candle_core::{DType, Device, Tensor};
-use pmetal_metal::{AttentionRows, AttentionSpec, Result, empty};
+use pmetal_metal::{AttentionRows, AttentionSpec, Reach, Result, empty};
 
 /// Tensors of one attention, and their numbers as rounded.
 #[derive(Clone)]
@@ -28,7 +28,8 @@ impl Case {
         let table: Vec<_> = starts.zip(lengths).map(|(start, &n)| [start, n, start, n]).collect();
         let upload = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), device);
         let rows = AttentionRows::new::<candle_core::Error>(&table, upload)?;
-        let spec = AttentionSpec { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let spec = AttentionSpec { heads, kv_heads, head_dim, scale, reach: Reach::All, softcap: None };
         let mut state = 7u64;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -55,7 +56,7 @@ impl Case {
     /// out, dq, dk, dv by the formula.
     pub(super) fn expected(&self) -> [Vec<f64>; 4] {
         let [q, k, v, dout] = &self.numbers;
-        let AttentionSpec { heads, kv_heads, head_dim: d, scale } = self.spec;
+        let AttentionSpec { heads, kv_heads, head_dim: d, scale, .. } = self.spec;
         let mut results = [q, q, k, v].map(|like| vec![0f64; like.len()]);
         let [out, dq, dk, dv] = &mut results;
         let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();

@@ -68,7 +68,7 @@ struct Heads {
 
 impl Heads {
     fn new(dtype: DType, spec: &AttentionSpec) -> Self {
-        let whole = spec.kv_heads > 0 && spec.heads.is_multiple_of(spec.kv_heads);
+        let whole = spec.is_plain() && spec.kv_heads > 0 && spec.heads.is_multiple_of(spec.kv_heads);
         Self { dtype, group: if whole { spec.heads / spec.kv_heads } else { 0 }, head_dim: spec.head_dim }
     }
 
@@ -224,7 +224,7 @@ impl CudaGpu {
         if !kind.fit() {
             return Err(misfit("qkv", "heads that the kernel takes".into(), qkv.dims()));
         }
-        let AttentionSpec { heads, kv_heads, head_dim, scale } = spec;
+        let AttentionSpec { heads, kv_heads, head_dim, scale, .. } = spec;
         let place = kv_heads * head_dim;
         expect("qkv", qkv, dtype, heads * head_dim + 2 * place)?;
         expect("out", out, dtype, heads * head_dim)?;
@@ -363,11 +363,14 @@ fn misfit(buffer: &'static str, expected: String, got: &[usize]) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use pmetal_metal::Reach;
+
     use super::*;
     use crate::device::nvrtc::takes;
 
     fn heads(dtype: DType, heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
-        Heads::new(dtype, &AttentionSpec { heads, kv_heads, head_dim, scale: 1.0 })
+        let spec = AttentionSpec { heads, kv_heads, head_dim, scale: 1.0, reach: Reach::All, softcap: None };
+        Heads::new(dtype, &spec)
     }
 
     fn compile(text: &str, dtype: DType, sizes: &[(&str, usize)]) -> Result<()> {

@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 use pmetal_metal::{AttentionRows, Gpu, Grid, empty, kernels, pitch, pitches};
 
-use super::{AttentionSpec, OP, Rows};
+use super::{AttentionSpec, Rows};
 use crate::{
     Error, Result,
     place::is_off,
@@ -14,7 +14,7 @@ use crate::{
 const MATRIX: &str = "attention_matrix";
 
 /// The widest head of the plain kernels.
-const MAX_WIDTH: usize = 256;
+pub(super) const MAX_WIDTH: usize = 256;
 
 /// Threads of the plain kernels' threadgroups, and how many of these keep a large GPU busy.
 const THREADS: usize = 128;
@@ -55,9 +55,6 @@ pub(super) fn forward(
         && let Some(stats) = gpu.attention_forward(q, k, v, &out, &rows, spec)?
     {
         return Ok(vec![room.parent, stats.flatten_all()?]);
-    }
-    if spec.head_dim > MAX_WIDTH {
-        return Err(Error::operand(OP, "head_dim", format!("at most {MAX_WIDTH}"), spec.head_dim));
     }
     let lse = empty((tokens, spec.heads), DType::F32, device)?;
     let grid = Grid { groups: [rows.max_q_len, spec.heads, rows.rows], threads: THREADS };

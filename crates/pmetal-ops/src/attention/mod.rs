@@ -1,8 +1,10 @@
 //! Causal attention over rows of different lengths that lie behind one another.
 //!
-//! For each row and head: `out = softmax(scale * q kᵀ + mask) v`, query `i` of a row seeing its keys `0 ..= kv_len - q_len + i`;
-//! `heads / kv_heads` query heads share a key head. The score matrix is never stored: the forward keeps the log-sum-exp of each query.
-//! Source: Vaswani et al., 2017; Dao et al., "FlashAttention", 2022; Ainslie et al., "GQA", 2023.
+//! For each row and head: `out = softmax(scale * q kᵀ + mask) v`, query `i` of a row seeing its keys `.. = kv_len - q_len + i` as far back as a
+//! [`Reach`] says; `heads / kv_heads` query heads share a key head. Scores may have a soft cap, and each head a sink: one logit more in its
+//! queries' softmax, whose share is dropped. The score matrix is never stored: the forward keeps the log-sum-exp of each query.
+//! Source: Vaswani et al., 2017; Dao et al., "FlashAttention", 2022; Ainslie et al., "GQA", 2023; for caps Gemma Team, "Gemma 2", 2024; for
+//! sinks Xiao et al., "Efficient streaming language models with attention sinks", 2024, and OpenAI, "gpt-oss", 2025.
 
 mod cpu;
 mod gpu;
@@ -12,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{D, DType, Device, Tensor};
 pub use pmetal_cpu::Segment;
 use pmetal_metal::AttentionRows;
-pub use pmetal_metal::AttentionSpec;
+pub use pmetal_metal::{AttentionSpec, Reach};
 
 use crate::{
     Error, Result,
@@ -70,6 +72,11 @@ impl Rows {
         self.segments().iter().map(|s| s.q_len * s.kv_len - s.q_len * s.q_len.saturating_sub(1) / 2).sum()
     }
 
+    /// Keys of the longest row.
+    fn longest(&self) -> usize {
+        self.segments().iter().map(|s| s.kv_len).max().unwrap_or(0)
+    }
+
     /// Keys of all rows.
     fn keys(&self) -> usize {
         self.segments().iter().map(|s| s.kv_len).sum()
@@ -104,14 +111,24 @@ impl Rows {
 }
 
 /// Attention of `q [tokens, heads * head_dim]` over `k` and `v [kv_tokens, kv_heads * head_dim]`; returns `[tokens, heads * head_dim]`, on a
-/// GPU with `spare` free columns behind each row.
-pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSpec, spare: usize) -> Result<Value> {
+/// GPU with `spare` free columns behind each row. `sinks` are `[heads]`, of any float dtype.
+pub fn attention(
+    q: &Value,
+    k: &Value,
+    v: &Value,
+    sinks: Option<&Value>,
+    rows: &Rows,
+    spec: AttentionSpec,
+    spare: usize,
+) -> Result<Value> {
     let _span = profile::span(OP);
-    check(q.tensor(), k.tensor(), v.tensor(), rows, &spec)?;
-    let rows = rows.clone();
+    check(q.tensor(), k.tensor(), v.tensor(), sinks, rows, &spec)?;
+    let (rows, spec) = (rows.clone(), AttentionSpec { reach: spec.reach.within(rows.longest()), ..spec });
     let place = place(q.tensor(), OP)?;
-    if let Place::Reference = place {
-        return Ok(one(composite(&[q, k, v], move |t| Ok(vec![reference(&t[0], &t[1], &t[2], &rows, &spec)?]))?));
+    if matches!(place, Place::Reference) || !spec.is_plain() || sinks.is_some() || spec.head_dim > gpu::MAX_WIDTH {
+        let inputs: Vec<&Value> = [q, k, v].into_iter().chain(sinks).collect();
+        let formula = move |t: &[Tensor]| Ok(vec![reference(&t[0], &t[1], &t[2], t.get(3), &rows, &spec)?]);
+        return Ok(one(composite(&inputs, formula)?));
     }
     let readable = |x: &Value| match place {
         Place::Gpu(_) => gpu::readable(x.tensor()),
@@ -154,7 +171,7 @@ pub fn attention(q: &Value, k: &Value, v: &Value, rows: &Rows, spec: AttentionSp
     Ok(if parent.dims() == value.tensor().dims() { value } else { value.with_spare(parent) })
 }
 
-fn check(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) -> Result<()> {
+fn check(q: &Tensor, k: &Tensor, v: &Tensor, sinks: Option<&Value>, rows: &Rows, spec: &AttentionSpec) -> Result<()> {
     let (tokens, keys) = (q.dim(0)?, k.dim(0)?);
     for (what, t, len, heads) in
         [("q", q, tokens, spec.heads), ("k", k, keys, spec.kv_heads), ("v", v, keys, spec.kv_heads)]
@@ -169,35 +186,77 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) 
     if spec.kv_heads == 0 || !spec.heads.is_multiple_of(spec.kv_heads) {
         return Err(Error::operand(OP, "heads", format!("a multiple of {}", spec.kv_heads), spec.heads));
     }
+    if let Some(sinks) = sinks.map(Value::tensor)
+        && (sinks.dims() != [spec.heads] || !sinks.dtype().is_float())
+    {
+        let expected = format!("[{}] of floats", spec.heads);
+        return Err(Error::operand(OP, "sinks", expected, format!("{:?} of {:?}", sinks.dims(), sinks.dtype())));
+    }
+    if matches!(spec.reach, Reach::Window(0) | Reach::Chunk(0)) {
+        return Err(Error::operand(OP, "reach", "at least one key", format!("{:?}", spec.reach)));
+    }
+    if let Some(cap) = spec.softcap
+        && !(cap.is_finite() && cap > 0.0)
+    {
+        return Err(Error::operand(OP, "softcap", "a positive number", cap));
+    }
     rows.fit(tokens, keys)
 }
 
 /// The formula in plain candle, row by row.
-fn reference(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Rows, spec: &AttentionSpec) -> candle_core::Result<Tensor> {
+fn reference(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    sinks: Option<&Tensor>,
+    rows: &Rows,
+    spec: &AttentionSpec,
+) -> candle_core::Result<Tensor> {
     let wide = if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let group = spec.heads / spec.kv_heads;
+    let (group, width) = (spec.heads / spec.kv_heads, spec.head_dim);
+    let sinks = sinks.map(|sinks| sinks.to_dtype(wide)?.reshape((spec.heads, 1, 1))).transpose()?;
     let mut outs = Vec::new();
-    let heads_of = |t: &Tensor, heads: usize| t.reshape((t.dim(0)?, heads, spec.head_dim));
-    let (q, k, v) = (heads_of(q, spec.heads)?, heads_of(k, spec.kv_heads)?, heads_of(v, spec.kv_heads)?);
     for s in rows.segments() {
-        // [heads, len, head_dim]; each key head repeated for its group of query heads
-        let q = q.narrow(0, s.q_start, s.q_len)?.to_dtype(wide)?.transpose(0, 1)?.contiguous()?;
-        let spread = |t: &Tensor| {
-            let t = t.narrow(0, s.kv_start, s.kv_len)?.to_dtype(wide)?.transpose(0, 1)?.unsqueeze(1)?;
-            t.expand((spec.kv_heads, group, s.kv_len, spec.head_dim))?.reshape((spec.heads, s.kv_len, spec.head_dim))
+        // [kv_heads, group * q_len, width]: the queries of all heads that share a key head meet it together
+        let q = q.narrow(0, s.q_start, s.q_len)?.to_dtype(wide)?.reshape((s.q_len, spec.heads, width))?;
+        let q = q.transpose(0, 1)?.contiguous()?.reshape((spec.kv_heads, group * s.q_len, width))?;
+        let keys_of = |t: &Tensor| {
+            let t = t.narrow(0, s.kv_start, s.kv_len)?.to_dtype(wide)?.reshape((s.kv_len, spec.kv_heads, width))?;
+            t.transpose(0, 1)
         };
-        let (k, v) = (spread(&k)?, spread(&v)?);
-        let mask: Vec<f32> = (0..s.q_len)
-            .flat_map(|i| (0..s.kv_len).map(move |j| if j <= s.kv_len - s.q_len + i { 0.0 } else { f32::NEG_INFINITY }))
-            .collect();
-        let mask = Tensor::from_vec(mask, (1, s.q_len, s.kv_len), q.device())?.to_dtype(wide)?;
-        let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * f64::from(spec.scale))?.broadcast_add(&mask)?;
-        let top = scores.max_keepdim(D::Minus1)?.detach();
+        let scores = (q.matmul(&keys_of(k)?.transpose(1, 2)?.contiguous()?)? * f64::from(spec.scale))?;
+        let scores = match spec.softcap.map(f64::from) {
+            Some(cap) => ((scores / cap)?.tanh()? * cap)?,
+            None => scores,
+        };
+        let scores =
+            scores.reshape((spec.heads, s.q_len, s.kv_len))?.broadcast_add(&mask(s, spec, q.device(), wide)?)?;
+        let mut top = scores.max_keepdim(D::Minus1)?;
+        if let Some(sinks) = &sinks {
+            top = top.broadcast_maximum(sinks)?;
+        }
+        let top = top.detach();
         let weights = scores.broadcast_sub(&top)?.exp()?;
-        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-        outs.push(weights.matmul(&v.contiguous()?)?.transpose(0, 1)?);
+        let mut sum = weights.sum_keepdim(D::Minus1)?;
+        if let Some(sinks) = &sinks {
+            sum = (sum + sinks.broadcast_sub(&top)?.exp()?)?;
+        }
+        let weights = weights.broadcast_div(&sum)?.reshape((spec.kv_heads, group * s.q_len, s.kv_len))?;
+        let out = weights.matmul(&keys_of(v)?.contiguous()?)?.reshape((spec.heads, s.q_len, width))?;
+        outs.push(out.transpose(0, 1)?);
     }
     Tensor::cat(&outs, 0)?.flatten_from(1)?.to_dtype(q.dtype())
+}
+
+/// `[1, q_len, kv_len]`: minus infinity where a query does not see a key.
+fn mask(s: &Segment, spec: &AttentionSpec, device: &Device, dtype: DType) -> candle_core::Result<Tensor> {
+    let sees = |i, j| {
+        let position = s.kv_len - s.q_len + i;
+        spec.reach.first(position) <= j && j <= position
+    };
+    let of_query = |i| (0..s.kv_len).map(move |j| if sees(i, j) { 0.0 } else { f32::NEG_INFINITY });
+    let mask: Vec<f32> = (0..s.q_len).flat_map(of_query).collect();
+    Tensor::from_vec(mask, (1, s.q_len, s.kv_len), device)?.to_dtype(dtype)
 }
 
 #[cfg(test)]
@@ -209,7 +268,8 @@ mod tests {
         testing::{assert_close, check_op, emulated, random},
     };
 
-    const SPEC: AttentionSpec = AttentionSpec { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.4 };
+    const SPEC: AttentionSpec =
+        AttentionSpec { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.4, reach: Reach::All, softcap: None };
 
     #[test]
     fn packed_rows_and_their_gradients() {
@@ -217,8 +277,8 @@ mod tests {
         let reference_rows = rows.clone();
         check_op(
             &[random(&[9, 24], 1), random(&[9, 12], 2), random(&[9, 12], 3)],
-            move |t| Ok(vec![reference(&t[0], &t[1], &t[2], &reference_rows, &SPEC)?]),
-            |v| Ok(vec![attention(&v[0], &v[1], &v[2], &rows, SPEC, 5)?]),
+            move |t| Ok(vec![reference(&t[0], &t[1], &t[2], None, &reference_rows, &SPEC)?]),
+            |v| Ok(vec![attention(&v[0], &v[1], &v[2], None, &rows, SPEC, 5)?]),
         );
     }
 
@@ -228,9 +288,9 @@ mod tests {
         let [k, v] = [2, 3].map(|seed| random(&[2 * capacity, 12], seed).to_dtype(DType::F32).unwrap());
         let q = random(&[3, 24], 1).to_dtype(DType::F32).unwrap();
         let rows = Rows::cached(&[2, 1], &[5, kv_len], capacity);
-        let want = reference(&q, &k, &v, &rows, &SPEC).unwrap();
+        let want = reference(&q, &k, &v, None, &rows, &SPEC).unwrap();
         let [q, k, v] = [q, k, v].map(Value::constant);
-        let got = attention(&q, &k, &v, &rows, SPEC, 0).unwrap();
+        let got = attention(&q, &k, &v, None, &rows, SPEC, 0).unwrap();
         assert_close(&want, got.tensor(), 1e-5, "cached");
     }
 
@@ -259,13 +319,14 @@ mod tests {
         parent.slice_set(&Tensor::full(7f32, parent.shape(), &Device::Cpu).unwrap(), 0, 0).unwrap();
         let dout = random(&[tokens, widths[0]], 2).to_dtype(DType::F32).unwrap();
 
-        let y = attention(&leaves[0], &leaves[1], &leaves[2], &rows, spec, spare).unwrap();
+        let y = attention(&leaves[0], &leaves[1], &leaves[2], None, &rows, spec, spare).unwrap();
         assert_eq!(y.spare().unwrap().dims(), [tokens, widths[0] + spare]);
         let got = gradients(vec![(y.clone(), dout.clone())], &leaves.each_ref()).unwrap();
         let reference_rows = rows.clone();
         let inputs = leaves.each_ref().map(|leaf| Value::variable(leaf.tensor().to_dtype(DType::F64).unwrap()));
-        let of_reference =
-            composite(&inputs.each_ref(), move |t| Ok(vec![reference(&t[0], &t[1], &t[2], &reference_rows, &spec)?]));
+        let of_reference = composite(&inputs.each_ref(), move |t| {
+            Ok(vec![reference(&t[0], &t[1], &t[2], None, &reference_rows, &spec)?])
+        });
         let want_y = one(of_reference.unwrap());
         assert_close(want_y.tensor(), y.tensor(), 1e-5, "out");
         let dout = dout.to_dtype(DType::F64).unwrap();
@@ -284,7 +345,7 @@ mod tests {
     #[test]
     fn rows_that_do_not_add_up_are_refused() {
         let [q, k, v] = [(4, 1), (2, 2), (2, 3)].map(|(h, s)| Value::constant(random(&[5, h * 6], s)));
-        assert!(attention(&q, &k, &v, &Rows::packed(&[3, 3]), SPEC, 0).is_err());
-        assert!(attention(&q, &k, &v, &Rows::packed(&[4]), SPEC, 0).is_err());
+        assert!(attention(&q, &k, &v, None, &Rows::packed(&[3, 3]), SPEC, 0).is_err());
+        assert!(attention(&q, &k, &v, None, &Rows::packed(&[4]), SPEC, 0).is_err());
     }
 }

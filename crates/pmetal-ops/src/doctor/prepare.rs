@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::checks::{Prepared, Run, Size};
 use crate::{
-    Activation, AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Result, RopeTable, Rows, Sampler,
-    Sampling, Value, Weight, adamw, add_rms_norm, attention, elementwise, embedding, gated_activation,
+    Activation, AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Reach, Result, RopeTable, Rows,
+    Sampler, Sampling, Value, Weight, adamw, add_rms_norm, attention, elementwise, embedding, gated_activation,
     linear_cross_entropy, logits, no_grad, normal_on_gpu, random, rms_norm, rms_norm_rope, rope, write_rows,
 };
 
@@ -162,14 +162,15 @@ pub(super) fn head(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
 /// Two query heads share a key head.
 fn attention_spec(rows: usize, width: usize) -> AttentionSpec {
     let heads = if rows < 1024 { 2 } else { 16 };
-    AttentionSpec { heads, kv_heads: heads / 2, head_dim: width, scale: 1.0 / (width as f32).sqrt() }
+    let scale = 1.0 / (width as f32).sqrt();
+    AttentionSpec { heads, kv_heads: heads / 2, head_dim: width, scale, reach: Reach::All, softcap: None }
 }
 
 fn attend(run: &Run, rows: Rows, [queries, keys]: [usize; 2], spec: AttentionSpec) -> Result<Prepared> {
     let AttentionSpec { heads, kv_heads, head_dim, .. } = spec;
     let (q, kv) = ([queries, heads * head_dim], [keys, kv_heads * head_dim]);
     let leaves = [run.columns(q, 1)?, run.columns(kv, 2)?, run.columns(kv, 3)?].map(Value::variable);
-    prepared(leaves.into(), move |v| Ok(vec![attention(&v[0], &v[1], &v[2], &rows, spec, SPARE)?]))
+    prepared(leaves.into(), move |v| Ok(vec![attention(&v[0], &v[1], &v[2], None, &rows, spec, SPARE)?]))
 }
 
 /// Rows of different lengths behind one another, one of them a single token.
@@ -197,7 +198,7 @@ pub(super) fn decoding(run: &Run, Size { rows, width }: Size) -> Result<Prepared
     let (lengths, spec) = (Rows::cached(&[1, 1], &[rows, rows / 3], rows), attention_spec(rows, width));
     let kv = |seed| Ok::<_, crate::Error>(Value::constant(run.tensor(&[2 * rows, spec.kv_heads * width], seed)?));
     let (q, k, v) = (Value::constant(run.tensor(&[2, spec.heads * width], 1)?), kv(2)?, kv(3)?);
-    prepared(vec![], move |_| Ok(vec![attention(&q, &k, &v, &lengths, spec, 0)?]))
+    prepared(vec![], move |_| Ok(vec![attention(&q, &k, &v, None, &lengths, spec, 0)?]))
 }
 
 pub(super) fn write(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {

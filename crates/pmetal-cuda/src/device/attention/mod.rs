@@ -44,7 +44,7 @@ struct Kernel {
 
 impl Attention {
     /// Fills `out` and returns the scores' log2-sum-exp2, `[heads, tokens]` f32; none where there is no kernel for the dtype, the width
-    /// of the heads or the device.
+    /// of the heads, what queries see, a cap on scores or the device.
     pub(super) fn forward(
         &self,
         gpu: &CudaGpu,
@@ -53,6 +53,9 @@ impl Attention {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<Option<Tensor>> {
+        if !spec.is_plain() {
+            return Ok(None);
+        }
         let Some(built) = self.built(gpu, q.dtype(), spec.head_dim)? else { return Ok(None) };
         let tokens = q.dim(0)?;
         let stats = empty((spec.heads, tokens), DType::F32, q.device())?;

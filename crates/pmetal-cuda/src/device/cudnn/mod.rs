@@ -174,6 +174,7 @@ impl Cudnn {
             _ => return None,
         };
         let served = rows.packed
+            && spec.is_plain()
             && rows.rows > 0
             && rows.max_q_len > 0
             && spec.head_dim.is_multiple_of(16)
