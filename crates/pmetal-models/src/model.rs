@@ -1,5 +1,5 @@
 use candle_core::{DType, Device, Tensor};
-use pmetal_ops::{LinearMember, Value, Weight, logits};
+use pmetal_ops::{LinearMember, LogitsSpec, Value, Weight, logits};
 
 use crate::{Checkpointing, DecoderSpec, KvCache, OneToken, Result};
 
@@ -73,8 +73,13 @@ pub trait CausalLMModel: Send {
     /// Every weight under its Hugging Face name, in the order of [`crate::tensors_of`].
     fn named_weights(&self) -> Vec<(String, Weight)>;
 
+    /// What becomes of the head's products.
+    fn logits_spec(&self) -> LogitsSpec {
+        LogitsSpec::default()
+    }
+
     /// The logits of `hidden [n, hidden_size]`, `[n, vocab_size]` f32.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(logits(hidden, self.head())?)
+        Ok(logits(hidden, self.head(), self.logits_spec())?)
     }
 }

@@ -6,12 +6,12 @@
 //!
 //! ```
 //! use candle_core::{Device, Tensor};
-//! use pmetal_ops::{Value, gradients, rms_norm};
+//! use pmetal_ops::{RmsNorm, Value, gradients, rms_norm};
 //!
 //! # fn main() -> pmetal_ops::Result<()> {
 //! let x = Value::variable(Tensor::new(&[[3f32, 4.0]], &Device::Cpu)?);
 //! let weight = Value::constant(Tensor::new(&[1f32, 1.0], &Device::Cpu)?);
-//! let y = rms_norm(&x, &weight, 0.0, 0)?;
+//! let y = rms_norm(&x, &weight, RmsNorm::new(0.0), 0)?;
 //! let dy = y.tensor().ones_like()?;
 //! let dx = gradients(vec![(y, dy)], &[&x])?;
 //! assert!(dx[0].is_some());
@@ -57,14 +57,14 @@ pub use gated_activation::{Activation, gated_activation};
 pub use kv_cache::write_rows;
 pub use linear::{Adapter, LinearGroup, LinearMember};
 pub use linear_cross_entropy::{CrossEntropy, LOGITS_BYTES, linear_cross_entropy, linear_cross_entropy_within};
-pub use logits::logits;
+pub use logits::{LogitsSpec, logits};
 pub use norm_rope::rms_norm_rope;
 pub use normal::normal_on_gpu;
 pub use param::{Arena, Param};
 pub use place::{emulate, switch_off, uploads_kept};
 pub use rates::{DeviceRates, rates};
-pub use rms_norm::{add_rms_norm, rms_norm, rms_norm_beside};
-pub use rope::{RopeAngles, RopeTable, rope};
+pub use rms_norm::{RmsNorm, add_rms_norm, rms_norm, rms_norm_beside};
+pub use rope::{RopeAngles, RopeLayout, RopeTable, rope};
 pub use sampler::{Sampler, Sampling};
 pub use weight::{MappedFile, MappedWeight, Weight};
 

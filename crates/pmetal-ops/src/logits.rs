@@ -1,4 +1,4 @@
-//! The head alone: `logits = hidden Wᵀ`, in f32 whatever the activations are.
+//! The head alone: `logits = softcap(scale * hidden Wᵀ)`, in f32 whatever the activations are.
 
 use candle_core::{DType, Tensor};
 use pmetal_cpu::{Arithmetic, FewRows, Left, MAX_ROWS, Mat, few_rows, multiply};
@@ -14,21 +14,48 @@ use crate::{
 
 const OP: &str = "logits";
 
+/// What becomes of the products of hidden states with the head: `softcap(scale * products)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LogitsSpec {
+    /// A factor of all logits.
+    pub scale: f32,
+    /// The bound of a logit's size, where there is one: `cap * tanh(x / cap)` (Gemma Team, "Gemma 2", 2024).
+    pub softcap: Option<f32>,
+}
+
+impl Default for LogitsSpec {
+    fn default() -> Self {
+        Self { scale: 1.0, softcap: None }
+    }
+}
+
+impl LogitsSpec {
+    /// The formula in plain candle.
+    pub(crate) fn of_products(self, products: &Tensor) -> candle_core::Result<Tensor> {
+        let scale = f64::from(self.scale);
+        let Some(cap) = self.softcap.map(f64::from) else {
+            return if self.scale == 1.0 { Ok(products.clone()) } else { products * scale };
+        };
+        (products * (scale / cap))?.tanh()? * cap
+    }
+}
+
 /// The logits of `hidden [n, hidden_size]` under `weight [vocab, hidden_size]`: `[n, vocab]` f32. No gradient is recorded.
-pub fn logits(hidden: &Tensor, weight: &Weight) -> Result<Tensor> {
+pub fn logits(hidden: &Tensor, weight: &Weight, spec: LogitsSpec) -> Result<Tensor> {
     let _span = profile::span(OP);
     profile::work(|| 2.0 * (hidden.elem_count() * weight.shape().dims().first().copied().unwrap_or(0)) as f64);
     profile::traffic(|| weight.size_in_bytes() as f64);
-    match place(hidden, OP)? {
-        Place::Cpu => on_cpu(&hidden.contiguous()?, weight),
+    let products = match place(hidden, OP)? {
+        Place::Cpu => on_cpu(&hidden.contiguous()?, weight)?,
         Place::Gpu(gpu) => {
             let (hidden, weight) = (hidden.contiguous()?, weight.tensor_in(hidden.dtype())?);
             let logits = empty((hidden.dim(0)?, weight.dim(0)?), DType::F32, hidden.device())?;
             product(&*gpu, &hidden, &weight, true, &logits, 1.0, 0.0)?;
-            Ok(logits)
+            logits
         }
-        Place::Reference => Ok(hidden.to_dtype(DType::F32)?.matmul(&weight.tensor_in(DType::F32)?.t()?)?),
-    }
+        Place::Reference => hidden.to_dtype(DType::F32)?.matmul(&weight.tensor_in(DType::F32)?.t()?)?,
+    };
+    Ok(spec.of_products(&products)?)
 }
 
 /// The hidden states are multiplied in their own dtype: the sums are f32 and stay it.
@@ -62,7 +89,7 @@ mod tests {
             let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
             let want = wide(&hidden).matmul(&wide(&head).t().unwrap()).unwrap();
             for head in [Weight::Frozen(head.clone()), Weight::Frozen(head).packed().unwrap()] {
-                let got = logits(&hidden, &head).unwrap();
+                let got = logits(&hidden, &head, LogitsSpec::default()).unwrap();
                 assert_eq!(got.dtype(), DType::F32);
                 assert_close(&want, &got, 1e-6, "logits");
             }

@@ -98,8 +98,8 @@ pub fn start_step(
         let packed = Packed::new(rows);
         let input = Input { noise: Some(noise), checkpointing: settings.checkpointing, ..packed.input() };
         let hidden = model.forward(&input, None)?;
-        let entropy =
-            linear_cross_entropy_within(settings.logits_bytes, &hidden, model.head(), &packed.targets, scale)?;
+        let (head, spec) = (model.head(), model.logits_spec());
+        let entropy = linear_cross_entropy_within(settings.logits_bytes, &hidden, head, &packed.targets, scale, spec)?;
         drop(hidden);
         loss = (loss + entropy.loss.tensor())?;
         token_losses.push(entropy.token_losses);
@@ -126,7 +126,7 @@ pub(crate) fn evaluate_rows(model: &dyn CausalLMModel, rows: &[&Example]) -> Res
     let packed = Packed::new(rows);
     let entropy = no_grad(|| {
         let hidden = model.forward(&packed.input(), None)?;
-        Ok::<_, crate::Error>(linear_cross_entropy(&hidden, model.head(), &packed.targets, 1.0)?)
+        Ok::<_, crate::Error>(linear_cross_entropy(&hidden, model.head(), &packed.targets, 1.0, model.logits_spec())?)
     })?;
     Ok((sum_of(&entropy.token_losses)?, rows.iter().map(|row| row.supervised_tokens() as u64).sum()))
 }

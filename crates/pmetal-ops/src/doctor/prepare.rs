@@ -4,9 +4,10 @@ use candle_core::{DType, Device, Tensor};
 
 use super::checks::{Prepared, Run, Size};
 use crate::{
-    Activation, AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Reach, Result, RopeTable, Rows,
-    Sampler, Sampling, Value, Weight, adamw, add_rms_norm, attention, elementwise, embedding, gated_activation,
-    linear_cross_entropy, logits, no_grad, normal_on_gpu, random, rms_norm, rms_norm_rope, rope, write_rows,
+    Activation, AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, LogitsSpec, Reach, Result, RmsNorm,
+    RopeLayout, RopeTable, Rows, Sampler, Sampling, Value, Weight, adamw, add_rms_norm, attention, elementwise,
+    embedding, gated_activation, linear_cross_entropy, logits, no_grad, normal_on_gpu, random, rms_norm, rms_norm_rope,
+    rope, write_rows,
 };
 
 fn weight(arena: &Arena, name: &str) -> Result<Weight> {
@@ -23,13 +24,13 @@ const SPARE: usize = 16;
 
 pub(super) fn norm(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let leaves = [run.columns([rows, width], 1)?, run.tensor(&[width], 2)?].map(Value::variable);
-    prepared(leaves.into(), |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5, 0)?]))
+    prepared(leaves.into(), |v| Ok(vec![rms_norm(&v[0], &v[1], RmsNorm::new(1e-5), 0)?]))
 }
 
 pub(super) fn add_norm(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let operands = [run.columns([rows, width], 1)?, run.tensor(&[rows, width], 2)?, run.tensor(&[width], 3)?];
     prepared(operands.map(Value::variable).into(), |v| {
-        let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-5, SPARE)?;
+        let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], RmsNorm::new(1e-5), SPARE)?;
         Ok(vec![sum, y])
     })
 }
@@ -43,13 +44,13 @@ pub(super) fn turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
 pub(super) fn norm_and_turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let table = angles(rows, width);
     let leaves = [run.columns([rows, 16 * width], 1)?, run.tensor(&[width], 2)?].map(Value::variable);
-    prepared(leaves.into(), move |v| Ok(vec![rms_norm_rope(&v[0], &v[1], 1e-5, &table)?]))
+    prepared(leaves.into(), move |v| Ok(vec![rms_norm_rope(&v[0], &v[1], RmsNorm::new(1e-5), &table)?]))
 }
 
 fn angles(tokens: usize, width: usize) -> RopeTable {
     let positions: Vec<u32> = (0..tokens as u32).map(|t| t % 700).collect();
     let frequencies: Vec<f32> = (0..width / 2).map(|i| 0.7f32.powi(i as i32)).collect();
-    RopeTable::new(&positions, &frequencies, 1.2)
+    RopeTable::new(&positions, &frequencies, 1.2, RopeLayout::whole(width))
 }
 
 pub(super) fn gate(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
@@ -135,7 +136,7 @@ pub(super) fn loss(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let arena = run.arena(&[("head", &[vocabulary(rows), width])])?;
     let (head, labels) = (weight(&arena, "head")?, labels(rows));
     let forward = move |v: &[Value]| {
-        let found = linear_cross_entropy(&v[0], &head, &labels, 1.0 / labels.len() as f32)?;
+        let found = linear_cross_entropy(&v[0], &head, &labels, 1.0 / labels.len() as f32, LogitsSpec::default())?;
         Ok(vec![found.loss, Value::constant(found.token_losses)])
     };
     Ok(Prepared { leaves: run.variables(&[&[rows, width]])?, arena: Some(arena), forward: Box::new(forward) })
@@ -145,7 +146,9 @@ pub(super) fn losses(run: &Run, Size { rows, width }: Size) -> Result<Prepared> 
     let head = Weight::Frozen(run.tensor(&[vocabulary(rows), width], 2)?);
     let (hidden, labels) = (Value::constant(run.tensor(&[rows, width], 1)?), labels(rows));
     prepared(vec![], move |_| {
-        let found = no_grad(|| linear_cross_entropy(&hidden, &head, &labels, 1.0 / labels.len() as f32))?;
+        let found = no_grad(|| {
+            linear_cross_entropy(&hidden, &head, &labels, 1.0 / labels.len() as f32, LogitsSpec::default())
+        })?;
         Ok(vec![found.loss, Value::constant(found.token_losses)])
     })
 }
@@ -154,7 +157,11 @@ pub(super) fn head(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let (hidden, head) = (run.tensor(&[rows, width], 1)?, run.tensor(&[vocabulary(rows), width], 2)?);
     let is_reference = run.is_reference();
     prepared(vec![], move |_| {
-        let y = if is_reference { hidden.matmul(&head.t()?)? } else { logits(&hidden, &Weight::Frozen(head.clone()))? };
+        let y = if is_reference {
+            hidden.matmul(&head.t()?)?
+        } else {
+            logits(&hidden, &Weight::Frozen(head.clone()), LogitsSpec::default())?
+        };
         Ok(vec![Value::constant(y)])
     })
 }

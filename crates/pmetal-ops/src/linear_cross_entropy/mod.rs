@@ -1,4 +1,4 @@
-//! The head and the loss in one: `loss = scale * sum_t -log softmax(hidden_t Wᵀ)[label_t]`.
+//! The head and the loss in one: `loss = scale * sum_t -log softmax(logits_t)[label_t]`, with the logits of [`LogitsSpec`].
 //!
 //! `hidden [tokens, hidden_size]`, `W [vocab, hidden_size]`. Logits exist for one block of tokens at a time: the forward turns a block's
 //! logits into its loss and at once into the gradients of `hidden` and `W`, as Liger Kernel does. The block's logits are f32.
@@ -9,7 +9,7 @@ mod gpu;
 use candle_core::{D, DType, Tensor};
 
 use crate::{
-    Error, Result, Value, Weight,
+    Error, LogitsSpec, Result, Value, Weight,
     autograd::{composite, is_one, one, only, recording},
     place::{Place, place, upload},
     profile,
@@ -34,8 +34,14 @@ pub struct CrossEntropy {
 ///
 /// # Errors
 /// Where shapes do not fit or a label is not below the vocabulary's size.
-pub fn linear_cross_entropy(hidden: &Value, weight: &Weight, labels: &[i64], scale: f32) -> Result<CrossEntropy> {
-    linear_cross_entropy_within(LOGITS_BYTES, hidden, weight, labels, scale)
+pub fn linear_cross_entropy(
+    hidden: &Value,
+    weight: &Weight,
+    labels: &[i64],
+    scale: f32,
+    spec: LogitsSpec,
+) -> Result<CrossEntropy> {
+    linear_cross_entropy_within(LOGITS_BYTES, hidden, weight, labels, scale, spec)
 }
 
 /// [`linear_cross_entropy`] with about so many bytes of logits at a time, on a GPU.
@@ -48,6 +54,7 @@ pub fn linear_cross_entropy_within(
     weight: &Weight,
     labels: &[i64],
     scale: f32,
+    spec: LogitsSpec,
 ) -> Result<CrossEntropy> {
     let _span = profile::span(OP);
     let (tokens, width) = hidden.tensor().dims2()?;
@@ -73,10 +80,11 @@ pub fn linear_cross_entropy_within(
     };
     let products = 1 + usize::from(task.needs_hidden) + usize::from(task.trained.is_some());
     profile::work(|| 2.0 * (products * counted.len() * vocab * width) as f64);
-    let found = match place(&hidden_t, OP)? {
+    let place = if spec == LogitsSpec::default() { place(&hidden_t, OP)? } else { Place::Reference };
+    let found = match place {
         Place::Cpu => cpu::run(&task)?,
         Place::Gpu(gpu) => gpu::run(&*gpu, &task)?,
-        Place::Reference => return by_reference(hidden, weight, &counted, &classes, scale),
+        Place::Reference => return by_reference(hidden, weight, &counted, &classes, scale, spec),
     };
     let Found { loss, token_losses, dhidden } = found;
     let loss = one(Value::record_if(task.trained.is_some(), vec![loss], &[hidden], move |grads| {
@@ -118,21 +126,34 @@ struct Found {
     dhidden: Option<Tensor>,
 }
 
-fn by_reference(hidden: &Value, weight: &Weight, counted: &[u32], classes: &[u32], scale: f32) -> Result<CrossEntropy> {
+fn by_reference(
+    hidden: &Value,
+    weight: &Weight,
+    counted: &[u32],
+    classes: &[u32],
+    scale: f32,
+    spec: LogitsSpec,
+) -> Result<CrossEntropy> {
     let device = hidden.tensor().device();
     let (rows, classes) = (upload(counted, device)?, upload(classes, device)?.reshape((counted.len(), 1))?);
-    let token_losses = reference(hidden.tensor(), &weight.tensor()?, &rows, &classes)?.to_dtype(DType::F32)?;
+    let token_losses = reference(hidden.tensor(), &weight.tensor()?, &rows, &classes, spec)?.to_dtype(DType::F32)?;
     let outputs = composite(&[hidden, &weight.value()?], move |t| {
-        Ok(vec![(reference(&t[0], &t[1], &rows, &classes)?.sum_all()? * f64::from(scale))?])
+        Ok(vec![(reference(&t[0], &t[1], &rows, &classes, spec)?.sum_all()? * f64::from(scale))?])
     })?;
     Ok(CrossEntropy { loss: one(outputs), token_losses })
 }
 
 /// The losses of the counted tokens in plain candle.
-fn reference(hidden: &Tensor, weight: &Tensor, rows: &Tensor, classes: &Tensor) -> candle_core::Result<Tensor> {
+fn reference(
+    hidden: &Tensor,
+    weight: &Tensor,
+    rows: &Tensor,
+    classes: &Tensor,
+    spec: LogitsSpec,
+) -> candle_core::Result<Tensor> {
     let wide = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let hidden = hidden.to_dtype(wide)?.index_select(rows, 0)?;
-    let logits = hidden.matmul(&weight.to_dtype(wide)?.t()?)?;
+    let logits = spec.of_products(&hidden.matmul(&weight.to_dtype(wide)?.t()?)?)?;
     let top = logits.max_keepdim(D::Minus1)?.detach();
     let lse = (logits.broadcast_sub(&top)?.exp()?.sum_keepdim(D::Minus1)?.log()? + top)?;
     (lse - logits.gather(classes, 1)?)?.squeeze(1)
@@ -151,11 +172,11 @@ mod tests {
     const LABELS: [i64; 5] = [3, -100, 0, 10, 3];
 
     /// The formula for labels below 11, of which negative ones are not counted.
-    fn formula(t: &[Tensor], labels: &[i64]) -> candle_core::Result<Vec<Tensor>> {
+    fn formula(t: &[Tensor], labels: &[i64], spec: LogitsSpec) -> candle_core::Result<Vec<Tensor>> {
         let (rows, classes): (Vec<u32>, Vec<i64>) = (0..).zip(labels).filter(|(_, label)| **label >= 0).unzip();
         let classes = Tensor::new(classes, &Device::Cpu)?.reshape((rows.len(), 1))?;
         let rows = Tensor::new(rows, &Device::Cpu)?;
-        Ok(vec![(reference(&t[0], &t[1], &rows, &classes)?.sum_all()? * 0.25)?])
+        Ok(vec![(reference(&t[0], &t[1], &rows, &classes, spec)?.sum_all()? * 0.25)?])
     }
 
     #[test]
@@ -163,14 +184,14 @@ mod tests {
         // few tokens that are not counted are computed with the others, many are left out
         let mostly: Vec<i64> = (0..17).map(|t| if t == 5 || t == 16 { -100 } else { t % 11 }).collect();
         for labels in [LABELS.to_vec(), mostly] {
-            let weight = random(&[11, 6], 2);
+            let (weight, spec) = (random(&[11, 6], 2), LogitsSpec::default());
             let (frozen, of_formula) = (weight.clone(), labels.clone());
             check_op(
                 &[random(&[labels.len(), 6], 1)],
-                move |t| formula(&[t[0].clone(), weight.clone()], &of_formula),
+                move |t| formula(&[t[0].clone(), weight.clone()], &of_formula, spec),
                 move |v| {
                     let weight = Weight::Frozen(frozen.to_dtype(DType::F32).unwrap());
-                    let loss = linear_cross_entropy(&v[0], &weight, &labels, 0.25)?.loss;
+                    let loss = linear_cross_entropy(&v[0], &weight, &labels, 0.25, spec)?.loss;
                     // the test sends its own gradient, a multiple of 1
                     Ok(vec![loss])
                 },
@@ -182,7 +203,7 @@ mod tests {
     fn the_gradient_of_a_trained_head() {
         let [hidden, weight] = [random(&[5, 6], 1), random(&[11, 6], 2)];
         let leaves = [Value::variable(hidden.clone()), Value::variable(weight.clone())];
-        let want = composite(&[&leaves[0], &leaves[1]], |t| formula(t, &LABELS)).unwrap();
+        let want = composite(&[&leaves[0], &leaves[1]], |t| formula(t, &LABELS, LogitsSpec::default())).unwrap();
         let dy = want[0].tensor().ones_like().unwrap();
         let want_grads = gradients(vec![(want[0].clone(), dy)], &[&leaves[0], &leaves[1]]).unwrap();
 
@@ -190,7 +211,8 @@ mod tests {
         let param = arena.param("w").unwrap();
         param.set(&weight.to_dtype(DType::F32).unwrap()).unwrap();
         let x = Value::constant(hidden.to_dtype(DType::F32).unwrap());
-        let got = linear_cross_entropy(&x, &Weight::Trainable(param.clone()), &LABELS, 0.25).unwrap();
+        let spec = LogitsSpec::default();
+        let got = linear_cross_entropy(&x, &Weight::Trainable(param.clone()), &LABELS, 0.25, spec).unwrap();
         assert_close(want[0].tensor(), got.loss.tensor(), 1e-6, "loss");
         let loss = got.loss.tensor().to_scalar::<f32>().unwrap();
         crate::backward(got.loss).unwrap();
@@ -204,6 +226,6 @@ mod tests {
     fn a_label_outside_the_vocabulary_is_refused() {
         let weight = Weight::Frozen(random(&[11, 6], 2).to_dtype(DType::F32).unwrap());
         let x = Value::constant(random(&[1, 6], 1).to_dtype(DType::F32).unwrap());
-        assert!(linear_cross_entropy(&x, &weight, &[11], 1.0).is_err());
+        assert!(linear_cross_entropy(&x, &weight, &[11], 1.0, LogitsSpec::default()).is_err());
     }
 }

@@ -61,7 +61,8 @@ fn what_rests_with_the_host_comes_back_as_it_was() {
             arena.clear_grads();
             let input = Input { checkpointing, ..Input::rows(&ids, &q_lens) };
             let hidden = model.forward(&input, None).unwrap();
-            backward(linear_cross_entropy(&hidden, model.head(), &labels, 1.0).unwrap().loss).unwrap();
+            let entropy = linear_cross_entropy(&hidden, model.head(), &labels, 1.0, model.logits_spec());
+            backward(entropy.unwrap().loss).unwrap();
             bits(arena.grads().unwrap())
         };
         let plain = run(None);

@@ -20,7 +20,8 @@ pub fn loss(model: &dyn CausalLMModel, fixture: &Fixture, checkpointing: Option<
     let counted = labels.iter().filter(|&&label| label >= 0).count();
     let input = Input { checkpointing, noise: Some(17), ..Input::rows(&ids, &q_lens) };
     let hidden = model.forward(&input, None).unwrap();
-    let entropy = linear_cross_entropy(&hidden, model.head(), &labels, 1.0 / counted as f32).unwrap();
+    let scale = 1.0 / counted as f32;
+    let entropy = linear_cross_entropy(&hidden, model.head(), &labels, scale, model.logits_spec()).unwrap();
     let loss = entropy.loss.tensor().to_scalar::<f32>().unwrap();
     backward(entropy.loss).unwrap();
     f64::from(loss)
