@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use pmetal_ops::{Arena, LinearMember, RopeAngles, Rows, Value, Weight, decoding::Decoding, embedding, no_grad};
+use pmetal_ops::{
+    Arena, LinearMember, RmsNorm, RopeAngles, RopeLayout, Rows, Value, Weight, decoding::Decoding, embedding, no_grad,
+};
 
 use crate::{
     CausalLMModel, DecoderSpec, Error, Input, KvCache, Result,
@@ -45,7 +47,7 @@ impl Decoder {
         let layers = layers.collect::<Result<_>>()?;
         let norm = get(NORM.to_owned(), spec.hidden_size.into())?;
         let head = if spec.tie_word_embeddings { None } else { Some(get(HEAD.to_owned(), table.into())?.packed()?) };
-        let angles = RopeAngles::new(&spec.rope.inv_freq, 1.0);
+        let angles = RopeAngles::new(&spec.rope.inv_freq, 1.0, RopeLayout::whole(spec.head_dim));
         Ok(Self { spec, embedding, layers, angles, norm, head, dtype, device: device.clone() })
     }
 
@@ -84,7 +86,7 @@ impl Decoder {
 
     /// The norm in front of layer `index`, or behind the last.
     fn norm_before(&self, index: usize) -> Norm {
-        let last = || Norm { weight: self.norm.clone(), eps: self.spec.rms_norm_eps, spare: 0 };
+        let last = || Norm { weight: self.norm.clone(), norm: RmsNorm::new(self.spec.rms_norm_eps), spare: 0 };
         self.layers.get(index).map_or_else(last, |layer| layer.input_norm())
     }
 }

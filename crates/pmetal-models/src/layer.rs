@@ -2,8 +2,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Shape, Tensor};
 use pmetal_ops::{
-    Activation, AttentionSpec, Fate, LinearGroup, LinearMember, Policy, Reach, RopeTable, Rows, Saved, Value, Weight,
-    add_rms_norm, attention,
+    Activation, AttentionSpec, Fate, LinearGroup, LinearMember, Policy, Reach, RmsNorm, RopeTable, Rows, Saved, Value,
+    Weight, add_rms_norm, attention,
     autograd::{last, saved},
     gated_activation, rms_norm_beside, rms_norm_rope, rope,
 };
@@ -30,19 +30,19 @@ pub(crate) struct Pass {
 #[derive(Clone)]
 pub(crate) struct Norm {
     pub(crate) weight: Weight,
-    pub(crate) eps: f64,
+    pub(crate) norm: RmsNorm,
     pub(crate) spare: usize,
 }
 
 impl Norm {
     /// `stream` and its norm.
     pub(crate) fn of(&self, stream: &Value) -> Result<(Value, Value)> {
-        Ok(rms_norm_beside(stream, &self.weight.value()?, self.eps, self.spare)?)
+        Ok(rms_norm_beside(stream, &self.weight.value()?, self.norm, self.spare)?)
     }
 
     /// `x + stream` and its norm.
     pub(crate) fn of_sum(&self, x: &Value, stream: &Value) -> Result<(Value, Value)> {
-        Ok(add_rms_norm(x, stream, &self.weight.value()?, self.eps, self.spare)?)
+        Ok(add_rms_norm(x, stream, &self.weight.value()?, self.norm, self.spare)?)
     }
 }
 
@@ -54,7 +54,7 @@ pub(crate) type CacheUse<'a> = Option<(&'a KvCache, &'a [usize])>;
 pub(crate) struct Layer {
     index: usize,
     attention: AttentionSpec,
-    eps: f64,
+    norm: RmsNorm,
     /// Before attention, before the MLP.
     block_norms: [Weight; 2],
     /// Of the heads of q and k.
@@ -101,18 +101,18 @@ impl Layer {
             reach: Reach::All,
             softcap: None,
         };
-        let eps = spec.rms_norm_eps;
-        Ok(Self { index, attention, eps, block_norms, head_norms, qkv, output, gate_up, down, modules })
+        let norm = RmsNorm::new(spec.rms_norm_eps);
+        Ok(Self { index, attention, norm, block_norms, head_norms, qkv, output, gate_up, down, modules })
     }
 
     /// The norm that `stream` meets before this layer.
     pub(crate) fn input_norm(&self) -> Norm {
-        Norm { weight: self.block_norms[0].clone(), eps: self.eps, spare: self.qkv.spare_columns() }
+        Norm { weight: self.block_norms[0].clone(), norm: self.norm, spare: self.qkv.spare_columns() }
     }
 
     /// The norm before the MLP.
     fn middle_norm(&self) -> Norm {
-        Norm { weight: self.block_norms[1].clone(), eps: self.eps, spare: self.gate_up.spare_columns() }
+        Norm { weight: self.block_norms[1].clone(), norm: self.norm, spare: self.gate_up.spare_columns() }
     }
 
     /// From the residual stream and its norm (both `[tokens, hidden]`) to the next layer's, whose norm is `next`.
@@ -186,7 +186,7 @@ impl Layer {
     /// `[tokens, heads * head_dim]`, each head normalised where there is a norm, and turned.
     fn turned(&self, x: &Value, norm: Option<&Weight>, table: &RopeTable) -> Result<Value> {
         Ok(match norm {
-            Some(norm) => rms_norm_rope(x, &norm.value()?, self.eps, table)?,
+            Some(norm) => rms_norm_rope(x, &norm.value()?, self.norm, table)?,
             None => rope(x, table)?,
         })
     }

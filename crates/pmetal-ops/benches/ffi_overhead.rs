@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
 use pmetal_core::DeviceChoice;
 use pmetal_metal::{Grid, kernels};
-use pmetal_ops::{LinearGroup, LinearMember, Result, Value, Weight, device, no_grad, rms_norm};
+use pmetal_ops::{LinearGroup, LinearMember, Result, RmsNorm, Value, Weight, device, no_grad, rms_norm};
 
 fn overheads(criterion: &mut Criterion) {
     for choice in [DeviceChoice::Cpu, DeviceChoice::Cuda(0), DeviceChoice::Metal] {
@@ -27,8 +27,12 @@ fn of_device(criterion: &mut Criterion, device: &Device) -> Result<()> {
     bench(criterion, device, "launch of add_assign", || smallest_launch(device, &x, &y));
 
     let (row, weight) = (Value::variable(tensor(&[1, 64])?), Value::constant(tensor(&[64])?));
-    bench(criterion, device, "rms_norm of 1 row", || no_grad(|| rms_norm(&row, &weight, 1e-5, 0)).map(drop));
-    bench(criterion, device, "rms_norm of 1 row, recorded", || rms_norm(&row, &weight, 1e-5, 0).map(drop));
+    bench(criterion, device, "rms_norm of 1 row", || {
+        no_grad(|| rms_norm(&row, &weight, RmsNorm::new(1e-5), 0)).map(drop)
+    });
+    bench(criterion, device, "rms_norm of 1 row, recorded", || {
+        rms_norm(&row, &weight, RmsNorm::new(1e-5), 0).map(drop)
+    });
 
     let member = LinearMember { weight: Weight::Frozen(tensor(&[64, 64])?), bias: None, adapter: None };
     let group = LinearGroup::new(vec![member]).unwrap();

@@ -12,40 +12,43 @@ use pmetal_cpu::HeadAngles;
 use pmetal_metal::{Gpu, empty, kernels};
 
 use crate::{
-    Error, Result, RopeTable,
+    Error, Result, RmsNorm, RopeTable,
     autograd::{Value, composite, one, only},
     elementwise::{converted, pitch_of, readable},
     kernel::{View, for_dtype, room, tensor},
     place::Place,
     profile,
     rms_norm::weight_grad_on_gpu,
-    rope::{aligned, place_of_heads, turned_on_gpu},
+    rope::{aligned, place_of_heads, shared_out, turned_on_gpu},
     rows::GradPlace,
 };
 
 const OP: &str = "rms_norm_rope";
 
 /// The norm of every head of `x [tokens, heads * head_dim]` with `weight [head_dim]` (any float dtype), turned by the angles of its token.
-pub fn rms_norm_rope(x: &Value, weight: &Value, eps: f64, table: &RopeTable) -> Result<Value> {
+pub fn rms_norm_rope(x: &Value, weight: &Value, norm: RmsNorm, table: &RopeTable) -> Result<Value> {
     let _span = profile::span(OP);
     let heads = table.heads(OP, x.tensor())?;
     if weight.tensor().dims() != [table.head_dim()] {
         return Err(Error::operand(OP, "weight", [table.head_dim()], weight.tensor().dims()));
     }
-    let place = place_of_heads(OP, x.tensor(), table, heads)?;
+    let place = match place_of_heads(OP, x.tensor(), table, heads)? {
+        _ if !norm.is_plain() => Place::Reference,
+        place => place,
+    };
     let (needs, table, weight_t) = ([x.requires_grad(), weight.requires_grad()], table.clone(), weight.tensor());
     let (x_t, y, rstd) = match &place {
         Place::Reference => {
-            return Ok(one(composite(&[x, weight], move |t| Ok(vec![reference(&t[0], &t[1], eps, &table)?]))?));
+            return Ok(one(composite(&[x, weight], move |t| Ok(vec![reference(&t[0], &t[1], norm, &table)?]))?));
         }
         Place::Gpu(gpu) => {
             let x_t = readable(x.tensor())?;
-            let (y, rstd) = forward_on_gpu(&**gpu, &x_t, weight_t, eps as f32, &table)?;
+            let (y, rstd) = forward_on_gpu(&**gpu, &x_t, weight_t, norm.eps as f32, &table)?;
             (x_t, y, rstd)
         }
         Place::Cpu => {
             let x_t = x.tensor().contiguous()?;
-            let (y, rstd) = forward(&x_t, &weight_t.contiguous()?, eps as f32, &table, heads)?;
+            let (y, rstd) = forward(&x_t, &weight_t.contiguous()?, norm.eps as f32, &table, heads)?;
             (x_t, y, rstd)
         }
     };
@@ -76,7 +79,7 @@ fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32, table: &
     let ((tokens, width), heads, dtype) = (x.dims2()?, table.heads(OP, x)?, x.dtype());
     let weight = converted(weight, dtype)?;
     let (y, rstd) = (empty((tokens, width), dtype, x.device())?, empty((tokens, heads), DType::F32, x.device())?);
-    let (grid, params) = table.shared_out(OP, x)?;
+    let (grid, params) = shared_out(OP, table, x)?;
     let params = kernels::RopeParams {
         aligned: aligned(table, &[x, &weight]),
         x_pitch: pitch_of(x),
@@ -93,7 +96,7 @@ fn backward_on_gpu(gpu: &dyn Gpu, dy: &Tensor, saved: &Saved, needs_weight: bool
     let Saved { x, weight, rstd, table, grad_place, .. } = saved;
     let (dtype, weight) = (x.dtype(), converted(weight, x.dtype())?);
     let dx = grad_place.empty(x.dims2()?, dtype, x.device())?;
-    let (grid, params) = table.shared_out(OP, x)?;
+    let (grid, params) = shared_out(OP, table, x)?;
     let params = kernels::RopeParams {
         aligned: aligned(table, &[dy, x, &weight, &dx]),
         dy_pitch: pitch_of(dy),
@@ -145,22 +148,23 @@ fn backward(dy: &Tensor, saved: &Saved, needs_weight: bool) -> Result<(Tensor, O
 }
 
 /// The formula in plain candle.
-fn reference(x: &Tensor, weight: &Tensor, eps: f64, table: &RopeTable) -> candle_core::Result<Tensor> {
+fn reference(x: &Tensor, weight: &Tensor, norm: RmsNorm, table: &RopeTable) -> candle_core::Result<Tensor> {
     let heads = x.reshape(((), table.head_dim()))?;
-    crate::rope::reference(&crate::rms_norm::reference(&heads, weight, eps)?.reshape(x.shape())?, table)
+    crate::rope::reference(&crate::rms_norm::reference(&heads, weight, norm)?.reshape(x.shape())?, table)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::RopeLayout;
     use crate::testing::{check_columns, check_op, random};
 
     #[test]
     fn columns_of_wider_matrices() {
         for (heads, half) in [(2, 3), (3, 8), (5, 64)] {
-            let table = RopeTable::new(&[0, 1, 2, 0, 1], &vec![0.3; half], 1.0);
+            let table = RopeTable::new(&[0, 1, 2, 0, 1], &vec![0.3; half], 1.0, RopeLayout::whole(2 * half));
             let inputs = [random(&[5, heads * 2 * half], 1), random(&[2 * half], 2)];
-            check_columns(&inputs, &[0], |v| Ok(vec![rms_norm_rope(&v[0], &v[1], 1e-6, &table)?]));
+            check_columns(&inputs, &[0], |v| Ok(vec![rms_norm_rope(&v[0], &v[1], RmsNorm::new(1e-6), &table)?]));
         }
     }
 
@@ -168,21 +172,21 @@ mod tests {
     fn norm_and_rope_of_heads_and_their_gradients() {
         let heads = [(1, vec![0.7]), (2, vec![1.0, 0.31, 0.04]), (3, vec![0.3; 40]), (16, vec![0.5; 64])];
         for (heads, inv_freq) in heads.into_iter().chain([(5, vec![0.2; 128]), (1, vec![0.1; 133])]) {
-            let table = RopeTable::new(&[0, 1, 2, 0, 1], &inv_freq, 1.3);
-            let reference_table = table.clone();
             let head_dim = 2 * inv_freq.len();
+            let table = RopeTable::new(&[0, 1, 2, 0, 1], &inv_freq, 1.3, RopeLayout::whole(head_dim));
+            let reference_table = table.clone();
             check_op(
                 &[random(&[5, heads * head_dim], 1), random(&[head_dim], 2)],
-                move |t| Ok(vec![reference(&t[0], &t[1], 1e-5, &reference_table)?]),
-                |v| Ok(vec![rms_norm_rope(&v[0], &v[1], 1e-5, &table)?]),
+                move |t| Ok(vec![reference(&t[0], &t[1], RmsNorm::new(1e-5), &reference_table)?]),
+                |v| Ok(vec![rms_norm_rope(&v[0], &v[1], RmsNorm::new(1e-5), &table)?]),
             );
         }
     }
 
     #[test]
     fn a_weight_of_another_width_is_refused() {
-        let table = RopeTable::new(&[0], &[1.0], 1.0);
+        let table = RopeTable::new(&[0], &[1.0], 1.0, RopeLayout::whole(2));
         let [x, weight] = [random(&[1, 2], 1), random(&[3], 2)].map(Value::constant);
-        assert!(rms_norm_rope(&x, &weight, 1e-5, &table).is_err());
+        assert!(rms_norm_rope(&x, &weight, RmsNorm::new(1e-5), &table).is_err());
     }
 }

@@ -254,7 +254,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        Value, gradients, rms_norm,
+        RmsNorm, Value, gradients, rms_norm,
         testing::{emulated, random},
     };
 
@@ -282,7 +282,7 @@ mod tests {
         let wide = |t: Tensor| t.to_dtype(DType::F32).unwrap();
         let [x, weight] = [Value::variable(wide(random(&[2, 8], 1))), Value::constant(wide(random(&[8], 2)))];
         start(&Device::Cpu).unwrap();
-        let y = rms_norm(&x, &weight, 1e-6, 0).unwrap();
+        let y = rms_norm(&x, &weight, RmsNorm::new(1e-6), 0).unwrap();
         let dy = y.tensor().ones_like().unwrap();
         gradients(vec![(y, dy)], &[&x]).unwrap();
         finish().unwrap()

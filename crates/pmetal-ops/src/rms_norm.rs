@@ -19,29 +19,53 @@ use crate::{
 
 const OP: &str = "rms_norm";
 
+/// What a root-mean-square norm is beside its weight: `y = x * rstd * (weight_offset + weight)`, `rstd = 1 / sqrt(mean(x²) + eps)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RmsNorm {
+    /// Added to the mean of the squares.
+    pub eps: f64,
+    /// Added to the weight: 1 where a checkpoint holds what the weight is above 1.
+    pub weight_offset: f32,
+    /// Whether the normalised value is rounded to the dtype of `x` before it meets the weight, and not the product alone.
+    pub rounds_first: bool,
+}
+
+impl RmsNorm {
+    /// The norm of most models: the weight as it is, behind a rounding.
+    pub const fn new(eps: f64) -> Self {
+        Self { eps, weight_offset: 0.0, rounds_first: true }
+    }
+
+    /// Whether it is what [`RmsNorm::new`] makes.
+    pub(crate) fn is_plain(self) -> bool {
+        self.weight_offset == 0.0 && self.rounds_first
+    }
+}
+
 /// The norm of `x [rows, width]` with `weight [width]` (any float dtype); on a GPU with `spare` free columns behind each row.
-pub fn rms_norm(x: &Value, weight: &Value, eps: f64, spare: usize) -> Result<Value> {
-    Ok(rms_norm_beside(x, weight, eps, spare)?.1)
+pub fn rms_norm(x: &Value, weight: &Value, norm: RmsNorm, spare: usize) -> Result<Value> {
+    Ok(rms_norm_beside(x, weight, norm, spare)?.1)
 }
 
 /// `x` itself and its norm, as [`rms_norm`]: what else the first leads to adds its gradient where that of the norm is formed.
-pub fn rms_norm_beside(x: &Value, weight: &Value, eps: f64, spare: usize) -> Result<(Value, Value)> {
+pub fn rms_norm_beside(x: &Value, weight: &Value, norm: RmsNorm, spare: usize) -> Result<(Value, Value)> {
     let _span = profile::span(OP);
     let width = check(x, weight)?;
-    let place = place_of_rows(x.tensor(), width)?;
+    let place = place_of_rows(x.tensor(), width, norm)?;
     let (x_t, weight_t) = (operand(&place, x.tensor())?, weight.tensor().contiguous()?);
+    let eps = norm.eps as f32;
     let (y, rstd, room) = match &place {
         Place::Cpu => {
-            let (y, rstd) = forward(&x_t, &weight_t, eps as f32, width)?;
+            let (y, rstd) = forward(&x_t, &weight_t, eps, width)?;
             (y, rstd, None)
         }
         Place::Gpu(gpu) => {
-            let (y, rstd) = forward_on_gpu(&**gpu, &x_t, &weight_t, eps as f32, spare)?;
+            let (y, rstd) = forward_on_gpu(&**gpu, &x_t, &weight_t, eps, spare)?;
             (y.rows.clone(), rstd, Some(y))
         }
         Place::Reference => {
-            let norm = one(composite(&[x, weight], move |t| Ok(vec![reference(&t[0], &t[1], eps)?]))?);
-            return Ok((x.clone(), norm));
+            let y = one(composite(&[x, weight], move |t| Ok(vec![reference(&t[0], &t[1], norm)?]))?);
+            return Ok((x.clone(), y));
         }
     };
     profile::moved(&[&x_t, &y]);
@@ -61,28 +85,35 @@ pub fn rms_norm_beside(x: &Value, weight: &Value, eps: f64, spare: usize) -> Res
 
 /// `sum = x + residual` and its norm, both `[rows, width]`: returns `(sum, norm)`, on a GPU the norm with `spare` free columns behind each
 /// row.
-pub fn add_rms_norm(x: &Value, residual: &Value, weight: &Value, eps: f64, spare: usize) -> Result<(Value, Value)> {
+pub fn add_rms_norm(
+    x: &Value,
+    residual: &Value,
+    weight: &Value,
+    norm: RmsNorm,
+    spare: usize,
+) -> Result<(Value, Value)> {
     let _span = profile::span("add_rms_norm");
     let width = check(x, weight)?;
     if x.tensor().shape() != residual.tensor().shape() || x.tensor().dtype() != residual.tensor().dtype() {
         return Err(Error::operand(OP, "residual", x.tensor().dims(), residual.tensor().dims()));
     }
-    let place = place_of_rows(x.tensor(), width)?;
+    let place = place_of_rows(x.tensor(), width, norm)?;
     let (x_t, residual_t) = (operand(&place, x.tensor())?, operand(&place, residual.tensor())?);
     let weight_t = weight.tensor().contiguous()?;
+    let eps = norm.eps as f32;
     let (sum, y, rstd, room) = match &place {
         Place::Cpu => {
-            let (sum, y, rstd) = add_forward(&x_t, &residual_t, &weight_t, eps as f32, width)?;
+            let (sum, y, rstd) = add_forward(&x_t, &residual_t, &weight_t, eps, width)?;
             (sum, y, rstd, None)
         }
         Place::Gpu(gpu) => {
-            let (sum, y, rstd) = add_forward_on_gpu(&**gpu, &x_t, &residual_t, &weight_t, eps as f32, spare)?;
+            let (sum, y, rstd) = add_forward_on_gpu(&**gpu, &x_t, &residual_t, &weight_t, eps, spare)?;
             (sum, y.rows.clone(), rstd, Some(y))
         }
         Place::Reference => {
             let outputs = composite(&[x, residual, weight], move |t| {
                 let sum = (&t[0] + &t[1])?;
-                let y = reference(&sum, &t[2], eps)?;
+                let y = reference(&sum, &t[2], norm)?;
                 Ok(vec![sum, y])
             })?;
             return pair(&mut outputs.into_iter());
@@ -222,8 +253,9 @@ const MAX_THREADS: usize = 512;
 const ROWS: usize = 4;
 
 /// As [`place`]; rows that no threadgroup holds go the reference path.
-fn place_of_rows(x: &Tensor, width: usize) -> Result<Place> {
+fn place_of_rows(x: &Tensor, width: usize, norm: RmsNorm) -> Result<Place> {
     Ok(match place(x, OP)? {
+        _ if !norm.is_plain() => Place::Reference,
         Place::Gpu(_) if width > PER_THREAD * MAX_THREADS => Place::Reference,
         place => place,
     })
@@ -332,12 +364,14 @@ pub(crate) fn weight_grad_on_gpu(gpu: &dyn Gpu, dy: &Tensor, x: &Tensor, rstd: &
 }
 
 /// The formula in plain candle.
-pub(crate) fn reference(x: &Tensor, weight: &Tensor, eps: f64) -> candle_core::Result<Tensor> {
+pub(crate) fn reference(x: &Tensor, weight: &Tensor, norm: RmsNorm) -> candle_core::Result<Tensor> {
     let dtype = x.dtype();
     let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let x = x.to_dtype(wide)?;
-    let rstd = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
-    x.broadcast_mul(&rstd)?.to_dtype(dtype)?.broadcast_mul(&weight.to_dtype(dtype)?)
+    let rstd = (x.sqr()?.mean_keepdim(D::Minus1)? + norm.eps)?.sqrt()?.recip()?;
+    let (normed, weight) = (x.broadcast_mul(&rstd)?, (weight.to_dtype(wide)? + f64::from(norm.weight_offset))?);
+    let normed = if norm.rounds_first { normed.to_dtype(dtype)?.to_dtype(wide)? } else { normed };
+    normed.broadcast_mul(&weight)?.to_dtype(dtype)
 }
 
 #[cfg(test)]
@@ -350,9 +384,9 @@ mod tests {
         for (rows, width) in SHAPES {
             let inputs = [random(&[rows, width], 1), random(&[rows, width], 2), random(&[width], 3)];
             let [x, weight] = [0, 2].map(|i: usize| inputs[i].clone());
-            check_columns(&[x, weight], &[0], |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-6, 8)?]));
+            check_columns(&[x, weight], &[0], |v| Ok(vec![rms_norm(&v[0], &v[1], RmsNorm::new(1e-6), 8)?]));
             check_columns(&inputs, &[0], |v| {
-                let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-6, 8)?;
+                let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], RmsNorm::new(1e-6), 8)?;
                 Ok(vec![sum, y])
             });
         }
@@ -365,16 +399,18 @@ mod tests {
     fn norm_and_its_gradients() {
         for ((rows, width), spare) in SHAPES.iter().flat_map(|&shape| [0, 16].map(|spare| (shape, spare))) {
             let inputs = [random(&[rows, width], 1), random(&[width], 2)];
-            let formula = |t: &[Tensor]| Ok(vec![reference(&t[0], &t[1], 1e-5)?]);
-            check_op(&inputs, formula, move |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-5, spare)?]));
+            let formula = |t: &[Tensor]| Ok(vec![reference(&t[0], &t[1], RmsNorm::new(1e-5))?]);
+            check_op(&inputs, formula, move |v| Ok(vec![rms_norm(&v[0], &v[1], RmsNorm::new(1e-5), spare)?]));
         }
     }
 
     #[test]
     fn a_row_too_wide_for_a_threadgroup() {
         let [x, weight] = [random(&[2, 8200], 1), random(&[8200], 2)].map(|t| t.to_dtype(DType::F32).unwrap());
-        let y = emulated(|| rms_norm(&Value::constant(x.clone()), &Value::constant(weight.clone()), 1e-6, 0).unwrap());
-        assert_close(&reference(&x, &weight, 1e-6).unwrap(), y.tensor(), 1e-6, "norm");
+        let y = emulated(|| {
+            rms_norm(&Value::constant(x.clone()), &Value::constant(weight.clone()), RmsNorm::new(1e-6), 0).unwrap()
+        });
+        assert_close(&reference(&x, &weight, RmsNorm::new(1e-6)).unwrap(), y.tensor(), 1e-6, "norm");
     }
 
     #[test]
@@ -383,11 +419,11 @@ mod tests {
             let inputs = [random(&[rows, width], 1), random(&[rows, width], 2), random(&[width], 3)];
             let formula = |t: &[Tensor]| {
                 let sum = (&t[0] + &t[1])?;
-                let y = reference(&sum, &t[2], 1e-6)?;
+                let y = reference(&sum, &t[2], RmsNorm::new(1e-6))?;
                 Ok(vec![sum, y])
             };
             check_op(&inputs, formula, move |v| {
-                let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], 1e-6, spare)?;
+                let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], RmsNorm::new(1e-6), spare)?;
                 Ok(vec![sum, y])
             });
         }

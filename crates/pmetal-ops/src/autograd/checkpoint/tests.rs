@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::*;
 use crate::{
-    Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Reach, Rows, Weight, attention,
+    Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, Reach, RmsNorm, Rows, Weight, attention,
     autograd::one,
     rms_norm_beside,
     testing::{emulated, random},
@@ -32,7 +32,7 @@ fn groups(arena: &Arena) -> [LinearGroup; 2] {
 /// A norm, a projection, attention and another projection: the two parts of the next stream.
 fn block(v: &[Value], [before, behind]: &[LinearGroup; 2], runs: &AtomicUsize) -> Result<Vec<Value>> {
     let spec = AttentionSpec { heads: 2, kv_heads: 2, head_dim: 3, scale: 0.6, reach: Reach::All, softcap: None };
-    let (x, normed) = rms_norm_beside(&v[0], &v[1], 1e-5, before.spare_columns())?;
+    let (x, normed) = rms_norm_beside(&v[0], &v[1], RmsNorm::new(1e-5), before.spare_columns())?;
     let q = one(saved(Saved::Projections, || before.forward(&normed, Some(1)))?);
     runs.fetch_add(1, Ordering::Relaxed);
     let rows = Rows::packed(&[2, 3]);
