@@ -46,8 +46,12 @@ fn add(to: &mut [f64], factor: f64, x: &[f64]) {
 }
 
 /// `[out, dq, dk, dv]`, each a list of heads.
-fn expected(inputs: &[Tensor; 4], rows: &[[usize; 4]], d: usize, scale: f64) -> [Vec<Vec<Vec<f64>>>; 4] {
+fn expected(inputs: &[Tensor; 4], rows: &[[usize; 4]], spec: &AttentionSpec) -> [Vec<Vec<Vec<f64>>>; 4] {
     let [q, k, v, dout] = inputs;
+    let (d, scale, cap) = (spec.head_dim, f64::from(spec.scale), spec.softcap.map(f64::from));
+    let capped = |score: f64| cap.map_or(score, |cap| cap * (score / cap).tanh());
+    // of the score by its uncapped self
+    let slope_of = |score: f64| cap.map_or(1.0, |cap| 1.0 - (score / cap).tanh().powi(2));
     let zeros = |t: &Tensor, heads: usize| vec![vec![vec![0.0; d]; t.dims()[0]]; heads];
     let mut all = [zeros(q, HEADS), zeros(q, HEADS), zeros(k, KV_HEADS), zeros(k, KV_HEADS)];
     for h in 0..HEADS {
@@ -56,13 +60,15 @@ fn expected(inputs: &[Tensor; 4], rows: &[[usize; 4]], d: usize, scale: f64) -> 
         let [outs, dqs, dks, dvs] = &mut all;
         for &[q_start, queries, kv_start, keys] in rows {
             for i in 0..queries {
-                let (at, seen) = (q_start + i, kv_start..kv_start + keys - queries + i + 1);
-                let powers: Vec<f64> = seen.clone().map(|j| (scale * dot(&q[at], &k[j])).exp()).collect();
+                let (at, position) = (q_start + i, keys - queries + i);
+                let seen = kv_start + spec.reach.first(position)..kv_start + position + 1;
+                let scores: Vec<f64> = seen.clone().map(|j| scale * dot(&q[at], &k[j])).collect();
+                let powers: Vec<f64> = scores.iter().map(|&score| capped(score).exp()).collect();
                 let total: f64 = powers.iter().sum();
                 seen.clone().zip(&powers).for_each(|(j, p)| add(&mut outs[h][at], p / total, &v[j]));
                 let delta = dot(&outs[h][at], &dout[at]);
-                for (j, p) in seen.zip(&powers) {
-                    let slope = scale * p / total * (dot(&dout[at], &v[j]) - delta);
+                for ((j, p), &score) in seen.zip(&powers).zip(&scores) {
+                    let slope = slope_of(score) * scale * p / total * (dot(&dout[at], &v[j]) - delta);
                     add(&mut dqs[h][at], slope, &k[j]);
                     add(&mut dks[kv][j], slope, &q[at]);
                     add(&mut dvs[kv][j], p / total, &dout[at]);
@@ -73,15 +79,19 @@ fn expected(inputs: &[Tensor; 4], rows: &[[usize; 4]], d: usize, scale: f64) -> 
     all
 }
 
-/// Runs forward and backward and compares; a row is its first query, queries, first key, keys.
+/// Runs forward and backward where queries see all keys up to their own, and compares; a row is its first query, queries, first key, keys.
 fn check(rows: &[[usize; 4]], d: usize, dtype: DType) {
+    check_variant(rows, d, dtype, Reach::All, None);
+}
+
+fn check_variant(rows: &[[usize; 4]], d: usize, dtype: DType, reach: Reach, softcap: Option<f32>) {
     let gpu = Emulator::new();
     let tokens = rows.iter().map(|row| row[1]).sum();
     let kv_tokens = rows.iter().map(|row| row[2] + row[3]).max().unwrap();
     let [q, dout] = [1, 2].map(|seed| random(tokens, HEADS, d, seed, dtype));
     let [k, v] = [3, 4].map(|seed| random(kv_tokens, KV_HEADS, d, seed, dtype));
     let (heads, kv_heads) = (HEADS, KV_HEADS);
-    let spec = AttentionSpec { heads, kv_heads, head_dim: d, scale: 0.2, reach: Reach::All, softcap: None };
+    let spec = AttentionSpec { heads, kv_heads, head_dim: d, scale: 0.2, reach, softcap };
     let upload = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), &Device::Cpu);
     let rows_of = AttentionRows::new::<candle_core::Error>(rows, upload).unwrap();
     let zeros = |like: &Tensor, spare| pitched(&like.zeros_like().unwrap().contiguous().unwrap(), spare);
@@ -96,7 +106,7 @@ fn check(rows: &[[usize; 4]], d: usize, dtype: DType) {
         DType::F16 => 1e-3,
         _ => 5e-3,
     };
-    let want = expected(&[q, k, v, dout], rows, d, f64::from(spec.scale));
+    let want = expected(&[q, k, v, dout], rows, &spec);
     for (what, want, got) in [("out", &want[0], out), ("dq", &want[1], dq), ("dk", &want[2], dk), ("dv", &want[3], dv)]
     {
         let largest = want.iter().flatten().flatten().fold(0f64, |max, x| max.max(x.abs()));
@@ -106,7 +116,7 @@ fn check(rows: &[[usize; 4]], d: usize, dtype: DType) {
                     let error = (want - got).abs() / largest;
                     assert!(
                         error <= tolerance,
-                        "{what}[{token}, {h}, {column}] of {rows:?}, {d} wide, {dtype:?}: {got}, expected {want}, error {error:e}"
+                        "{what}[{token}, {h}, {column}] of {rows:?}, {spec:?}, {dtype:?}: {got}, expected {want}, error {error:e}"
                     );
                 }
             }
@@ -142,4 +152,22 @@ fn wide_heads_in_bf16() {
 #[test]
 fn queries_behind_keys_of_a_cache() {
     check(&[[0, 5, 0, 37], [5, 1, 40, 33], [6, 34, 80, 70]], 64, DType::BF16);
+}
+
+/// Windows and chunks shorter and longer than a tile of 16 or 32 keys, in rows shorter and longer than they.
+#[test]
+fn queries_that_see_some_of_the_keys() {
+    for reach in [Reach::Window(2), Reach::Window(7), Reach::Window(40), Reach::Chunk(5), Reach::Chunk(33)] {
+        check_variant(&packed(&[70, 3]), 8, DType::F32, reach, None);
+        check_variant(&[[0, 5, 0, 37], [5, 1, 40, 66], [6, 34, 110, 70]], 24, DType::F32, reach, None);
+    }
+    check_variant(&packed(&[35, 80]), 64, DType::BF16, Reach::Window(20), None);
+    check_variant(&packed(&[80]), 128, DType::F16, Reach::Chunk(48), None);
+}
+
+#[test]
+fn scores_with_a_cap() {
+    check_variant(&packed(&[35, 3]), 24, DType::F32, Reach::All, Some(0.4));
+    check_variant(&packed(&[40, 3]), 80, DType::F32, Reach::Window(9), Some(3.0));
+    check_variant(&[[0, 5, 0, 37], [5, 3, 40, 33]], 128, DType::BF16, Reach::Chunk(16), Some(0.5));
 }

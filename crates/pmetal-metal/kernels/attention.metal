@@ -7,11 +7,13 @@
 //
 // q, out and their gradients are [tokens, heads * width], k and v [tokens, kv_heads * width], each with a pitch, a multiple of 4; lse and
 // delta are [tokens, heads]. A row of `rows` is its first query, queries, first key, keys. Query i of a row sees its keys 0 ..= keys -
-// queries + i.
-// Source: Dao, "FlashAttention-2", 2023.
+// queries + i, of these the last `window` and those of its own chunk of `chunk` keys; where `cap` is not zero, scores become cap *
+// tanh(score / cap).
+// Source: Dao, "FlashAttention-2", 2023; for caps Gemma Team, "Gemma 2", 2024.
 
 struct MatrixAttentionParams {
     uint heads; uint kv_heads; uint width; float scale;
+    uint window; uint chunk; float cap;
     uint q_pitch; uint k_pitch; uint v_pitch; uint out_pitch;
     uint dout_pitch; uint dq_pitch; uint dk_pitch; uint dv_pitch;
 };
@@ -25,6 +27,7 @@ typedef simdgroup_matrix<float, 8, 8> Matrix;
 // The same for scores of 32 and of 16 keys.
 #define WIDE 36
 #define NARROW 20
+#define LOWEST -3.0e38f
 // Arrays of matrices live in registers only where every index is known.
 #define UNROLL _Pragma("unroll")
 
@@ -37,6 +40,14 @@ FUNCTION Row row_of(DEVICE_PTR(const uint) rows, uint row) {
     r.keys = rows[4 * row + 3];
     return r;
 }
+
+// The first key that the query at a position of its row sees.
+FUNCTION uint first_seen(uint position, MatrixAttentionParams params) {
+    return max(position + 1 - min(position + 1, params.window), position / params.chunk * params.chunk);
+}
+
+// From how many positions a key is seen, its own the first.
+FUNCTION uint times_seen(uint key, MatrixAttentionParams params) { return min(params.window, params.chunk - key % params.chunk); }
 
 // Where a token's head begins.
 FUNCTION ulong start_of(uint token, uint pitch, uint head, uint width) { return ulong(token) * pitch + head * width; }
@@ -77,14 +88,28 @@ FUNCTION void set_diagonal(float factor, THREADGROUP_PTR(float) room, uint lane)
     SIMD_BARRIER();
 }
 
-// Turns 8 x 32 scores into probabilities by the maximum so far, and moves the maximum and the sum on. Four lanes share a row, of which
-// the first `seen` keys count. Returns the factor on what was summed before.
-FUNCTION float soften(THREADGROUP_PTR(float) scores, uint seen, float scale, THREAD_REF(float) top, THREAD_REF(float) total, uint lane) {
-    float x[8];
+// A product of a query and a key as a score, and the slope of it by the product.
+template <bool CAPPED>
+FUNCTION float score_of(float product, MatrixAttentionParams params, THREAD_REF(float) slope) {
+    slope = params.scale;
+    if (!CAPPED) return product * params.scale;
+    // beyond 16 it is 1, and quick versions overflow
+    const float share = tanh(fmin(fmax(product * params.scale / params.cap, -16.0f), 16.0f));
+    slope *= 1.0f - share * share;
+    return params.cap * share;
+}
+
+// Turns 8 x 32 products into probabilities by the maximum so far, and moves the maximum and the sum on. Four lanes share a row, which sees
+// `seen` keys, the first of them `first` keys behind these, or before them (the number is then as great as unsigned ones get). Returns the
+// factor on what was summed before.
+template <bool CAPPED>
+FUNCTION float soften(THREADGROUP_PTR(float) scores, uint first, uint seen, MatrixAttentionParams params, THREAD_REF(float) top,
+                      THREAD_REF(float) total, uint lane) {
+    float x[8], slope;
     float highest = top;
     UNROLL for (uint j = 0; j < 8; ++j) {
         const uint key = lane % 4 + 4 * j;
-        x[j] = key < seen ? scores[lane / 4 * WIDE + key] * scale : as_float(0xff800000u);
+        x[j] = key - first < seen ? score_of<CAPPED>(scores[lane / 4 * WIDE + key], params, slope) : as_float(0xff800000u);
         highest = fmax(highest, x[j]);
     }
     highest = fmax(highest, simd_shuffle_xor(highest, 1));
@@ -105,7 +130,7 @@ FUNCTION float soften(THREADGROUP_PTR(float) scores, uint seen, float scale, THR
 
 // 32 queries of a head in four SIMD groups of 8, over its keys 32 at a time. `tile` holds 32 rows; a SIMD group has 8 * WIDE floats of
 // `scores` and 64 of `factors`.
-template <uint BLOCKS>
+template <uint BLOCKS, bool CAPPED>
 FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, Row row, DEVICE_PTR(T) out,
                      DEVICE_PTR(float) lse, MatrixAttentionParams params, Place place, THREADGROUP_PTR(T) tile,
                      THREADGROUP_PTR(float) all_scores, THREADGROUP_PTR(float) all_factors) {
@@ -132,9 +157,10 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
         if (8 * i < width) simdgroup_load(queries[i], tile + 8 * place.simd * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
     }
 
-    float top = as_float(0xff800000u), total = 0.0f;
-    const uint end = min(row.keys, before + first + 32);
-    for (uint key = 0; key < end; key += 32) {
+    // not infinite: of the first keys a query may see none
+    float top = LOWEST, total = 0.0f;
+    const uint end = min(row.keys, before + first + 32), sees = first_seen(before + query, params);
+    for (uint key = first_seen(before + first, params); key < end; key += 32) {
         BARRIER();
         stage<32, BLOCKS>(k, k_start + ulong(key) * params.k_pitch, params.k_pitch, row.keys - key, width, tile, place);
         BARRIER();
@@ -154,8 +180,7 @@ FUNCTION void attend(DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(co
         BARRIER();
         stage<32, BLOCKS>(v, v_start + ulong(key) * params.v_pitch, params.v_pitch, row.keys - key, width, tile, place);
         if (works) {
-            const uint last = before + query;
-            const float factor = soften(scores, last < key ? 0 : last - key + 1, params.scale, top, total, lane);
+            const float factor = soften<CAPPED>(scores, sees - key, before + query + 1 - sees, params, top, total, lane);
             if (simd_max(factor < 1.0f ? 1u : 0u) > 0) {
                 set_diagonal(factor, factors, lane);
                 Matrix diagonal;
@@ -200,7 +225,7 @@ KERNEL(attention_forward_64)(READ_ROWS(T, q, 0), READ_ROWS(T, k, 1), READ_ROWS(T
     THREADGROUP(float, factors, 4 * 64);
     // the tiles with the most keys first
     const Place place = {GROUPS_X - 1 - GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
-    attend<8>(q, k, v, row_of(rows, GROUP_Z), out, lse, params, place, tile, scores, factors);
+    attend<8, false>(q, k, v, row_of(rows, GROUP_Z), out, lse, params, place, tile, scores, factors);
 }
 
 /// The same for heads of at most 128.
@@ -211,7 +236,18 @@ KERNEL(attention_forward_128)(READ_ROWS(T, q, 0), READ_ROWS(T, k, 1), READ_ROWS(
     THREADGROUP(float, scores, 4 * 8 * WIDE);
     THREADGROUP(float, factors, 4 * 64);
     const Place place = {GROUPS_X - 1 - GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
-    attend<16>(q, k, v, row_of(rows, GROUP_Z), out, lse, params, place, tile, scores, factors);
+    attend<16, false>(q, k, v, row_of(rows, GROUP_Z), out, lse, params, place, tile, scores, factors);
+}
+
+/// The same where scores have a cap.
+KERNEL(attention_forward_capped)(READ_ROWS(T, q, 0), READ_ROWS(T, k, 1), READ_ROWS(T, v, 2), READ(uint, rows, 3), WRITE_ROWS(T, out, 4),
+                                 WRITE(float, lse, 5), PARAMS(MatrixAttentionParams, 6))
+{
+    THREADGROUP(T, tile, 32 * PITCH(16));
+    THREADGROUP(float, scores, 4 * 8 * WIDE);
+    THREADGROUP(float, factors, 4 * 64);
+    const Place place = {GROUPS_X - 1 - GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
+    attend<16, true>(q, k, v, row_of(rows, GROUP_Z), out, lse, params, place, tile, scores, factors);
 }
 
 /// The sum of `out * dout` over the width of each of `n` queries and heads; a SIMD group each.
@@ -227,9 +263,9 @@ KERNEL(attention_delta)(READ_ROWS(T, out, 0), READ_ROWS(T, dout, 1), WRITE(float
     if (LANE == 0) delta[i] = sum;
 }
 
-// dq of 32 queries in four SIMD groups of 8, over the keys 16 at a time: with p = exp(scale * q kᵀ - lse), ds = scale * p * (dout vᵀ -
-// delta), dq = ds k. `tiles` holds 32 rows; a SIMD group has twice 8 * NARROW floats of `all_scores`.
-template <uint BLOCKS>
+// dq of 32 queries in four SIMD groups of 8, over the keys 16 at a time: with p = exp(score - lse), ds = slope * p * (dout vᵀ - delta),
+// where slope is that of the score by q kᵀ, dq = ds k. `tiles` holds 32 rows; a SIMD group has twice 8 * NARROW floats of `all_scores`.
+template <uint BLOCKS, bool CAPPED>
 FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v,
                          DEVICE_PTR(const float) lse, DEVICE_PTR(const float) delta, Row row, DEVICE_PTR(T) dq,
                          MatrixAttentionParams params, Place place, THREADGROUP_PTR(T) tiles, THREADGROUP_PTR(float) all_scores) {
@@ -265,8 +301,8 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
         if (8 * i < width) simdgroup_load(douts[i], tiles + 8 * place.simd * PITCH(BLOCKS) + 8 * i, PITCH(BLOCKS));
     }
 
-    const uint end = min(row.keys, before + first + 32);
-    for (uint key = 0; key < end; key += 16) {
+    const uint end = min(row.keys, before + first + 32), sees = first_seen(before + query, params), seen = before + query + 1 - sees;
+    for (uint key = first_seen(before + first, params); key < end; key += 16) {
         BARRIER();
         stage<16, BLOCKS>(k, k_start + ulong(key) * params.k_pitch, params.k_pitch, row.keys - key, width, tiles, place);
         stage<16, BLOCKS>(v, v_start + ulong(key) * params.v_pitch, params.v_pitch, row.keys - key, width, value_tile, place);
@@ -291,9 +327,10 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
         SIMD_BARRIER();
         UNROLL for (uint j = 0; j < 4; ++j) {
             const uint at = lane / 4 * NARROW + lane % 4 + 4 * j;
-            const bool seen = key + lane % 4 + 4 * j <= before + query;
-            const float p = seen ? exp(scores[at] * params.scale - my_lse) : 0.0f;
-            scores[at] = p * (slopes[at] - my_delta) * params.scale;
+            float slope;
+            const float score = score_of<CAPPED>(scores[at], params, slope);
+            const float p = key + lane % 4 + 4 * j - sees < seen ? exp(score - my_lse) : 0.0f;
+            scores[at] = p * (slopes[at] - my_delta) * slope;
         }
         SIMD_BARRIER();
         UNROLL for (uint b = 0; b < 2; ++b) {
@@ -318,7 +355,7 @@ FUNCTION void to_queries(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE
 // dk and dv of 32 keys, over the queries of all heads that share them 16 at a time, in eight SIMD groups: four multiply 8 keys each with
 // the queries, four 8 values each with dout; then each sums its columns, one of eight in turn, of dv = pᵀ dout and dk = dsᵀ q.
 // `tiles` holds 32 rows, `scores` and `slopes` 32 * NARROW floats each.
-template <uint BLOCKS>
+template <uint BLOCKS, bool CAPPED>
 FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v,
                       DEVICE_PTR(const float) lse, DEVICE_PTR(const float) delta, Row row, DEVICE_PTR(T) dk, DEVICE_PTR(T) dv,
                       MatrixAttentionParams params, Place place, THREADGROUP_PTR(T) tiles, THREADGROUP_PTR(float) scores,
@@ -349,8 +386,13 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
         }
     }
 
+    // of scores a thread has two, 16 keys apart; the tile's last key is the last to be seen
+    const uint my_key = first + place.index / 16, my_query = place.index % 16;
+    const uint my_times[2] = {times_seen(my_key, params), times_seen(my_key + 16, params)};
+    const uint last = min(first + 31, row.keys - 1), beyond = last + min(times_seen(last, params), row.keys - last);
+    const uint end = beyond > before ? beyond - before : 0;
     for (uint head = group * place.head; head < group * (place.head + 1); ++head) {
-        for (uint query = first > before ? first - before : 0; query < row.queries; query += 16) {
+        for (uint query = first > before ? first - before : 0; query < end; query += 16) {
             const ulong q_start = start_of(row.first_query + query, q_pitch, head, width);
             const ulong dout_start = start_of(row.first_query + query, dout_pitch, head, width);
             BARRIER();
@@ -371,13 +413,15 @@ FUNCTION void to_keys(DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PT
             THREADGROUP_PTR(float) results = (is_key ? scores : slopes) + 8 * block * NARROW;
             UNROLL for (uint b = 0; b < 2; ++b) simdgroup_store(products[b], results + 8 * b, NARROW);
             BARRIER();
-            for (uint i = place.index; i < 32 * 16; i += place.threads) {
-                const uint key = first + i / 16, at_query = query + i % 16, at = i / 16 * NARROW + i % 16;
+            UNROLL for (uint i = 0; i < 2; ++i) {
+                const uint key = my_key + 16 * i, at_query = query + my_query, at = (key - first) * NARROW + my_query;
                 float p = 0.0f, ds = 0.0f;
-                if (at_query < row.queries && key <= before + at_query) {
+                if (at_query < row.queries && before + at_query - key < my_times[i]) {
                     const ulong statistic = ulong(row.first_query + at_query) * params.heads + head;
-                    p = exp(scores[at] * params.scale - lse[statistic]);
-                    ds = p * (slopes[at] - delta[statistic]) * params.scale;
+                    float slope;
+                    const float score = score_of<CAPPED>(scores[at], params, slope);
+                    p = exp(score - lse[statistic]);
+                    ds = p * (slopes[at] - delta[statistic]) * slope;
                 }
                 scores[at] = p;
                 slopes[at] = ds;
@@ -423,7 +467,7 @@ KERNEL(attention_dq_64)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T, 
     THREADGROUP(T, tiles, 32 * PITCH(8));
     THREADGROUP(float, scores, 4 * 2 * 8 * NARROW);
     const Place place = {GROUPS_X - 1 - GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
-    to_queries<8>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dq, params, place, tiles, scores);
+    to_queries<8, false>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dq, params, place, tiles, scores);
 }
 
 /// The same for heads of at most 128.
@@ -433,7 +477,17 @@ KERNEL(attention_dq_128)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T,
     THREADGROUP(T, tiles, 32 * PITCH(16));
     THREADGROUP(float, scores, 4 * 2 * 8 * NARROW);
     const Place place = {GROUPS_X - 1 - GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
-    to_queries<16>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dq, params, place, tiles, scores);
+    to_queries<16, false>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dq, params, place, tiles, scores);
+}
+
+/// The same where scores have a cap.
+KERNEL(attention_dq_capped)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T, k, 2), READ_ROWS(T, v, 3), READ(float, lse, 4),
+                            READ(float, delta, 5), READ(uint, rows, 6), WRITE_ROWS(T, dq, 7), PARAMS(MatrixAttentionParams, 8))
+{
+    THREADGROUP(T, tiles, 32 * PITCH(16));
+    THREADGROUP(float, scores, 4 * 2 * 8 * NARROW);
+    const Place place = {GROUPS_X - 1 - GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
+    to_queries<16, true>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dq, params, place, tiles, scores);
 }
 
 /// Fills `dk` and `dv` of the keys that rows hold; heads of at most 64. Threadgroups of 256: 32 keys, key heads, rows.
@@ -445,7 +499,7 @@ KERNEL(attention_dkv_64)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T,
     THREADGROUP(float, scores, 32 * NARROW);
     THREADGROUP(float, slopes, 32 * NARROW);
     const Place place = {GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
-    to_keys<8>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dk, dv, params, place, tiles, scores, slopes);
+    to_keys<8, false>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dk, dv, params, place, tiles, scores, slopes);
 }
 
 /// The same for heads of at most 128.
@@ -457,5 +511,17 @@ KERNEL(attention_dkv_128)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T
     THREADGROUP(float, scores, 32 * NARROW);
     THREADGROUP(float, slopes, 32 * NARROW);
     const Place place = {GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
-    to_keys<16>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dk, dv, params, place, tiles, scores, slopes);
+    to_keys<16, false>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dk, dv, params, place, tiles, scores, slopes);
+}
+
+/// The same where scores have a cap.
+KERNEL(attention_dkv_capped)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T, k, 2), READ_ROWS(T, v, 3), READ(float, lse, 4),
+                             READ(float, delta, 5), READ(uint, rows, 6), UPDATE_ROWS(T, dk, 7), UPDATE_ROWS(T, dv, 8),
+                             PARAMS(MatrixAttentionParams, 9))
+{
+    THREADGROUP(T, tiles, 32 * PITCH(16));
+    THREADGROUP(float, scores, 32 * NARROW);
+    THREADGROUP(float, slopes, 32 * NARROW);
+    const Place place = {GROUP_X, GROUP_Y, THREAD, THREADS, LANE, SIMD};
+    to_keys<16, true>(dout, q, k, v, lse, delta, row_of(rows, GROUP_Z), dk, dv, params, place, tiles, scores, slopes);
 }

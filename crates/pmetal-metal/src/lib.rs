@@ -21,7 +21,7 @@ mod metal;
 mod parts;
 mod rest;
 
-pub use attention::{attention_backward, attention_forward, pitches};
+pub use attention::{attention_backward, attention_forward, limits, pitches};
 pub use attention_rows::AttentionRows;
 pub use decoding::{Decoding, Recording, RowAttention, RowProduct, RowStep};
 pub use error::{Error, Result};
