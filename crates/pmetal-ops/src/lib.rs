@@ -37,11 +37,13 @@ mod logits;
 mod norm_rope;
 mod normal;
 mod param;
+mod parts;
 mod place;
 pub mod profile;
 mod rates;
 mod rms_norm;
 mod rope;
+mod row_sums;
 mod rows;
 mod sampler;
 #[cfg(test)]
@@ -61,10 +63,12 @@ pub use logits::{LogitsSpec, logits};
 pub use norm_rope::rms_norm_rope;
 pub use normal::normal_on_gpu;
 pub use param::{Arena, Param};
+pub use parts::{join_columns, join_rows, split_columns, split_rows};
 pub use place::{emulate, switch_off, uploads_kept};
 pub use rates::{DeviceRates, rates};
 pub use rms_norm::{RmsNorm, add_rms_norm, rms_norm, rms_norm_beside};
 pub use rope::{RopeAngles, RopeLayout, RopeTable, rope};
+pub use row_sums::{combine_rows, gather_rows};
 pub use sampler::{Sampler, Sampling};
 pub use weight::{MappedFile, MappedWeight, Weight};
 

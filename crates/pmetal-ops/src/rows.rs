@@ -87,6 +87,13 @@ impl GradPlace {
         }
         Ok(empty((rows, width), dtype, device)?)
     }
+
+    /// The place of a gradient `[rows, width]`, as columns from the second number on, for its parts: it is theirs from now on.
+    pub(crate) fn divided(&self, (rows, width): (usize, usize)) -> Option<(Arc<GradRows>, usize)> {
+        let place = self.0.as_ref()?;
+        let fits = rows == place.shared.rows && place.first + width <= place.shared.pitch;
+        (fits && !place.taken.swap(true, Ordering::Relaxed)).then(|| (place.shared.clone(), place.first))
+    }
 }
 
 /// Whether both tensors are the same elements of the same memory.
