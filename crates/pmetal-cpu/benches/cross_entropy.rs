@@ -27,13 +27,13 @@ fn losses(criterion: &mut Criterion) {
             cross_entropy_losses(&logits, vocab, &labels, &mut losses);
         });
 
-        cross_entropy_rows(&mut logits, vocab, &labels, 0.5, &mut losses);
+        cross_entropy_rows(&mut logits, vocab, &labels, 0.5, None, &mut losses);
         let target = |j: usize| if j == 0 { 1.0 } else { 0.0 };
         let gradient: Vec<f64> = (0..vocab).map(|j| 0.5 * (exponentials[j] / sum - target(j))).collect();
         assert_close("gradient", &logits[..vocab], &gradient, 1e-5, 1e-5);
         // the gradient of a gradient: as much work, on numbers of no meaning
         time(criterion, &format!("cross_entropy: gradient of {ROWS} tokens, {}", shape.name), both, || {
-            cross_entropy_rows(&mut logits, vocab, &labels, 0.5, &mut losses);
+            cross_entropy_rows(&mut logits, vocab, &labels, 0.5, None, &mut losses);
         });
     }
 }

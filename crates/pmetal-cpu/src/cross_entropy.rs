@@ -1,4 +1,4 @@
-//! Cross-entropy of rows of logits, with and without the gradient.
+//! Cross-entropy of rows of logits, with and without the gradient, and the cap on logits.
 
 use rayon::prelude::*;
 
@@ -8,8 +8,15 @@ use crate::vector::{Body, Step, Term, Vector, run, sweep, total};
 ///
 /// `logits` is `[rows, vocab]`, `labels` and `losses` are `[rows]`. With `p = softmax(row)`: the loss is
 /// `-ln p[label]` and the row becomes `grad_scale * (p - onehot(label))`. A negative label means ignored: loss and
-/// gradient are zero.
-pub fn cross_entropy_rows(logits: &mut [f32], vocab: usize, labels: &[i64], grad_scale: f32, losses: &mut [f32]) {
+/// gradient are zero. Where the logits went through [`softcap`] with `cap`, the gradient is that of what they were before.
+pub fn cross_entropy_rows(
+    logits: &mut [f32],
+    vocab: usize,
+    labels: &[i64],
+    grad_scale: f32,
+    cap: Option<f32>,
+    losses: &mut [f32],
+) {
     check("cross_entropy_rows", logits.len(), vocab, labels, losses.len());
     logits.par_chunks_exact_mut(vocab).zip(labels).zip(losses).for_each(|((row, &label), loss)| {
         let Ok(label) = usize::try_from(label) else {
@@ -18,10 +25,35 @@ pub fn cross_entropy_rows(logits: &mut [f32], vocab: usize, labels: &[i64], grad
             return;
         };
         let found = run(Statistics { row });
-        *loss = found.loss(row[label]);
-        run(InPlace { row, max: found.max, factor: grad_scale / found.sum });
-        row[label] -= grad_scale;
+        let target = row[label];
+        *loss = found.loss(target);
+        let (max, factor) = (found.max, grad_scale / found.sum);
+        match cap {
+            None => {
+                run(InPlace { row, max, factor });
+                row[label] -= grad_scale;
+            }
+            Some(cap) => {
+                run(InPlaceCapped { row, max, factor, inverse_cap: 1.0 / cap });
+                row[label] -= grad_scale * slope(target * (1.0 / cap));
+            }
+        }
     });
+}
+
+/// Replaces every number by `cap * tanh(x / cap)`.
+pub fn softcap(x: &mut [f32], cap: f32) {
+    x.par_chunks_mut(CAPPED_AT_A_TIME).for_each(|x| run(Capped { x, cap, inverse_cap: 1.0 / cap }));
+}
+
+/// Enough that handing them out costs nothing beside them.
+const CAPPED_AT_A_TIME: usize = 1 << 14;
+
+/// The slope of [`softcap`] where the result is `share` of the cap.
+#[inline(always)]
+fn slope<V: Vector>(share: V) -> V {
+    let one = V::splat(1.0);
+    one.add(share).mul(one.sub(share))
 }
 
 /// The losses alone; the logits stay as they are. Shapes and meaning as in [`cross_entropy_rows`].
@@ -120,6 +152,55 @@ impl Step for InPlace<'_> {
     fn step<V: Vector>(&mut self, at: usize) {
         let exponential = V::load(&self.row[at..]).sub(V::splat(self.max)).exp();
         exponential.mul(V::splat(self.factor)).store(&mut self.row[at..]);
+    }
+}
+
+/// Turns capped logits `x` into `e^(x - max) * factor * slope`.
+struct InPlaceCapped<'a> {
+    row: &'a mut [f32],
+    max: f32,
+    factor: f32,
+    inverse_cap: f32,
+}
+
+impl Body for InPlaceCapped<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(mut self) {
+        sweep::<V>(self.row.len(), &mut self);
+    }
+}
+
+impl Step for InPlaceCapped<'_> {
+    #[inline(always)]
+    fn step<V: Vector>(&mut self, at: usize) {
+        let x = V::load(&self.row[at..]);
+        let exponential = x.sub(V::splat(self.max)).exp().mul(V::splat(self.factor));
+        exponential.mul(slope(x.mul(V::splat(self.inverse_cap)))).store(&mut self.row[at..]);
+    }
+}
+
+struct Capped<'a> {
+    x: &'a mut [f32],
+    cap: f32,
+    inverse_cap: f32,
+}
+
+impl Body for Capped<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(mut self) {
+        sweep::<V>(self.x.len(), &mut self);
+    }
+}
+
+impl Step for Capped<'_> {
+    #[inline(always)]
+    fn step<V: Vector>(&mut self, at: usize) {
+        let share = V::load(&self.x[at..]).mul(V::splat(self.inverse_cap)).tanh();
+        share.mul(V::splat(self.cap)).store(&mut self.x[at..]);
     }
 }
 

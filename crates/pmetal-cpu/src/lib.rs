@@ -17,6 +17,7 @@ mod elementwise;
 mod embedding;
 mod gemm;
 mod gemv;
+mod layer_norm;
 mod level;
 mod math;
 mod norm;
@@ -33,21 +34,25 @@ mod simd;
 mod tasks;
 mod vector;
 
-pub use activation::{geglu_backward, geglu_forward, swiglu_backward, swiglu_forward};
+pub use activation::{clamped_backward, clamped_forward, geglu_backward, geglu_forward, swiglu_backward, swiglu_forward};
 pub use alloc::{PoolAllocator, live_bytes, peak_bytes, reset_peak};
-pub use attention::{AttentionShape, Segment, attention_backward, attention_forward};
-pub use cross_entropy::{cross_entropy_losses, cross_entropy_rows};
+pub use attention::{
+    AttentionShape, MAX_HEAD_DIM, Reach, Segment, attention_backward, attention_forward, attention_sinks,
+    attention_sinks_backward,
+};
+pub use cross_entropy::{cross_entropy_losses, cross_entropy_rows, softcap};
 pub use element::Element;
 pub use elementwise::{add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout};
 pub use embedding::{gather_rows, scatter_add_rows};
 pub use gemm::{Arithmetic, Left, Mat, PackedWeight, Right, matmul, multiply};
 pub use gemv::{FewRows, MAX_ROWS, few_rows};
+pub use layer_norm::{LayerNormStatistics, layer_norm_backward, layer_norm_forward, layer_norm_weight_gradient};
 pub use level::Level;
 pub use norm::{add_rms_norm_forward, rms_norm_backward, rms_norm_forward};
 pub use norm_rope::{HeadAngles, rms_norm_rope_backward, rms_norm_rope_forward};
 pub use optimizer::{AdamW, Factors, adamw, sum_of_squares};
 pub use random::{mix, normal, uniform};
 pub use room::room;
-pub use rope::{rope, rope_into};
+pub use rope::{HeadLayout, rope, rope_into};
 pub use row_sums::{Columns, RowLists, copy_columns, dot_rows, sum_rows};
 pub use tasks::threads;

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{assert_close, numbers, same_on_any_threads, wide};
-use pmetal_cpu::{AdamW, adamw, cross_entropy_losses, cross_entropy_rows, sum_of_squares};
+use pmetal_cpu::{AdamW, adamw, cross_entropy_losses, cross_entropy_rows, softcap, sum_of_squares};
 
 #[test]
 fn cross_entropy_and_its_gradient() {
@@ -15,7 +15,7 @@ fn cross_entropy_and_its_gradient() {
         let mut losses = vec![f32::NAN; rows];
         cross_entropy_losses(&logits, vocab, &labels, &mut losses);
         let (mut gradient, mut again) = (logits.clone(), vec![f32::NAN; rows]);
-        cross_entropy_rows(&mut gradient, vocab, &labels, 0.25, &mut again);
+        cross_entropy_rows(&mut gradient, vocab, &labels, 0.25, None, &mut again);
         let mut expected_losses = Vec::new();
         let mut expected_gradient = Vec::new();
         for (row, &label) in wide(&logits).chunks(vocab).zip(&labels) {
@@ -34,11 +34,42 @@ fn cross_entropy_and_its_gradient() {
 }
 
 #[test]
+fn a_cap_on_logits_and_the_gradient_before_it() {
+    // far beyond the cap, about its size, and so small that the cap hardly bends them
+    for (size, cap) in [(300.0, 30.0), (40.0, 30.0), (1e-3, 2.0)] {
+        for vocab in [1, 7, 1003] {
+            let before: Vec<f32> = numbers::<f32>(3 * vocab, 1).iter().map(|x| x * size).collect();
+            let labels = [(vocab / 2) as i64, -100, vocab as i64 - 1];
+            let mut logits = before.clone();
+            softcap(&mut logits, cap);
+            let exact: Vec<f64> =
+                before.iter().map(|&x| f64::from(cap) * (f64::from(x) / f64::from(cap)).tanh()).collect();
+            for (&got, &want) in logits.iter().zip(&exact) {
+                assert!((f64::from(got) - want).abs() <= 1e-6 * want.abs(), "{got} for {want}");
+            }
+            let mut losses = [f32::NAN; 3];
+            cross_entropy_rows(&mut logits, vocab, &labels, 0.25, Some(cap), &mut losses);
+            let mut gradient = Vec::new();
+            for (row, &label) in exact.chunks(vocab).zip(&labels) {
+                let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let lse = max + row.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
+                gradient.extend(row.iter().enumerate().map(|(j, x)| {
+                    let target = if j as i64 == label { 1.0 } else { 0.0 };
+                    let slope = 1.0 - (x / f64::from(cap)).powi(2);
+                    if label < 0 { 0.0 } else { 0.25 * slope * ((x - lse).exp() - target) }
+                }));
+            }
+            assert_close("gradient", &logits, &gradient, 1e-6, 0.25);
+        }
+    }
+}
+
+#[test]
 fn classes_that_are_ruled_out_have_no_gradient() {
     let mut logits = vec![f32::NEG_INFINITY; 5000];
     (logits[4000], logits[4990]) = (2.0, 2.0);
     let mut losses = [0.0];
-    cross_entropy_rows(&mut logits, 5000, &[4000], 1.0, &mut losses);
+    cross_entropy_rows(&mut logits, 5000, &[4000], 1.0, None, &mut losses);
     assert!((losses[0] - std::f32::consts::LN_2).abs() < 1e-6, "{}", losses[0]);
     for (i, &g) in logits.iter().enumerate() {
         assert_eq!(g, [(4000, -0.5), (4990, 0.5)].iter().find(|(at, _)| *at == i).map_or(0.0, |&(_, g)| g));
@@ -53,7 +84,7 @@ fn a_bad_logit_is_not_hidden() {
         let mut losses = [0.0];
         cross_entropy_losses(&logits, 100, &[3], &mut losses);
         assert!(!losses[0].is_finite());
-        cross_entropy_rows(&mut logits, 100, &[3], 1.0, &mut losses);
+        cross_entropy_rows(&mut logits, 100, &[3], 1.0, None, &mut losses);
         assert!(!losses[0].is_finite());
     }
 }

@@ -2,13 +2,18 @@
 // logit is read once. From compute capability 9.0 on.
 //
 // This text stands behind the shared prelude, T is half or bfloat. The host defines BLOCKS, the thread blocks of a cluster, ROW_THREADS,
-// the threads of each, and OCTETS, how many times eight logits a thread holds. Exponents are of two.
+// the threads of each, OCTETS, how many times eight logits a thread holds, and CAPPED: 1 where logits go through `cap * tanh(x / cap)`, else
+// 0. Exponents are of two.
 
 #define LOG2E 1.4426950408889634f
 // Below every logit, and finite: the difference of two such is 0, not NaN.
 #define LOWEST -1.0e38f
 
+#if CAPPED
+struct RowParams { uint vocab; uint first; float grad_scale; float cap; };
+#else
 struct RowParams { uint vocab; uint first; float grad_scale; };
+#endif
 struct Pair { float top, sum; };
 
 FUNCTION float power_of_two(float x) {
@@ -31,13 +36,33 @@ FUNCTION uint largest(uint a, uint b, bfloat) {
 FUNCTION uint nothing(half) { return 0xfc00fc00u; }
 FUNCTION uint nothing(bfloat) { return 0xff80ff80u; }
 
-FUNCTION float exponentials(uint raw, float top) {
-    const float2 v = unpack(raw, T());
-    return power_of_two(fmaf(v.x, LOG2E, -top)) + power_of_two(fmaf(v.y, LOG2E, -top));
+#if CAPPED
+// 1 - 2 / (e^2y + 1), which is right for all y.
+FUNCTION float tangent(float x, RowParams p) {
+    return 1.0f - __fdividef(2.0f, power_of_two(x * (2.0f * LOG2E / p.cap)) + 1.0f);
 }
-FUNCTION uint scaled(uint raw, float top, float factor) {
+FUNCTION float logit(float x, RowParams p) { return p.cap * tangent(x, p); }
+FUNCTION float share(float x, float top, RowParams p) {
+    const float t = tangent(x, p);
+    return power_of_two(fmaf(p.cap * t, LOG2E, -top)) * (1.0f - t * t);
+}
+FUNCTION float slope(float x, RowParams p) {
+    const float t = tangent(x, p);
+    return 1.0f - t * t;
+}
+#else
+FUNCTION float logit(float x, RowParams) { return x; }
+FUNCTION float share(float x, float top, RowParams) { return power_of_two(fmaf(x, LOG2E, -top)); }
+FUNCTION float slope(float, RowParams) { return 1.0f; }
+#endif
+
+FUNCTION float exponentials(uint raw, float top, RowParams p) {
     const float2 v = unpack(raw, T());
-    return pack(factor * power_of_two(fmaf(v.x, LOG2E, -top)), factor * power_of_two(fmaf(v.y, LOG2E, -top)), T());
+    return power_of_two(fmaf(logit(v.x, p), LOG2E, -top)) + power_of_two(fmaf(logit(v.y, p), LOG2E, -top));
+}
+FUNCTION uint scaled(uint raw, float top, float factor, RowParams p) {
+    const float2 v = unpack(raw, T());
+    return pack(factor * share(v.x, top, p), factor * share(v.y, top, p), T());
 }
 
 FUNCTION Pair merged(Pair a, Pair b) {
@@ -74,7 +99,7 @@ FUNCTION Pair of_row(Pair own, Pair* simds, Pair* blocks, uint rank) {
     return row;
 }
 
-// As the shared text's `cross_entropy_gradient`, for rows of a multiple of eight logits that begin at aligned places. A cluster has a row.
+// As the shared text's `cross_entropy_gradient`, or `capped_cross_entropy_gradient`, for rows of a multiple of eight logits that begin at aligned places. A cluster has a row.
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(ROW_THREADS, 1024 / ROW_THREADS)
     cross_entropy_gradient_cluster(T* __restrict__ logits, const uint* __restrict__ labels, float* __restrict__ losses,
                                    const RowParams params) {
@@ -97,29 +122,32 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(ROW_
     }
     // who holds the label's logit writes the loss: nobody has changed it yet
     const bool owner = label / 8 % (BLOCKS * ROW_THREADS) == first;
-    const float target = owner ? float(logits[ulong(row) * params.vocab + label]) : 0.0f;
+    const float raw = owner ? float(logits[ulong(row) * params.vocab + label]) : 0.0f;
+    const float target = logit(raw, params);
     uint most = none;
 #pragma unroll
     for (uint k = 0; k < OCTETS; k++)
         most = largest(most, largest(largest(held[k].x, held[k].y, T()), largest(held[k].z, held[k].w, T()), T()), T());
     const float2 two = unpack(most, T());
-    Pair own = {fmaxf(fmaxf(two.x, two.y) * LOG2E, LOWEST), 0.0f};
+    Pair own = {fmaxf(logit(fmaxf(two.x, two.y), params) * LOG2E, LOWEST), 0.0f};
 #pragma unroll
     for (uint k = 0; k < OCTETS; k++)
-        own.sum += (exponentials(held[k].x, own.top) + exponentials(held[k].y, own.top)) +
-                   (exponentials(held[k].z, own.top) + exponentials(held[k].w, own.top));
+        // minus infinity behind the row's end has no exponential, but a cap makes it a number
+        if (!CAPPED || first + k * BLOCKS * ROW_THREADS < octets)
+            own.sum += (exponentials(held[k].x, own.top, params) + exponentials(held[k].y, own.top, params)) +
+                       (exponentials(held[k].z, own.top, params) + exponentials(held[k].w, own.top, params));
     const Pair all = of_row(own, simds, blocks, rank);
     const float factor = params.grad_scale / all.sum;
 #pragma unroll
     for (uint k = 0; k < OCTETS; k++) {
         const uint i = first + k * BLOCKS * ROW_THREADS;
         if (i < octets)
-            __stcs(from + i, make_uint4(scaled(held[k].x, all.top, factor), scaled(held[k].y, all.top, factor),
-                                        scaled(held[k].z, all.top, factor), scaled(held[k].w, all.top, factor)));
+            __stcs(from + i, make_uint4(scaled(held[k].x, all.top, factor, params), scaled(held[k].y, all.top, factor, params),
+                                        scaled(held[k].z, all.top, factor, params), scaled(held[k].w, all.top, factor, params)));
     }
     if (owner) {
-        const float share = power_of_two(fmaf(target, LOG2E, -all.top)) / all.sum;
-        logits[ulong(row) * params.vocab + label] = T(params.grad_scale * (share - 1.0f));
+        const float probability = power_of_two(fmaf(target, LOG2E, -all.top)) / all.sum;
+        logits[ulong(row) * params.vocab + label] = T(params.grad_scale * (probability - 1.0f) * slope(raw, params));
         losses[params.first + row] = logf(all.sum) + (all.top / LOG2E - target);
     }
 }

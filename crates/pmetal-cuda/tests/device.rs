@@ -52,25 +52,36 @@ fn kernels_run_in_every_dtype_and_size() -> Result<()> {
 fn gradients_of_cross_entropy_are_those_of_f64() -> Result<()> {
     let Some((device, gpu, _turn)) = gpu() else { return Ok(()) };
     let vocabularies = [4099, 16_384, 32_000, 50_257, 65_536, 128_256, 151_936, 262_144];
-    for (vocab, dtype) in vocabularies.iter().flat_map(|&vocab| DTYPES.map(|dtype| (vocab, dtype))) {
+    let caps = [None, Some(8.0f32)];
+    let cases = vocabularies.iter().flat_map(|&vocab| DTYPES.map(|dtype| (vocab, dtype)));
+    for ((vocab, dtype), cap) in cases.flat_map(|case| caps.map(|cap| (case, cap))) {
         let labels = [0, vocab - 1, 4096, vocab, 1234];
         let (logits, _) = matrix((labels.len(), vocab), dtype, 0, 7, &device)?;
         let logits = (logits * 6.0)?;
         let before = host(&logits)?;
         let losses = Tensor::zeros(labels.len() + 1, DType::F32, &device)?;
         let sent = Tensor::from_vec(labels.map(|label| label as u32).to_vec(), labels.len(), &device)?;
-        let params = kernels::CrossEntropyParams { vocab: vocab as u32, first: 1, grad_scale: 0.25 };
-        kernels::cross_entropy_gradient(&*gpu, dtype, Grid::line(labels.len(), 1024), &logits, &sent, &losses, params)?;
+        let (grid, first, grad_scale) = (Grid::line(labels.len(), 1024), 1, 0.25);
+        if let Some(cap) = cap {
+            let params = kernels::CappedCrossEntropyParams { vocab: vocab as u32, first, grad_scale, cap };
+            kernels::capped_cross_entropy_gradient(&*gpu, dtype, grid, &logits, &sent, &losses, params)?;
+        } else {
+            let params = kernels::CrossEntropyParams { vocab: vocab as u32, first, grad_scale };
+            kernels::cross_entropy_gradient(&*gpu, dtype, grid, &logits, &sent, &losses, params)?;
+        }
+        let share = |x: f64| cap.map_or(0.0, |cap| (x / f64::from(cap)).tanh());
         let (after, losses) = (host(&logits)?, host(&losses)?);
         let rounding = if dtype == DType::F32 { 1e-5 } else { 5e-3 };
         for (row, (&label, before)) in labels.iter().zip(before.chunks(vocab)).enumerate() {
-            let sum: f64 = before.iter().map(|x| x.exp()).sum();
-            let (counted, what) = (label < vocab, format!("row {row} of {vocab} of {dtype:?}"));
-            let loss = if counted { sum.ln() - before[label] } else { 0.0 };
+            let logits: Vec<f64> = before.iter().map(|&x| cap.map_or(x, |cap| f64::from(cap) * share(x))).collect();
+            let sum: f64 = logits.iter().map(|x| x.exp()).sum();
+            let (counted, what) = (label < vocab, format!("row {row} of {vocab} of {dtype:?}, cap {cap:?}"));
+            let loss = if counted { sum.ln() - logits[label] } else { 0.0 };
             assert!((losses[row + 1] - loss).abs() < 1e-4, "{what}: loss {} for {loss}", losses[row + 1]);
             for (i, (&got, x)) in after[row * vocab..].iter().zip(before).enumerate() {
                 let hot = if i == label { 1.0 } else { 0.0 };
-                let want = if counted { 0.25 * (x.exp() / sum - hot) } else { 0.0 };
+                let slope = 1.0 - share(*x).powi(2);
+                let want = if counted { 0.25 * slope * (logits[i].exp() / sum - hot) } else { 0.0 };
                 // f16 has no numbers below 6e-8
                 assert!((got - want).abs() <= rounding * want.abs() + 6e-8, "{what}: {got} for {want} at {i}");
             }

@@ -27,8 +27,13 @@ fn assert_close(what: &str, want: &[f64], got: &Tensor, tolerance: f64) {
     }
 }
 
-/// The loss of a row, and its gradient times `scale`.
-fn cross_entropy(row: &[f64], label: u32, scale: f64) -> (f64, Vec<f64>) {
+/// The loss of a row behind a cap, where there is one, and its gradient times `scale`.
+fn cross_entropy(row: &[f64], label: u32, scale: f64, cap: Option<f32>) -> (f64, Vec<f64>) {
+    if let Some(cap) = cap.map(f64::from) {
+        let capped: Vec<f64> = row.iter().map(|x| cap * (x / cap).tanh()).collect();
+        let (loss, gradient) = cross_entropy(&capped, label, scale, None);
+        return (loss, gradient.iter().zip(capped).map(|(g, x)| g * (1.0 - (x / cap).powi(2))).collect());
+    }
     if label == NOT_COUNTED {
         return (0.0, vec![0.0; row.len()]);
     }
@@ -39,7 +44,7 @@ fn cross_entropy(row: &[f64], label: u32, scale: f64) -> (f64, Vec<f64>) {
     (sum.ln() + top - row[label as usize], gradient)
 }
 
-fn check_loss(vocab: usize, dtype: DType, threads: usize) {
+fn check_loss(vocab: usize, dtype: DType, threads: usize, cap: Option<f32>) {
     let gpu = Emulator::new();
     let labels = [vocab as u32 / 2, NOT_COUNTED, 0, vocab as u32 - 1];
     let mut values = random(labels.len() * vocab, vocab as u64, 8.0);
@@ -50,32 +55,47 @@ fn check_loss(vocab: usize, dtype: DType, threads: usize) {
     }
     let logits = tensor(&values, dtype);
     let rows = wide(&logits);
-    let want: Vec<_> = rows.chunks(vocab).zip(labels).map(|(row, label)| cross_entropy(row, label, 0.25)).collect();
+    let want: Vec<_> =
+        rows.chunks(vocab).zip(labels).map(|(row, label)| cross_entropy(row, label, 0.25, cap)).collect();
     let mut losses: Vec<f64> = want.iter().map(|(loss, _)| *loss).collect();
     losses.insert(0, 7.0);
     let gradient: Vec<f64> = want.into_iter().flat_map(|(_, gradient)| gradient).collect();
 
-    let what = format!("vocab {vocab}, {dtype:?}, {threads} threads");
+    let what = format!("vocab {vocab}, {dtype:?}, {threads} threads, cap {cap:?}");
     let labels = Tensor::new(&labels, &Device::Cpu).unwrap();
     let grid = Grid::line(4, threads);
-    let vocab = vocab as u32;
+    let (vocab, first, grad_scale) = (vocab as u32, 1, 0.25);
+    let plain = kernels::CrossEntropyParams { vocab, first, grad_scale };
+    let capped = cap.map(|cap| kernels::CappedCrossEntropyParams { vocab, first, grad_scale, cap });
     let got = tensor(&[7.0; 5], DType::F32);
-    let params = kernels::CrossEntropyParams { vocab, first: 1, grad_scale: 0.25 };
-    kernels::cross_entropy_loss(&gpu, dtype, grid, &logits, &labels, &got, params).unwrap();
+    match capped {
+        None => kernels::cross_entropy_loss(&gpu, dtype, grid, &logits, &labels, &got, plain).unwrap(),
+        Some(params) => kernels::capped_cross_entropy_loss(&gpu, dtype, grid, &logits, &labels, &got, params).unwrap(),
+    }
     assert_close(&format!("loss, {what}"), &losses, &got, 1e-6);
     let got = tensor(&[7.0; 5], DType::F32);
-    let params = kernels::CrossEntropyParams { vocab, first: 1, grad_scale: 0.25 };
-    kernels::cross_entropy_gradient(&gpu, dtype, grid, &logits, &labels, &got, params).unwrap();
+    match capped {
+        None => kernels::cross_entropy_gradient(&gpu, dtype, grid, &logits, &labels, &got, plain).unwrap(),
+        Some(params) => {
+            kernels::capped_cross_entropy_gradient(&gpu, dtype, grid, &logits, &labels, &got, params).unwrap();
+        }
+    }
     assert_close(&format!("loss beside the gradient, {what}"), &losses, &got, 1e-6);
-    let rounding = if dtype == DType::F32 { 2e-6 } else { 2e-3 };
-    assert_close(&format!("gradient, {what}"), &gradient, &logits, rounding);
+    // half a unit in the last place
+    let rounding = match dtype {
+        DType::BF16 => 1.0 / 256.0,
+        DType::F16 => 1.0 / 2048.0,
+        _ => 0.0,
+    };
+    assert_close(&format!("gradient, {what}"), &gradient, &logits, rounding + 2e-6);
 }
 
 #[test]
 fn losses_and_gradients_of_rows_of_any_length() {
     for (vocab, threads) in [(1, 32), (3, 64), (5, 32), (130, 32), (1027, 64), (4099, 256), (9000, 1024)] {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
-            check_loss(vocab, dtype, threads);
+            check_loss(vocab, dtype, threads, None);
+            check_loss(vocab, dtype, threads, Some(5.0));
         }
     }
 }

@@ -47,23 +47,45 @@ pub(crate) trait Vector: Copy {
     /// The largest of the lanes; a NaN may be lost.
     fn largest(self) -> f32;
 
-    /// `e^self`. Relative error below 2e-7 where the result is a normal number; 0 below -104, infinity above 88.73, NaN kept.
-    ///
-    /// The argument is split as `n ln 2 + r` with `|r| <= ln 2 / 2` (ln 2 in two parts, so that the difference is exact), and `e^r` is
-    /// its Taylor polynomial of degree 7.
+    /// `(n, r)` with an integral `n`, `self = n ln 2 + r` and `|r| <= ln 2 / 2`. ln 2 is in two parts, so that the difference is exact.
     #[inline(always)]
-    fn exp(self) -> Self {
+    fn parts(self) -> (Self, Self) {
         const LN2_HIGH: f32 = 0.693_359_4;
         const LN2_LOW: f32 = -2.121_944_4e-4;
         let splat = Self::splat;
-        let x = self.min(splat(89.0)).max(splat(-104.5));
-        let n = x.mul(splat(std::f32::consts::LOG2_E)).round();
-        let r = n.mul_add(splat(-LN2_LOW), n.mul_add(splat(-LN2_HIGH), x));
+        let n = self.mul(splat(std::f32::consts::LOG2_E)).round();
+        (n, n.mul_add(splat(-LN2_LOW), n.mul_add(splat(-LN2_HIGH), self)))
+    }
+
+    /// `e^self`. Relative error below 2e-7 where the result is a normal number; 0 below -104, infinity above 88.73, NaN kept.
+    ///
+    /// The argument is split by [`Vector::parts`], and `e^r` is its Taylor polynomial of degree 7.
+    #[inline(always)]
+    fn exp(self) -> Self {
+        let splat = Self::splat;
+        let (n, r) = self.min(splat(89.0)).max(splat(-104.5)).parts();
         let mut p = splat(1.0 / 5040.0);
         for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
             p = r.mul_add(p, splat(c));
         }
         p.scale(n)
+    }
+
+    /// `tanh(self)`. Relative error below 5e-7.
+    ///
+    /// With `u = e^(2 self) - 1` it is `u / (u + 2)`; `u` is formed from `e^r - 1` as [`Vector::exp`] forms `e^r`, so that small numbers
+    /// keep their digits.
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        let splat = Self::splat;
+        let (n, r) = self.add(self).min(splat(30.0)).max(splat(-30.0)).parts();
+        let mut p = splat(1.0 / 5040.0);
+        for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0] {
+            p = r.mul_add(p, splat(c));
+        }
+        let power = splat(1.0).scale(n);
+        let u = p.mul(r).mul_add(power, power.sub(splat(1.0)));
+        u.div(u.add(splat(2.0)))
     }
 
     /// `1 / (1 + e^-self)`.

@@ -1,4 +1,4 @@
-//! The gradient of cross-entropy by clusters of thread blocks: `kernels/cross_entropy.cu` in the place of the shared text's kernel, whose
+//! The gradient of cross-entropy by clusters of thread blocks: `kernels/cross_entropy.cu` in the place of the shared text's kernels, whose
 //! arguments it takes, for the rows that it fits.
 
 use std::{
@@ -15,7 +15,7 @@ use candle_core::{
 };
 use pmetal_metal::{
     Call, Result,
-    kernels::{CROSS_ENTROPY_GRADIENT, CUDA_PRELUDE},
+    kernels::{CAPPED_CROSS_ENTROPY_GRADIENT, CROSS_ENTROPY_GRADIENT, CUDA_PRELUDE},
 };
 
 use super::{
@@ -38,7 +38,7 @@ const CAPABILITY: i32 = 9;
 /// The kernels that were asked for, compiled.
 #[derive(Default)]
 pub(super) struct CrossEntropy {
-    built: RwLock<HashMap<(DType, Cut), CudaFunction>>,
+    built: RwLock<HashMap<(DType, Cut, bool), CudaFunction>>,
 }
 
 /// How a row is cut.
@@ -58,9 +58,10 @@ impl Cut {
         [1, 2, 4, 8].into_iter().map(cut).find(|cut| whole && cut.octets <= MOST_OCTETS)
     }
 
-    fn options(self) -> [String; 3] {
+    fn options(self, capped: bool) -> [String; 4] {
         let defined = |name: &str, value| format!("--define-macro={name}={value}");
-        [defined("BLOCKS", self.blocks), defined("OCTETS", self.octets), defined("ROW_THREADS", THREADS)]
+        let capped = defined("CAPPED", usize::from(capped));
+        [defined("BLOCKS", self.blocks), defined("OCTETS", self.octets), defined("ROW_THREADS", THREADS), capped]
     }
 }
 
@@ -68,7 +69,8 @@ impl CrossEntropy {
     /// Asks for the call's work, where it is the gradient of cross-entropy and its rows fit; false, and nothing done, otherwise.
     pub(super) fn launch(&self, gpu: &CudaGpu, call: &Call) -> Result<bool> {
         let [logits, ..] = call.buffers else { return Ok(false) };
-        if call.kernel.name != CROSS_ENTROPY_GRADIENT.name {
+        let capped = call.kernel.name == CAPPED_CROSS_ENTROPY_GRADIENT.name;
+        if !capped && call.kernel.name != CROSS_ENTROPY_GRADIENT.name {
             return Ok(false);
         }
         let (rows, vocab) = logits.dims2()?;
@@ -76,17 +78,17 @@ impl CrossEntropy {
         let aligned = logits.layout().start_offset().is_multiple_of(8);
         let clusters = gpu.context.compute_capability().w()?.0 >= CAPABILITY;
         let Some(cut) = Cut::of(vocab).filter(|_| short && aligned && clusters) else { return Ok(false) };
-        let function = self.function(gpu, call.dtype, cut)?;
+        let function = self.function(gpu, call.dtype, cut, capped)?;
         ask(gpu, call, function, [rows * cut.blocks, 1, 1], THREADS)?;
         Ok(true)
     }
 
-    fn function(&self, gpu: &CudaGpu, dtype: DType, cut: Cut) -> Result<sys::CUfunction> {
-        let key = (dtype, cut);
+    fn function(&self, gpu: &CudaGpu, dtype: DType, cut: Cut, capped: bool) -> Result<sys::CUfunction> {
+        let key = (dtype, cut, capped);
         if let Some(function) = self.built.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(function.cu_function());
         }
-        let options = cut.options();
+        let options = cut.options(capped);
         let module = gpu.compile(NAME, &text(dtype)?, &options.each_ref().map(String::as_str))?;
         let function = module.load_function("cross_entropy_gradient_cluster").w()?;
         let mut built = self.built.write().unwrap_or_else(PoisonError::into_inner);
@@ -114,8 +116,10 @@ mod tests {
     /// Needs the compiler, but no GPU.
     #[test]
     fn it_compiles_without_headers() -> Result<()> {
-        for (dtype, vocab) in [(DType::BF16, 151_936), (DType::F16, 32_000), (DType::BF16, 262_144)] {
-            let options = Cut::of(vocab).map(Cut::options).unwrap_or_default();
+        for (dtype, vocab, capped) in
+            [(DType::BF16, 151_936, false), (DType::F16, 32_000, false), (DType::BF16, 262_144, true)]
+        {
+            let options = Cut::of(vocab).map(|cut| cut.options(capped)).unwrap_or_default();
             takes(NAME, &text(dtype)?, &options.each_ref().map(String::as_str), 90)?;
         }
         Ok(())

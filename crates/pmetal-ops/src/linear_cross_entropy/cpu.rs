@@ -1,7 +1,7 @@
 //! The head and the loss on the CPU, a block of tokens at a time.
 
 use candle_core::{Device, Tensor};
-use pmetal_cpu::{Arithmetic, Element, Left, Mat, cross_entropy_losses, cross_entropy_rows, matmul, multiply};
+use pmetal_cpu::{Arithmetic, Element, Left, Mat, cross_entropy_losses, cross_entropy_rows, matmul, multiply, softcap};
 
 use super::{Found, OP, Task};
 use crate::{
@@ -38,7 +38,7 @@ struct Blocks<'a, T> {
 impl<T: CpuElement> Blocks<'_, T> {
     /// The counted tokens' losses, and the gradient of `hidden` where it is needed; that of a trained weight goes to its arena.
     fn all(&self) -> Result<(Vec<f32>, Option<Vec<T>>)> {
-        let Task { counted, classes, scale, needs_hidden, trained, .. } = *self.task;
+        let Task { counted, classes, scale, spec, needs_hidden, trained, .. } = *self.task;
         let most = (BLOCK_BYTES / (4 * self.vocab)).clamp(8, 1024);
         // blocks of one size: a short last one would read all weights for little
         let rows = counted.len().div_ceil(counted.len().div_ceil(most).max(1)).max(1);
@@ -55,10 +55,13 @@ impl<T: CpuElement> Blocks<'_, T> {
             let logits = &mut logits[..n * self.vocab];
             let arithmetic = Arithmetic::of::<T>();
             let rows = Left::new(Mat::new(&*hidden, n, self.width), arithmetic);
-            multiply(logits, self.vocab, &[(&rows, self.weight.right(self.vocab, self.width, true)?)], 1.0, 0.0);
+            multiply(logits, self.vocab, &[(&rows, self.weight.right(self.vocab, self.width, true)?)], spec.scale, 0.0);
             let span = profile::span("cross_entropy");
+            if let Some(cap) = spec.softcap {
+                softcap(logits, cap);
+            }
             if self.task.needs_gradient() {
-                cross_entropy_rows(logits, self.vocab, &labels, scale, losses);
+                cross_entropy_rows(logits, self.vocab, &labels, scale * spec.scale, spec.softcap, losses);
             } else {
                 cross_entropy_losses(logits, self.vocab, &labels, losses);
             }

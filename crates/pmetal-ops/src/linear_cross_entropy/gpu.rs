@@ -42,7 +42,7 @@ pub(super) fn run(gpu: &dyn Gpu, task: &Task) -> Result<Found> {
             let len = most.min(n - first);
             let (x, logits) = (rows.narrow(0, first, len)?, logits.narrow(0, 0, len)?);
             let labels = labels.narrow(0, first, len)?;
-            product(gpu, &x, &head, true, &logits, 1.0, 0.0)?;
+            product(gpu, &x, &head, true, &logits, task.spec.scale, 0.0)?;
             entropy(gpu, task, &logits, &labels, &token_losses, first)?;
             if let Some(drows) = &drows {
                 product(gpu, &logits, &head, false, &drows.narrow(0, first, len)?, 1.0, 0.0)?;
@@ -87,9 +87,17 @@ fn entropy(gpu: &dyn Gpu, task: &Task, logits: &Tensor, labels: &Tensor, losses:
     profile::moved(&[logits, logits][..passes]);
     let (rows, vocab) = logits.dims2()?;
     let grid = Grid::line(rows, if vocab >= 4096 { 1024 } else { 256 });
-    let params = kernels::CrossEntropyParams { vocab: vocab as u32, first: first as u32, grad_scale: task.scale };
+    let (vocab, first, grad_scale) = (vocab as u32, first as u32, task.scale * task.spec.scale);
+    let dtype = logits.dtype();
+    if let Some(cap) = task.spec.softcap {
+        let params = kernels::CappedCrossEntropyParams { vocab, first, grad_scale, cap };
+        let [gradient, loss] = [kernels::capped_cross_entropy_gradient, kernels::capped_cross_entropy_loss];
+        let kernel = if task.needs_gradient() { gradient } else { loss };
+        return Ok(kernel(gpu, dtype, grid, logits, labels, losses, params)?);
+    }
+    let params = kernels::CrossEntropyParams { vocab, first, grad_scale };
     let kernel = if task.needs_gradient() { kernels::cross_entropy_gradient } else { kernels::cross_entropy_loss };
-    Ok(kernel(gpu, logits.dtype(), grid, logits, labels, losses, params)?)
+    Ok(kernel(gpu, dtype, grid, logits, labels, losses, params)?)
 }
 
 /// Rows at their places in a tensor like `like`, zero elsewhere.

@@ -74,14 +74,14 @@ pub fn linear_cross_entropy_within(
         counted: &counted,
         classes: &classes,
         scale,
+        spec,
         logits_bytes,
         needs_hidden: hidden.requires_grad(),
         trained: weight.param().filter(|_| recording()),
     };
     let products = 1 + usize::from(task.needs_hidden) + usize::from(task.trained.is_some());
     profile::work(|| 2.0 * (products * counted.len() * vocab * width) as f64);
-    let place = if spec == LogitsSpec::default() { place(&hidden_t, OP)? } else { Place::Reference };
-    let found = match place {
+    let found = match place(&hidden_t, OP)? {
         Place::Cpu => cpu::run(&task)?,
         Place::Gpu(gpu) => gpu::run(&*gpu, &task)?,
         Place::Reference => return by_reference(hidden, weight, &counted, &classes, scale, spec),
@@ -106,6 +106,7 @@ struct Task<'a> {
     /// Their labels.
     classes: &'a [u32],
     scale: f32,
+    spec: LogitsSpec,
     /// Bytes of logits at a time.
     logits_bytes: usize,
     needs_hidden: bool,
@@ -166,10 +167,15 @@ mod tests {
     use super::*;
     use crate::{
         Arena, gradients,
-        testing::{assert_close, check_op, random},
+        testing::{assert_close, check_op, emulated, random},
     };
 
     const LABELS: [i64; 5] = [3, -100, 0, 10, 3];
+    const SPECS: [LogitsSpec; 3] = [
+        LogitsSpec { scale: 1.0, softcap: None },
+        LogitsSpec { scale: 0.3, softcap: None },
+        LogitsSpec { scale: 1.7, softcap: Some(1.2) },
+    ];
 
     /// The formula for labels below 11, of which negative ones are not counted.
     fn formula(t: &[Tensor], labels: &[i64], spec: LogitsSpec) -> candle_core::Result<Vec<Tensor>> {
@@ -183,15 +189,15 @@ mod tests {
     fn loss_and_the_gradient_of_the_hidden_states() {
         // few tokens that are not counted are computed with the others, many are left out
         let mostly: Vec<i64> = (0..17).map(|t| if t == 5 || t == 16 { -100 } else { t % 11 }).collect();
-        for labels in [LABELS.to_vec(), mostly] {
-            let (weight, spec) = (random(&[11, 6], 2), LogitsSpec::default());
+        for (labels, spec) in [LABELS.to_vec(), mostly].iter().flat_map(|labels| SPECS.map(|spec| (labels, spec))) {
+            let weight = random(&[11, 6], 2);
             let (frozen, of_formula) = (weight.clone(), labels.clone());
             check_op(
                 &[random(&[labels.len(), 6], 1)],
                 move |t| formula(&[t[0].clone(), weight.clone()], &of_formula, spec),
                 move |v| {
                     let weight = Weight::Frozen(frozen.to_dtype(DType::F32).unwrap());
-                    let loss = linear_cross_entropy(&v[0], &weight, &labels, 0.25, spec)?.loss;
+                    let loss = linear_cross_entropy(&v[0], &weight, labels, 0.25, spec)?.loss;
                     // the test sends its own gradient, a multiple of 1
                     Ok(vec![loss])
                 },
@@ -201,9 +207,16 @@ mod tests {
 
     #[test]
     fn the_gradient_of_a_trained_head() {
+        for spec in SPECS {
+            trained(spec);
+            emulated(|| trained(spec));
+        }
+    }
+
+    fn trained(spec: LogitsSpec) {
         let [hidden, weight] = [random(&[5, 6], 1), random(&[11, 6], 2)];
         let leaves = [Value::variable(hidden.clone()), Value::variable(weight.clone())];
-        let want = composite(&[&leaves[0], &leaves[1]], |t| formula(t, &LABELS, LogitsSpec::default())).unwrap();
+        let want = composite(&[&leaves[0], &leaves[1]], move |t| formula(t, &LABELS, spec)).unwrap();
         let dy = want[0].tensor().ones_like().unwrap();
         let want_grads = gradients(vec![(want[0].clone(), dy)], &[&leaves[0], &leaves[1]]).unwrap();
 
@@ -211,7 +224,6 @@ mod tests {
         let param = arena.param("w").unwrap();
         param.set(&weight.to_dtype(DType::F32).unwrap()).unwrap();
         let x = Value::constant(hidden.to_dtype(DType::F32).unwrap());
-        let spec = LogitsSpec::default();
         let got = linear_cross_entropy(&x, &Weight::Trainable(param.clone()), &LABELS, 0.25, spec).unwrap();
         assert_close(want[0].tensor(), got.loss.tensor(), 1e-6, "loss");
         let loss = got.loss.tensor().to_scalar::<f32>().unwrap();
