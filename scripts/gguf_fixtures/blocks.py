@@ -19,6 +19,8 @@ SCALED_BYTES = {
     Type.Q8_1: np.dtype([("d", "<f2"), ("s", "<f2"), ("qs", "i1", 32)]),
     Type.Q8_K: np.dtype([("d", "<f4"), ("qs", "i1", 256), ("bsums", "<i2", 16)]),
 }
+# Exponents of the blocks in MXFP4, from the least to a large one.
+MXFP4_EXPONENTS = [0, 1, 2, 115, 127, 140]
 # The package still counts Q8_1's two scales as f32; in ggml they have long been f16.
 GGML_QUANT_SIZES[Type.Q8_1] = (32, SCALED_BYTES[Type.Q8_1].itemsize)
 
@@ -49,6 +51,10 @@ def write(folder):
         blocks["d"] = rng.uniform(-0.02, 0.02, size=6)
         decoded = blocks["d"].astype(np.float32)[:, None] * blocks["qs"].astype(np.float32)
         add(block_type, blocks.view(np.uint8).reshape(3, -1), decoded.reshape(3, -1))
+    blocks = rng.integers(0, 256, size=(6, 17), dtype=np.uint8)
+    blocks[:, 0] = MXFP4_EXPONENTS
+    blocks = blocks.reshape(3, -1)
+    add(Type.MXFP4, blocks, quants.dequantize(blocks, Type.MXFP4))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,11 +4,18 @@ use serde_json::{Map, Value, json};
 use crate::architecture::{Architecture, Heads};
 use crate::{Error, GgufFile, Result, SpecialToken, TensorInfo};
 
-/// Rotary factors of Llama 3.1 and later, one divisor per frequency.
-const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// A `config.json` in the making, and the metadata it is made from; keys of the metadata without the architecture's prefix.
+pub(crate) struct Config<'a> {
+    pub(crate) file: &'a GgufFile,
+    pub(crate) map: Map<String, Value>,
+    architecture: &'static Architecture,
+    heads: Heads,
+    layers: u64,
+}
 
 impl GgufFile {
-    /// The model's configuration under the keys of Hugging Face's `config.json`.
+    /// The model's configuration under the keys of Hugging Face's `config.json`. A number that the file lacks is left out: the
+    /// default of the family's class then holds, unless llama.cpp takes another.
     ///
     /// Llama 3.1 and later: the file holds a table of frequency divisors, from which the four numbers of `llama3` scaling
     /// cannot be told exactly. It comes out as `"rope_scaling": {"rope_type": "pmetal_factors", "factors": [...]}`:
@@ -16,45 +23,18 @@ impl GgufFile {
     ///
     /// # Errors
     /// When the architecture is not known, a key is missing or of the wrong type, a layer the file states is not there, or the
-    /// model needs what the architecture's plain form does not have: experts, layers of different sizes, partial rotation.
+    /// model needs what the architecture's form here does not have: layers of different sizes, a rotation of part of a head.
     pub fn hf_config(&self) -> Result<Value> {
         let architecture = self.architecture()?;
-        let key = |name: &str| format!("{}.{name}", architecture.name);
-        let count = |name: &str| self.count(&key(name));
-        self.refuse_experts(&key("expert_count"))?;
-        let heads = self.heads(architecture)?;
-        let hidden_size = count("embedding_length")?;
-        let layers = count("block_count")?;
+        let (heads, layers) = (self.heads(architecture)?, self.layers(architecture)?);
         self.require_tensor(&format!("blk.{}.attn_norm.weight", layers - 1))?;
-        let epsilon_key = key("attention.layer_norm_rms_epsilon");
-        let embedding = self.require_tensor("token_embd.weight")?;
-        let special = self.special_tokens()?;
-        let id = |token: Option<SpecialToken>| token.map(|token| token.id);
-
-        let mut config = Map::new();
-        let mut set = |name: &str, value: Value| config.insert(name.to_string(), value);
-        set("architectures", json!([architecture.class]));
-        set("model_type", json!(architecture.name));
-        set("hidden_size", json!(hidden_size));
-        set("intermediate_size", json!(count("feed_forward_length")?));
-        set("num_hidden_layers", json!(layers));
-        set("num_attention_heads", json!(heads.query));
-        set("num_key_value_heads", json!(heads.key_value));
-        set("head_dim", json!(self.head_dim(architecture, hidden_size, heads)?));
-        set("hidden_act", json!("silu"));
-        set("rms_norm_eps", json!(self.required(&epsilon_key, self.float(&epsilon_key)?)?));
-        set("rope_theta", json!(self.float(&key("rope.freq_base"))?.unwrap_or(10_000.0)));
-        set("rope_scaling", self.rope_scaling(architecture)?);
-        set("max_position_embeddings", json!(count("context_length")?));
-        set("vocab_size", json!(embedding.shape.first()));
-        set("tie_word_embeddings", json!(self.tensor("output.weight").is_none()));
-        set("attention_bias", json!(self.tensor("blk.0.attn_q.bias").is_some()));
-        set("mlp_bias", json!(self.tensor("blk.0.ffn_gate.bias").is_some()));
-        set("bos_token_id", json!(id(special.bos)));
-        set("eos_token_id", json!(id(special.eos)));
-        set("pad_token_id", json!(id(special.pad)));
-        set("dtype", json!(self.stored_dtype()));
-        Ok(Value::Object(config))
+        if layers > self.tensors().len() as u64 {
+            let key = architecture.key("block_count");
+            return Err(self.malformed(format!("metadata key '{key}'"), "as many layers as the file holds", layers));
+        }
+        let mut config = Config { file: self, map: Map::new(), architecture, heads, layers };
+        config.fill()?;
+        Ok(Value::Object(config.map))
     }
 
     /// The dtype that holds the matrices as they are, where they are all stored in one; bf16 for quantized ones.
@@ -67,68 +47,172 @@ impl GgufFile {
             _ => "bfloat16",
         }
     }
+}
 
-    /// A required number of at least 1.
-    fn count(&self, key: &str) -> Result<u64> {
-        match self.required(key, self.unsigned(key)?)? {
-            0 => Err(self.malformed(format!("metadata key '{key}'"), "at least 1", 0)),
-            count => Ok(count),
+impl Config<'_> {
+    fn fill(&mut self) -> Result<()> {
+        let Architecture { class, model_type, epsilon, activation, needed, numbers, heads, more, .. } =
+            *self.architecture;
+        self.set("architectures", json!([class]));
+        self.set("model_type", json!(model_type));
+        self.set("hidden_size", json!(self.count("embedding_length")?));
+        self.set("intermediate_size", json!(self.count("feed_forward_length")?));
+        self.set("num_hidden_layers", json!(self.layers));
+        self.set("num_attention_heads", json!(self.heads.query));
+        self.set("num_key_value_heads", json!(self.heads.key_value));
+        heads(self)?;
+        self.set(activation.0, json!(activation.1));
+        self.set("rope_theta", json!(self.float("rope.freq_base")?.unwrap_or(10_000.0)));
+        self.set("rope_scaling", self.rope_scaling()?);
+        self.set("max_position_embeddings", json!(self.count("context_length")?));
+        self.set_tokens()?;
+        self.set("tie_word_embeddings", json!(!self.has("output.weight")));
+        self.set("attention_bias", json!(self.has("blk.0.attn_q.bias")));
+        self.set("mlp_bias", json!(self.has("blk.0.ffn_gate.bias")));
+        self.set("dtype", json!(self.file.stored_dtype()));
+        for (key, name) in needed.iter().chain([&epsilon]) {
+            let number = self.scalar(key)?;
+            self.set(name, number.map_or_else(|| self.missing(key), Ok)?);
         }
-    }
-
-    fn refuse_experts(&self, key: &str) -> Result<()> {
-        match self.unsigned(key)? {
-            Some(experts) if experts > 0 => Err(self.unsupported(format!("a mixture of {experts} experts in GGUF"))),
-            _ => Ok(()),
-        }
-    }
-
-    /// Rows of one head: stated, or the hidden size over the heads. Key, value and rotated part must all be that long.
-    fn head_dim(&self, architecture: &Architecture, hidden_size: u64, heads: Heads) -> Result<u64> {
-        let stated = |name: &str| {
-            let key = format!("{}.{name}", architecture.name);
-            Ok::<_, Error>(self.unsigned(&key)?.map(|length| (key, length)))
-        };
-        let head_dim = stated("attention.key_length")?.map_or(hidden_size / heads.query, |(_, length)| length);
-        for name in ["attention.value_length", "rope.dimension_count"] {
-            if let Some((key, length)) = stated(name)?.filter(|&(_, length)| length != head_dim) {
-                return Err(self.unsupported(format!("'{key}' = {length} beside a head size of {head_dim}")));
+        for (key, name) in numbers {
+            if let Some(number) = self.scalar(key)? {
+                self.set(name, number);
             }
         }
+        more(self)
+    }
+
+    fn set_tokens(&mut self) -> Result<()> {
+        let embedding = self.file.require_tensor("token_embd.weight")?;
+        let special = self.file.special_tokens()?;
+        let id = |token: Option<SpecialToken>| json!(token.map(|token| token.id));
+        self.set("vocab_size", json!(embedding.shape.first()));
+        self.set("bos_token_id", id(special.bos));
+        self.set("eos_token_id", id(special.eos));
+        self.set("pad_token_id", id(special.pad));
+        Ok(())
+    }
+
+    pub(crate) fn set(&mut self, name: &str, value: Value) {
+        self.map.insert(name.to_string(), value);
+    }
+
+    /// `layer_types` where the file says which layers have a window: by a flag for each, or as the last of so many having none.
+    pub(crate) fn layer_types(&mut self) -> Result<()> {
+        let key = self.key("attention.sliding_window_pattern");
+        let slides: Vec<bool> = if self.file.is_array(&key) {
+            let flags = self.file.numbers(&key)?.unwrap_or_default();
+            if flags.len() as u64 != self.layers {
+                let expected = format!("{} flags, one per layer", self.layers);
+                return Err(self.malformed("attention.sliding_window_pattern", expected, flags.len()));
+            }
+            flags.iter().map(|&flag| flag != 0.0).collect()
+        } else if let Some(period) = self.file.unsigned(&key)? {
+            (1..=self.layers).map(|layer| period == 0 || layer % period != 0).collect()
+        } else {
+            return Ok(());
+        };
+        let names = slides.iter().map(|&slides| if slides { "sliding_attention" } else { "full_attention" });
+        self.set("layer_types", names.collect());
+        Ok(())
+    }
+
+    /// Numbers of one head: stated, or the hidden size over the heads. Values must be as long as keys.
+    pub(crate) fn head_dim(&self) -> Result<u64> {
+        let stated = self.unsigned("attention.key_length")?;
+        let head_dim = stated.map_or_else(|| Ok(self.count("embedding_length")? / self.heads.query), Ok::<_, Error>)?;
+        if head_dim == 0 {
+            return Err(self.malformed("attention.key_length", "at least 1", head_dim));
+        }
+        self.refuse_other("attention.value_length", head_dim)?;
         Ok(head_dim)
     }
 
-    fn rope_scaling(&self, architecture: &Architecture) -> Result<Value> {
-        let key = |name: &str| format!("{}.rope.{name}", architecture.name);
-        if self.tensor(ROPE_FACTORS).is_some() {
-            let factors = self.dequantize(ROPE_FACTORS, DType::F32)?;
-            let factors = factors.flatten_all().and_then(|factors| factors.to_vec1::<f32>());
-            let factors = factors.map_err(|source| Error::Tensor {
-                path: self.path.clone(),
-                tensor: ROPE_FACTORS.to_string(),
-                source: Box::new(source),
-            })?;
-            return Ok(json!({"rope_type": "pmetal_factors", "factors": factors}));
+    /// Layers, not more than there are tensors.
+    pub(crate) fn layers(&self) -> Result<usize> {
+        usize::try_from(self.layers).map_err(|_| self.malformed("block_count", "fewer layers", self.layers))
+    }
+
+    /// A table of numbers that the file holds as a tensor.
+    pub(crate) fn table(&self, stem: &str) -> Result<Option<Vec<f64>>> {
+        let name = format!("{stem}.weight");
+        if !self.has(&name) {
+            return Ok(None);
         }
-        let type_key = key("scaling.type");
-        // Files of 2023 have the linear factor alone, under a key of its own.
-        let old_factor = self.float(&key("scale_linear"))?.filter(|&factor| factor != 1.0);
-        let kind = self.string(&type_key)?.unwrap_or(if old_factor.is_some() { "linear" } else { "none" });
-        let factor_key = key("scaling.factor");
-        let factor = || self.required(&factor_key, self.float(&factor_key)?.or(old_factor));
-        match kind {
-            "none" => Ok(Value::Null),
-            "linear" => Ok(json!({"rope_type": "linear", "factor": factor()?})),
-            "yarn" => {
-                let original = self.count(&key("scaling.original_context_length"))?;
-                Ok(json!({"rope_type": "yarn", "factor": factor()?, "original_max_position_embeddings": original}))
+        let numbers = self.file.dequantize(&name, DType::F32)?.flatten_all().and_then(|table| table.to_vec1::<f32>());
+        let numbers = numbers.map_err(|source| self.file.tensor_error(&name, source))?;
+        Ok(Some(numbers.into_iter().map(crate::metadata::shortest).collect()))
+    }
+
+    pub(crate) fn has(&self, tensor: &str) -> bool {
+        self.file.tensor(tensor).is_some()
+    }
+
+    fn key(&self, name: &str) -> String {
+        self.architecture.key(name)
+    }
+
+    /// A required number of at least 1.
+    pub(crate) fn count(&self, name: &str) -> Result<u64> {
+        match self.unsigned(name)? {
+            Some(0) => Err(self.malformed(name, "at least 1", 0)),
+            Some(count) => Ok(count),
+            None => self.missing(name),
+        }
+    }
+
+    pub(crate) fn unsigned(&self, name: &str) -> Result<Option<u64>> {
+        self.file.unsigned(&self.key(name))
+    }
+
+    pub(crate) fn float(&self, name: &str) -> Result<Option<f64>> {
+        self.file.float(&self.key(name))
+    }
+
+    pub(crate) fn boolean(&self, name: &str) -> Result<Option<bool>> {
+        self.file.boolean(&self.key(name))
+    }
+
+    pub(crate) fn string(&self, name: &str) -> Result<Option<&str>> {
+        self.file.string(&self.key(name))
+    }
+
+    fn scalar(&self, name: &str) -> Result<Option<Value>> {
+        self.file.scalar(&self.key(name))
+    }
+
+    pub(crate) fn missing<T>(&self, name: &str) -> Result<T> {
+        Err(Error::MissingKey { path: self.file.path.clone(), key: self.key(name) })
+    }
+
+    pub(crate) fn malformed(&self, name: &str, expected: impl Into<String>, found: impl ToString) -> Error {
+        self.file.malformed(format!("metadata key '{}'", self.key(name)), expected, found)
+    }
+
+    /// An error for a key that says what the architecture's form here does not have.
+    pub(crate) fn refuse(&self, name: &str) -> Result<()> {
+        match self.scalar(name)? {
+            Some(found) => Err(self.file.unsupported(format!("'{}' = {found}", self.key(name)))),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn refuse_unless_true(&self, name: &str) -> Result<()> {
+        if self.boolean(name)?.unwrap_or(true) { Ok(()) } else { self.refuse(name) }
+    }
+
+    /// An error where a key states another length than a head's.
+    pub(crate) fn refuse_other(&self, name: &str, head_dim: u64) -> Result<()> {
+        match self.unsigned(name)?.filter(|&length| length != head_dim) {
+            Some(length) => {
+                let what = format!("'{}' = {length} beside a head size of {head_dim}", self.key(name));
+                Err(self.file.unsupported(what))
             }
-            other => Err(Error::Unknown {
-                path: self.path.clone(),
-                what: "rope scaling",
-                found: other.to_string(),
-                known: "none, linear, yarn".to_string(),
-            }),
+            None => Ok(()),
         }
+    }
+
+    pub(crate) fn unsupported(&self, what: &str) -> Error {
+        self.file.unsupported(format!("{what} in architecture '{}'", self.architecture.name))
     }
 }

@@ -1,13 +1,12 @@
-use std::borrow::Cow;
 use std::ops::Range;
 
-use candle_core::{CpuStorage, DType, Device, Tensor, WithDType};
+use candle_core::{DType, Device, Tensor, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::file::TensorInfo;
-use crate::{Error, GgufFile, Result};
+use crate::{GgufFile, Result};
 
 /// Numbers decoded at once by one thread: few enough to stay in its cache.
 const CHUNK: usize = 1 << 15;
@@ -42,102 +41,111 @@ impl Target for f16 {
     }
 }
 
-/// How the rows of a decoded tensor are ordered.
+/// What conversion to GGUF did to a tensor, to be undone.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum RowOrder {
-    /// As in the file.
-    Stored,
-    /// Attention heads of that many rows each, whose rotary pairs lie side by side in the file (row `2i` with `2i + 1`) and
-    /// half a head apart in the result (row `i` with `i + rows / 2`).
-    PairsToHalves {
+pub(crate) enum Change {
+    None,
+    /// One was added to every number.
+    OneAdded,
+    /// Rows were reordered: in attention heads of that many rows each, rotary pairs lie side by side in the file (row `2i` with
+    /// `2i + 1`) and half a head apart in the result (row `i` with `i + rows / 2`).
+    PairsAdjacent {
         /// Rows of one head, an even number.
         head_rows: usize,
     },
 }
 
-impl RowOrder {
-    /// Rows that must be decoded together.
-    fn group(self) -> usize {
-        match self {
-            Self::Stored => 1,
-            Self::PairsToHalves { head_rows } => head_rows,
-        }
-    }
-
-    /// The stored row of the result's row `row`, both counted from the start of a group.
-    fn source(self, row: usize) -> usize {
-        match self {
-            Self::Stored => row,
-            Self::PairsToHalves { head_rows } => {
-                let half = head_rows / 2;
-                let head = row / head_rows;
-                let within = row % head_rows;
-                head * head_rows + 2 * (within % half) + within / half
-            }
-        }
-    }
+/// The stored row of the result's row `row`, both counted from the start of a head of `head_rows`.
+fn source(head_rows: usize, row: usize) -> usize {
+    let half = head_rows / 2;
+    let head = row / head_rows;
+    let within = row % head_rows;
+    head * head_rows + 2 * (within % half) + within / half
 }
 
 impl GgufFile {
-    /// A tensor under its name in the file, decoded into `dtype` (f32, bf16 or f16) on the CPU, its rows in the file's order.
+    /// A tensor under its name in the file, decoded into `dtype` (f32, bf16 or f16) on the CPU, as it is stored.
     /// Memory at the peak: the result and a chunk per thread.
     ///
     /// # Errors
     /// When there is no such tensor, or `dtype` is another.
     pub fn dequantize(&self, name: &str, dtype: DType) -> Result<Tensor> {
-        self.decode(self.require_tensor(name)?, dtype, RowOrder::Stored)
+        self.decode(self.require_tensor(name)?, dtype, Change::None)
     }
 
-    pub(crate) fn decode(&self, tensor: &TensorInfo, dtype: DType, order: RowOrder) -> Result<Tensor> {
+    pub(crate) fn decode(&self, tensor: &TensorInfo, dtype: DType, change: Change) -> Result<Tensor> {
+        self.decode_numbers(tensor, 0..tensor.shape.iter().product(), &tensor.shape, dtype, change)
+    }
+
+    /// Part `index` along the outermost dimension of a tensor of several.
+    pub(crate) fn decode_part(&self, tensor: &TensorInfo, index: usize, dtype: DType) -> Result<Tensor> {
+        let shape = tensor.shape.get(1..).unwrap_or_default();
+        let count: usize = shape.iter().product();
+        self.decode_numbers(tensor, index * count..(index + 1) * count, shape, dtype, Change::None)
+    }
+
+    fn decode_numbers(
+        &self,
+        tensor: &TensorInfo,
+        numbers: Range<usize>,
+        shape: &[usize],
+        dtype: DType,
+        change: Change,
+    ) -> Result<Tensor> {
         let decoded = match dtype {
-            DType::F32 => self.decode_into::<f32>(tensor, order),
-            DType::BF16 => self.decode_into::<bf16>(tensor, order),
-            DType::F16 => self.decode_into::<f16>(tensor, order),
+            DType::F32 => self.decode_into::<f32>(tensor, numbers, shape, change),
+            DType::BF16 => self.decode_into::<bf16>(tensor, numbers, shape, change),
+            DType::F16 => self.decode_into::<f16>(tensor, numbers, shape, change),
             other => {
                 return Err(self.unsupported(format!("decoding weights into {} (f32, bf16 or f16)", other.as_str())));
             }
         };
-        let source = match decoded {
-            Ok(tensor) => return Ok(tensor),
-            Err(source) => Box::new(source),
-        };
-        Err(Error::Tensor { path: self.path.clone(), tensor: tensor.name.clone(), source })
+        decoded.map_err(|source| self.tensor_error(&tensor.name, source))
     }
 
-    fn decode_into<T: Target>(&self, tensor: &TensorInfo, order: RowOrder) -> candle_core::Result<Tensor> {
-        let count: usize = tensor.shape.iter().product();
-        let columns = count / tensor.shape.first().copied().unwrap_or(1);
-        let unit = match order {
-            RowOrder::Stored => tensor.block_type.block_size(),
-            RowOrder::PairsToHalves { head_rows } => head_rows * columns,
+    fn decode_into<T: Target>(
+        &self,
+        tensor: &TensorInfo,
+        numbers: Range<usize>,
+        shape: &[usize],
+        change: Change,
+    ) -> candle_core::Result<Tensor> {
+        let columns = numbers.len() / shape.first().copied().unwrap_or(1);
+        let unit = match change {
+            Change::PairsAdjacent { head_rows } => head_rows * columns,
+            Change::None | Change::OneAdded => tensor.block_type.block_size(),
         };
         let chunk = unit * (CHUNK / unit).max(1);
-        let mut decoded = vec![T::zero(); count];
+        let mut decoded = vec![T::zero(); numbers.len()];
         decoded.par_chunks_mut(chunk).enumerate().try_for_each(|(index, into)| {
-            let start = index * chunk;
-            let decoded = self.decode_range(tensor, start..start + into.len())?;
-            let numbers = decoded.as_slice::<f32>()?;
-            if order.group() == 1 {
-                T::store(numbers, into);
-                return Ok(());
-            }
-            for (row, into) in into.chunks_exact_mut(columns).enumerate() {
-                let from = order.source(row) * columns;
-                T::store(numbers.get(from..from + columns).unwrap_or_default(), into);
+            let start = numbers.start + index * chunk;
+            let blocks = bytes_of(tensor, &(start..start + into.len()));
+            let mut stored = tensor.block_type.decode(self.bytes(&blocks))?;
+            match change {
+                Change::None => T::store(&stored, into),
+                Change::OneAdded => {
+                    stored.iter_mut().for_each(|number| *number -= 1.0);
+                    T::store(&stored, into);
+                }
+                Change::PairsAdjacent { head_rows } => {
+                    for (row, into) in into.chunks_exact_mut(columns).enumerate() {
+                        let from = source(head_rows, row) * columns;
+                        T::store(stored.get(from..from + columns).unwrap_or_default(), into);
+                    }
+                }
             }
             Ok::<_, candle_core::Error>(())
         })?;
-        self.release(&tensor.data);
-        Tensor::from_vec(decoded, tensor.shape.as_slice(), &Device::Cpu)
+        self.release(&bytes_of(tensor, &numbers));
+        Tensor::from_vec(decoded, shape, &Device::Cpu)
     }
+}
 
-    /// Numbers `range` of a tensor, in the file's order; the range is made of whole blocks.
-    fn decode_range(&self, tensor: &TensorInfo, range: Range<usize>) -> candle_core::Result<CpuStorage> {
-        let codec = tensor.block_type.codec;
-        let to_bytes = |number: usize| tensor.data.start + number / codec.block_size() * codec.type_size();
-        let bytes = self.bytes(&(to_bytes(range.start)..to_bytes(range.end)));
-        codec.from_data(Cow::Borrowed(bytes)).dequantize(range.len())
-    }
+/// Where numbers of a tensor lie in the file: a range of whole blocks.
+fn bytes_of(tensor: &TensorInfo, numbers: &Range<usize>) -> Range<usize> {
+    let block_type = tensor.block_type;
+    let byte = |number: usize| tensor.data.start + number / block_type.block_size() * block_type.type_size();
+    byte(numbers.start)..byte(numbers.end)
 }
 
 #[cfg(test)]

@@ -2,12 +2,14 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use memmap2::Mmap;
 
 use crate::block::BlockType;
 use crate::cursor::Cursor;
 use crate::metadata::{self, Value};
+use crate::weights::Weights;
 use crate::{Error, Result};
 
 /// llama.cpp's own limit.
@@ -26,6 +28,8 @@ pub struct GgufFile {
     map: Mmap,
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
+    /// Named when first asked for.
+    pub(crate) weights: OnceLock<Weights>,
 }
 
 /// The GGUF files of a folder, by name.
@@ -77,7 +81,14 @@ impl GgufFile {
             tensors.push(read_tensor_info(&mut cursor, path, index, tensor_count)?);
         }
         let header_end = cursor.position();
-        let mut file = Self { path: path.to_path_buf(), metadata, map, tensors: Vec::new(), by_name: HashMap::new() };
+        let mut file = Self {
+            path: path.to_path_buf(),
+            metadata,
+            map,
+            tensors: Vec::new(),
+            by_name: HashMap::new(),
+            weights: OnceLock::new(),
+        };
         file.refuse_parts()?;
         file.place(tensors, header_end)?;
         Ok(file)
@@ -119,6 +130,10 @@ impl GgufFile {
 
     pub(crate) fn unsupported(&self, what: impl Into<String>) -> Error {
         Error::Unsupported { path: self.path.clone(), what: what.into() }
+    }
+
+    pub(crate) fn tensor_error(&self, tensor: &str, source: candle_core::Error) -> Error {
+        Error::Tensor { path: self.path.clone(), tensor: tensor.to_string(), source: Box::new(source) }
     }
 
     fn refuse_parts(&self) -> Result<()> {

@@ -1,7 +1,7 @@
 //! GGUF files as base models, read-only: block codecs, tensor names, configuration and tokenizer out of one file.
 //!
 //! [`GgufFile::open`] maps a file and checks every extent in its header. From there on it reads like a Hugging Face folder:
-//! [`GgufFile::hf_config`] is its `config.json`, [`GgufFile::hf_tensors`] and [`GgufFile::hf_tensor`] are its weights,
+//! [`GgufFile::hf_config`] is its `config.json`, [`GgufFile::hf_tensors`], [`GgufFile::hf_tensor`] and [`GgufFile::hf_slice`] are its weights,
 //! [`GgufFile::tokenizer`], [`GgufFile::special_tokens`] and [`GgufFile::chat_template`] the rest.
 //!
 //! ```no_run
@@ -21,14 +21,16 @@ mod config;
 mod cursor;
 mod dequantize;
 mod error;
+mod families;
 mod file;
 mod metadata;
 mod names;
+mod rope;
 mod special_tokens;
 mod tokenizer;
 mod weights;
 
-pub use architecture::ARCHITECTURES;
+pub use architecture::{ARCHITECTURES, reads};
 pub use error::{Error, Result};
 pub use file::{GgufFile, TensorInfo, gguf_files_in};
 pub use special_tokens::{SpecialToken, SpecialTokens};

@@ -103,7 +103,7 @@ impl Kind {
 
 /// The f64 with the shortest decimal text that is this f32: an epsilon stored as f32 comes out as 1e-5, as in `config.json`,
 /// and narrows back to the same bits.
-fn shortest(value: f32) -> f64 {
+pub(crate) fn shortest(value: f32) -> f64 {
     value.to_string().parse().unwrap_or_else(|_| value.into())
 }
 
@@ -218,7 +218,24 @@ impl GgufFile {
         Ok(Some(strings))
     }
 
-    /// An array of numbers, of whatever type in the file.
+    /// A number, or true or false, as JSON has it.
+    pub(crate) fn scalar(&self, key: &str) -> Result<Option<serde_json::Value>> {
+        let Some(value) = self.metadata.get(key) else { return Ok(None) };
+        match *value {
+            Value::Unsigned(number) => Ok(Some(number.into())),
+            Value::Signed(number) => Ok(Some(number.into())),
+            Value::Float(number) if number.is_finite() => Ok(Some(number.into())),
+            Value::Bool(flag) => Ok(Some(flag.into())),
+            _ => Err(self.wrong_kind(key, "a finite number", value)),
+        }
+    }
+
+    /// Whether a key holds an array.
+    pub(crate) fn is_array(&self, key: &str) -> bool {
+        matches!(self.metadata.get(key), Some(Value::Array(_)))
+    }
+
+    /// An array of numbers, of whatever type in the file; true is 1.
     pub(crate) fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>> {
         let Some(value) = self.metadata.get(key) else { return Ok(None) };
         let expected = "an array of numbers";
@@ -229,6 +246,7 @@ impl GgufFile {
             Some(Value::Unsigned(number)) => Ok(number as f64),
             Some(Value::Signed(number)) => Ok(number as f64),
             Some(Value::Float(number)) => Ok(number),
+            Some(Value::Bool(flag)) => Ok(f64::from(u8::from(flag))),
             _ => Err(self.wrong_kind(key, expected, value)),
         });
         numbers.collect::<Result<_>>().map(Some)

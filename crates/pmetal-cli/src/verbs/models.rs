@@ -1,7 +1,7 @@
 use std::io::{self, Write};
 
 use pmetal::{
-    gguf::ARCHITECTURES,
+    gguf,
     models::{Family, ROPE_SCALING_KINDS, known_families},
 };
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn reads_gguf(family: &Family) -> bool {
-    ARCHITECTURES.contains(&family.model_type)
+    gguf::reads(family.model_type)
 }
 
 fn as_json() -> Value {

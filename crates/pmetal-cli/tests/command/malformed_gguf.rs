@@ -82,7 +82,7 @@ fn metadata_that_describe_no_model() {
         ("llama.block_count", U32(2), &["tensor 'blk.1.attn_norm.weight' is missing", "convert it again"]),
         ("llama.block_count", U32(u32::MAX), &["is missing"]),
         ("llama.embedding_length", U32(16), &["[", "expected"]),
-        ("llama.expert_count", U32(8), &["a mixture of 8 experts in GGUF is not supported", "take another model"]),
+        ("llama.expert_count", U32(8), &["metadata key 'llama.expert_used_count' is missing"]),
         ("llama.rope.scaling.type", Text("weird"), &["rope scaling 'weird' is not known"]),
         ("llama.rope.freq_base", F32(-1.0), &["rope_theta"]),
         ("llama.rope.dimension_count", U32(2), &["'llama.rope.dimension_count' = 2", "not supported"]),
