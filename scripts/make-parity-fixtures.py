@@ -6,107 +6,41 @@
 Each folder of crates/pmetal-models/tests/fixtures is an ordinary Hugging Face folder plus `expected.safetensors`:
     ids.N            i64 [len]         three rows of unequal length
     logits.N         f32 [len, vocab]  the row alone through the model, stored weights widened to f32, eager attention
-    greedy.0         i64 [8]           greedy continuation of row 0
-    lora_logits.N    f32 [len, vocab]  with the adapter in `adapter/` (r 4, alpha 8, seven linears, B not zero)
-    loss             f32 []            adapter on, the three rows right-padded: summed next-token loss / number of targets
+    greedy.0         i64 [8]           greedy continuation of row 0, each token from a forward of all before it
+    lora_logits.N    f32 [len, vocab]  with the adapter in `adapter/` (B not zero)
+    loss             f32 []            adapter on, the three rows right-padded: summed next-token loss / number of targets;
+                                       each row alone where frequencies depend on the length; with the routers' loss times
+                                       its coefficient where the config has `output_router_logits`
+    aux_loss         f32 []            (some) the routers' loss of the same forward, before the coefficient
     grad.NAME        f32               gradient of that loss, NAME as in adapter_model.safetensors
-    full_grad.NAME   f32               (some) gradient of the same loss without the adapter, for every weight; `full_loss` beside it
+    full_grad.NAME   f32               (some) gradient of the same loss without the adapter, for every weight that has one; NAME
+                                       as in `named_parameters` of the transformers model, which holds experts fused:
+                                       `mlp.experts.gate_up_proj` [E, 2I, H] (gate first) and `mlp.experts.down_proj` [E, H, I];
+                                       GPT-OSS has [E, H, 2I] (gate and up take turns) and [E, I, H]. `full_loss` and, some,
+                                       `full_aux_loss` beside it
     rslora_logits.N  f32 [len, vocab]  (some) with `adapter-rslora/` (rsLoRA, r 8, alpha 8, q_proj and v_proj)
+    per_expert_logits.N  likewise      (some) with `adapter-per-expert/`; see `parity/per_expert.py`
+The checkpoints are listed in `parity/families/`.
 The folders of crates/pmetal-trainer/tests/fixtures hold eight optimizer steps; see `parity/sft.py`.
 Those of crates/pmetal-lora/tests/fixtures hold adapters with an embedding or a head; see `parity/tables.py`.
 """
 
-import json
+import itertools
 import shutil
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.utils import logging
 
-from parity import sft, tables
-from parity.lora import ALL_LINEAR, peft_gradients, save_adapter, with_random_adapter
-from parity.loss import padded_loss
-
-FIXTURES = Path(__file__).parent.parent / "crates/pmetal-models/tests/fixtures"
-SIZES = dict(
-    hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96,
-    max_position_embeddings=256, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
-)
-# Band edges at wavelengths 16 and 64: with head_dim 16 the eight frequencies fall on both sides and in between.
-LLAMA3_ROPE = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-)
-
-
-@dataclass
-class Fixture:
-    """One checkpoint: how it is configured and stored, and which extra expectations it carries."""
-
-    config: object
-    changes: dict = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
-    lengths: tuple = (7, 13, 4)
-    max_shard_size: str = "5GB"
-    hub_keys: bool = False
-    full_gradients: bool = False
-    rslora: bool = False
-    weights_of: str | None = None
-
-
-WIDE_HEAD = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-ROPE_LLAMA3 = dict(**WIDE_HEAD, rope_parameters=dict(rope_theta=10000.0, **LLAMA3_ROPE))
-MILLION = dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))
-FIXTURE_LIST = {
-    "llama": Fixture(LlamaConfig, rslora=True),
-    "llama3-rope": Fixture(LlamaConfig, ROPE_LLAMA3, lengths=(7, 40, 4)),
-    "llama3-rope-hub": Fixture(LlamaConfig, ROPE_LLAMA3, lengths=(7, 40, 4), hub_keys=True, weights_of="llama3-rope"),
-    "llama-tied": Fixture(LlamaConfig, dict(tie_word_embeddings=True), full_gradients=True),
-    "llama-biased": Fixture(LlamaConfig, dict(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-2)),
-    "llama-head-dim": Fixture(LlamaConfig, dict(hidden_size=40, head_dim=16)),
-    "llama-sharded-bf16": Fixture(LlamaConfig, dict(num_hidden_layers=3), torch.bfloat16, max_shard_size="30KB"),
-    "qwen2": Fixture(Qwen2Config, dict(num_key_value_heads=1, **MILLION)),
-    "qwen2-tied": Fixture(Qwen2Config, dict(tie_word_embeddings=True, **MILLION), hub_keys=True),
-    "qwen3": Fixture(Qwen3Config, dict(head_dim=16, **MILLION), full_gradients=True),
-    "qwen3-biased": Fixture(Qwen3Config, dict(head_dim=12, attention_bias=True, **MILLION)),
-    "qwen3-tied-f16": Fixture(Qwen3Config, dict(head_dim=16, tie_word_embeddings=True, **MILLION), torch.float16),
-}
-
-
-def randomise(model, seed):
-    """Weights large enough that logits are far from flat; norms and biases far from one and zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        is_norm = "norm" in name
-        parameter.data = 1.0 + 0.4 * noise if is_norm else 0.3 * noise
-
-
-def use_hub_keys(path):
-    """Rewrites config.json with the keys of files published before transformers 5."""
-    config = json.loads(path.read_text())
-    config["torch_dtype"] = config.pop("dtype")
-    rope = config.pop("rope_parameters")
-    config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    config.pop("layer_types", None)
-    config["transformers_version"] = "4.43.0"
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def save_checkpoint(name, spec, folder):
-    """Writes config and weights of one fixture."""
-    config = spec.config(**{**SIZES, **spec.changes}, initializer_range=0.3)
-    model = AutoModelForCausalLM.from_config(config)
-    source = spec.weights_of or name
-    randomise(model, seed=1000 + list(FIXTURE_LIST).index(source))
-    model.to(spec.dtype).save_pretrained(folder, max_shard_size=spec.max_shard_size)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    if spec.hub_keys:
-        use_hub_keys(folder / "config.json")
+from parity import per_expert, sft, tables
+from parity.checks import NearTie, assert_switches_act, refusing_near_ties
+from parity.families import FIXTURES
+from parity.fixture import SIZES
+from parity.lora import peft_gradients, save_adapter, with_random_adapter
+from parity.loss import loss_of_rows_apart, padded_loss
+from parity.store import LANDED, home, load, save_checkpoint
 
 
 @torch.no_grad()
@@ -119,14 +53,48 @@ def greedy(model, row, steps=8):
     """Greedy continuation without a cache; refuses a choice too close to call."""
     ids = row.clone()
     for _ in range(steps):
-        best = model(ids[None]).logits[0, -1].topk(2)
-        assert best.values[0] - best.values[1] > 5e-3, "two tokens nearly tie: choose another seed"
+        best = model(ids[None]).logits[0, -1].sort(descending=True)
+        if best.values[0] - best.values[1] <= 5e-3:
+            raise NearTie
         ids = torch.cat([ids, best.indices[:1]])
     return ids[len(row):]
 
 
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def numbered(name, tensors):
+    return {f"{name}.{i}": tensor for i, tensor in enumerate(tensors)}
+
+
+def full_gradients(model, rows, loss_of):
+    loss, aux = loss_of(model, rows)
+    loss.backward()
+    tensors = {f"full_grad.{key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
+    tensors["full_loss"] = loss.detach()
+    return tensors | ({} if aux is None else {"full_aux_loss": aux.detach()})
+
+
+def adapter(name, spec, folder, rows, loss_of):
+    """Writes the adapter; its logits, loss and gradients."""
+    adapted = with_random_adapter(load(folder), seed=11, **spec.lora)
+    save_adapter(adapted, folder / "adapter", base=name)
+    tensors = numbered("lora_logits", row_logits(adapted, rows))
+    loss, aux = loss_of(adapted, rows)
+    loss.backward()
+    again = PeftModel.from_pretrained(load(folder), folder / "adapter")
+    for got, want in zip(row_logits(again, rows), row_logits(adapted, rows)):
+        assert torch.allclose(got, want, atol=1e-5), "PEFT reads another adapter than it wrote"
+    gradients = peft_gradients(adapted)
+    assert gradients.keys() == load_file(folder / "adapter/adapter_model.safetensors").keys()
+    tensors |= {f"grad.{key}": gradient for key, gradient in gradients.items()} | {"loss": loss.detach()}
+    return tensors | ({} if aux is None else {"aux_loss": aux.detach()})
+
+
+def per_expert_adapter(name, folder, rows):
+    """PEFT's logits with the old adapter, which must be those of the merged weights."""
+    old = per_expert.write_adapter(load(folder), folder / "adapter-per-expert", name)
+    logits = row_logits(PeftModel.from_pretrained(load(folder), folder / "adapter-per-expert"), rows)
+    for got, want in zip(row_logits(per_expert.merged(load(folder), old), rows), logits):
+        assert torch.allclose(got, want, atol=1e-4), (got - want).abs().max()
+    return numbered("per_expert_logits", logits)
 
 
 def expectations(name, spec, folder):
@@ -134,48 +102,50 @@ def expectations(name, spec, folder):
     generator = torch.Generator().manual_seed(7)
     rows = [torch.randint(3, SIZES["vocab_size"], (length,), generator=generator) for length in spec.lengths]
     model = load(folder)
-    tensors = {f"ids.{i}": row for i, row in enumerate(rows)}
-    tensors |= {f"logits.{i}": logits for i, logits in enumerate(row_logits(model, rows))}
-    tensors["greedy.0"] = greedy(model, rows[0])
+    logits = row_logits(model, rows)
+    tensors = numbered("ids", rows) | numbered("logits", logits) | {"greedy.0": greedy(model, rows[0])}
+    loss_of = loss_of_rows_apart if spec.apart else padded_loss
     if spec.full_gradients:
-        loss = padded_loss(model, rows)
-        loss.backward()
-        tensors["full_loss"] = loss.detach()
-        tensors |= {f"full_grad.{key}": parameter.grad for key, parameter in model.named_parameters()}
-
-    adapted = with_random_adapter(load(folder), seed=11, r=4, lora_alpha=8, target_modules=ALL_LINEAR)
-    save_adapter(adapted, folder / "adapter", base=name)
-    tensors |= {f"lora_logits.{i}": logits for i, logits in enumerate(row_logits(adapted, rows))}
-    loss = padded_loss(adapted, rows)
-    loss.backward()
-    tensors["loss"] = loss.detach()
-    gradients = peft_gradients(adapted)
-    assert gradients.keys() == load_file(folder / "adapter/adapter_model.safetensors").keys()
-    tensors |= {f"grad.{key}": gradient for key, gradient in gradients.items()}
-
+        tensors |= full_gradients(model, rows, loss_of)
+    tensors |= adapter(name, spec, folder, rows, loss_of)
     if spec.rslora:
         adapted = with_random_adapter(
             load(folder), seed=13, r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_rslora=True
         )
         save_adapter(adapted, folder / "adapter-rslora", base=name)
-        tensors |= {f"rslora_logits.{i}": logits for i, logits in enumerate(row_logits(adapted, rows))}
+        tensors |= numbered("rslora_logits", row_logits(adapted, rows))
+    if spec.per_expert:
+        tensors |= per_expert_adapter(name, folder, rows)
+    assert_switches_act(spec, lambda config: load(folder, config), rows, logits)
     return tensors
+
+
+def write(name):
+    """Writes one fixture with the first seed whose choices rounding can't turn."""
+    spec, folder = FIXTURES[name], home(name)
+    for seed in itertools.count(spec.first_seed(name)):
+        shutil.rmtree(folder, ignore_errors=True)
+        save_checkpoint(name, seed, folder)
+        try:
+            with refusing_near_ties():
+                return expectations(name, spec, folder)
+        except NearTie:
+            assert not spec.weights_of, f"{name}: the weights of {spec.weights_of} are too close to a tie"
 
 
 def main():
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    for name in sys.argv[1:] or FIXTURE_LIST:
-        spec, folder = FIXTURE_LIST[name], FIXTURES / name
-        shutil.rmtree(folder, ignore_errors=True)
-        save_checkpoint(name, spec, folder)
-        tensors = expectations(name, spec, folder)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "expected.safetensors")
+    logging.set_verbosity_error()
+    for name in sys.argv[1:] or FIXTURES:
+        tensors = write(name)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, home(name) / "expected.safetensors")
         spread = tensors["logits.1"].std().item()
-        print(f"{name}: {len(tensors)} tensors, loss {tensors['loss'].item():.5f}, logits' standard deviation {spread:.2f}")
+        size = sum(path.stat().st_size for path in home(name).rglob("*") if path.is_file()) // 1000
+        print(f"{name}: {len(tensors)} tensors, {size} KB, loss {tensors['loss'].item():.5f}, logits' deviation {spread:.2f}")
     if len(sys.argv) == 1:
-        sft.write_all(FIXTURES, load)
-        tables.write_all(FIXTURES, load)
+        sft.write_all(LANDED, load)
+        tables.write_all(LANDED, load)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK_FOUR = dict(r=4, lora_alpha=8, target_modules=ALL_LINEAR)
 
 
 def with_random_adapter(model, seed, zero_b=False, **options):
@@ -26,7 +27,9 @@ def save_adapter(adapted, folder, base):
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["target_modules"].sort()
+    for key in ("target_modules", "target_parameters"):
+        if isinstance(config[key], list):
+            config[key].sort()
     config["base_model_name_or_path"] = base
     path.write_text(json.dumps(config, indent=2) + "\n")
 

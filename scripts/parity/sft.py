@@ -63,7 +63,7 @@ def train(model, rows, settings):
         loss = 0.0
         for at in range(0, width, settings["batch_size"]):
             micro = chosen[at:at + settings["batch_size"]]
-            total, _ = summed_loss(model, [ids for ids, _ in micro], [labels for _, labels in micro])
+            total, _, _ = summed_loss(model, [ids for ids, _ in micro], [labels for _, labels in micro])
             (total / targets).backward()
             loss += total.item() / targets
         norm = torch.nn.utils.clip_grad_norm_(trained, settings["max_grad_norm"])

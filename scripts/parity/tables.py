@@ -85,7 +85,7 @@ def write_case(name, case, folder, models, load):
     for index, row in enumerate(rows):
         with torch.no_grad():
             tensors |= {f"ids.{index}": row, f"logits.{index}": again(row[None]).logits[0].clone()}
-    loss = padded_loss(again, rows)
+    loss, _ = padded_loss(again, rows)
     loss.backward()
     tensors["loss"] = loss.detach()
     tensors |= {f"grad.{plain_name(key)}": p.grad for key, p in again.named_parameters() if p.requires_grad}
