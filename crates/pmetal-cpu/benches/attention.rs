@@ -5,7 +5,7 @@ mod harness;
 use criterion::{Criterion, criterion_group, criterion_main};
 use half::bf16;
 use harness::{Shape, TRAINING, Work, assert_close, numbers, rounding, settings, time, wide};
-use pmetal_cpu::{AttentionShape, Segment, attention_backward, attention_forward};
+use pmetal_cpu::{AttentionShape, Reach, Segment, attention_backward, attention_forward};
 
 fn attentions(criterion: &mut Criterion) {
     for shape in TRAINING {
@@ -16,7 +16,8 @@ fn attentions(criterion: &mut Criterion) {
 
 fn heads(shape: &Shape) -> AttentionShape {
     let (heads, kv_heads, head_dim) = (shape.heads, shape.kv_heads, shape.head_dim);
-    AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    AttentionShape { heads, kv_heads, head_dim, scale, reach: Reach::All, softcap: None }
 }
 
 fn training(criterion: &mut Criterion, shape: &Shape) {
@@ -104,7 +105,7 @@ impl Inputs {
     }
 
     fn query(&self, query: usize, head: usize) -> OfQuery {
-        let AttentionShape { heads, kv_heads, head_dim, scale } = self.heads;
+        let AttentionShape { heads, kv_heads, head_dim, scale, .. } = self.heads;
         let kv_head = head / (heads / kv_heads);
         let (q, dout) = (self.of(&self.q, heads, query, head), self.of(&self.dout, heads, query, head));
         let key = |j| self.of(&self.k, kv_heads, j, kv_head);

@@ -8,7 +8,7 @@ use pulp::{Simd, WithSimd};
 use crate::Element;
 use crate::attention::{AttentionShape, Segment};
 use crate::elementwise::convert_slice;
-use crate::math::exp;
+use crate::math::{exp, tanh};
 use crate::scratch::with_scratch;
 use crate::shared::Shared;
 use crate::simd::{arch, fold2, simd_fn};
@@ -52,13 +52,17 @@ impl<T: Element> Decode<'_, T> {
         });
     }
 
-    /// The rows' keys, cut by the shape alone.
+    /// The keys that the rows' queries see, cut by the shape alone.
     fn chunks(&self) -> Vec<Chunk> {
         let bytes = self.shape.kv_heads * self.shape.head_dim * size_of::<T>();
         let len = (CHUNK_BYTES / bytes).next_multiple_of(TOGETHER).max(4 * TOGETHER);
         let of_row = |(row, segment): (usize, &Segment)| {
             let keys = segment.kv_len;
-            (0..keys).step_by(len).map(move |first| Chunk { row, first, keys: len.min(keys - first) })
+            (self.shape.first_seen(segment, 0)..keys).step_by(len).map(move |first| Chunk {
+                row,
+                first,
+                keys: len.min(keys - first),
+            })
         };
         self.segments.iter().enumerate().flat_map(of_row).collect()
     }
@@ -169,6 +173,9 @@ impl<T: Element> WithSimd for Attend<'_, T> {
                 }
             }
             for (scores, partial) in self.scores.chunks_exact_mut(padded).zip(partials.chunks_exact_mut(pitch + 2)) {
+                if let Some(cap) = self.shape.softcap {
+                    scores.iter_mut().for_each(|x| *x = cap * tanh(*x / cap));
+                }
                 let (max, sum) = exponentials(&mut scores[..self.keys]);
                 scores[self.keys..].fill(0.0);
                 partial.fill(0.0);

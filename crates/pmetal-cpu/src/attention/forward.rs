@@ -1,7 +1,7 @@
 //! Attention: queries against keys, softmax, times values.
 
 use super::operands::{Cut, HeadRows, room_for};
-use super::tiles::{KEYS, Lanes, MAX_LANES, Running, Tiles, mask};
+use super::tiles::{KEYS, LOWEST, Lanes, MAX_LANES, Running, Tiles, cap, mask};
 use super::wide::Wide;
 use super::{AttentionShape, Segment};
 use crate::Element;
@@ -14,7 +14,7 @@ use crate::tasks::for_each_task;
 /// Queries that share one packing of the keys and values; more than this are split into tasks.
 const TASK_QUERIES: usize = 512;
 
-/// `out = softmax(scale * q k^T) v`, row by row and head by head.
+/// `out = softmax(scale * q k^T) v` over the keys that each query sees, row by row and head by head.
 ///
 /// `q` and `out` are `[tokens, heads, head_dim]`, `k` and `v` `[kv_tokens, kv_heads, head_dim]`. `lse` (`[tokens, heads]`)
 /// receives the logarithm of the sum of exponentials of the scaled scores, for the backward. Rows do not overlap; tokens
@@ -74,7 +74,8 @@ impl<T: Element> Forward<'_, T> {
     /// The path for many queries.
     fn by_tiles<K: Tiles>(&self) {
         let (d, lanes) = (self.shape.head_dim, K::lanes());
-        let keys = self.segment.visible(self.first + self.count - 1);
+        let base = self.shape.first_seen(self.segment, self.first);
+        let keys = self.segment.visible(self.first + self.count - 1) - base;
         let padded = keys.next_multiple_of(K::rows());
         let d_padded = d.next_multiple_of(K::token_panel());
         let packed = [padded * K::pitch(d), d_padded * padded, d * lanes, KEYS * lanes];
@@ -85,8 +86,8 @@ impl<T: Element> Forward<'_, T> {
             let mut scratch = Cut(scratch);
             let [rows, values, queries, p] = packed.map(|len| scratch.take(len));
             let [result, scores, turned] = sums.map(|len| scratch.take(len));
-            K::pack_rows(self.row_of(self.k).part(0, keys), rows);
-            K::pack_tokens(self.row_of(self.v).part(0, keys), padded, values);
+            K::pack_rows(self.row_of(self.k).part(base, keys), rows);
+            K::pack_tokens(self.row_of(self.v).part(base, keys), padded, values);
             for g in 0..self.shape.group() {
                 for first in (0..self.count).step_by(lanes) {
                     let panel = self.queries(g).part(first, lanes);
@@ -97,6 +98,7 @@ impl<T: Element> Forward<'_, T> {
                         shape: self.shape,
                         first: self.first + first,
                         last,
+                        base,
                         rows,
                         values,
                         padded,
@@ -151,7 +153,8 @@ struct Panel<'a, K: Tiles> {
     /// The first query and the last, counted in their row.
     first: usize,
     last: usize,
-    /// Keys and values, packed, with room for `padded` of them.
+    /// Keys and values from the row's key `base` on, packed, with room for `padded` of them.
+    base: usize,
     rows: &'a [K::Packed],
     values: &'a [K::Packed],
     padded: usize,
@@ -165,15 +168,19 @@ struct Panel<'a, K: Tiles> {
 impl<K: Tiles> Panel<'_, K> {
     fn run(&mut self) -> Running {
         let (d, lanes) = (self.shape.head_dim, K::lanes());
-        let keys = self.segment.visible(self.last);
-        let mut state = Running { max: [f32::NEG_INFINITY; MAX_LANES], sum: [0.0; MAX_LANES] };
+        let keys = self.segment.visible(self.last) - self.base;
+        let first = (self.shape.first_seen(self.segment, self.first) - self.base) / K::rows() * K::rows();
+        let mut state = Running { max: [LOWEST; MAX_LANES], sum: [0.0; MAX_LANES] };
         self.result.fill(0.0);
-        for key in (0..keys).step_by(KEYS) {
+        for key in (first..keys).step_by(KEYS) {
             let count = KEYS.min(keys - key);
             let len = count.next_multiple_of(K::rows()) * lanes;
             let (scores, p) = (&mut self.scores[..len], &mut self.p[..len]);
             K::head_products(&self.rows[key * K::pitch(d)..], d, count, self.queries, scores);
-            mask(self.segment, self.first, lanes, key, scores);
+            if let Some(softcap) = self.shape.softcap {
+                cap(scores, self.shape.scale, softcap);
+            }
+            mask(self.segment, self.shape, self.first, lanes, self.base + key, scores);
             let factors: Lanes = K::softmax(&mut state, self.shape.scale, scores, p);
             K::key_products(self.values, self.padded, key, count, p, &factors, self.result);
         }

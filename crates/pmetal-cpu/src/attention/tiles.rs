@@ -6,9 +6,11 @@
 
 use bytemuck::Pod;
 
-use super::Segment;
 use super::operands::HeadRows;
+use super::{AttentionShape, Segment};
 use crate::Element;
+use crate::math::tanh;
+use crate::simd::simd_fn;
 
 /// Keys of a tile.
 pub(super) const KEYS: usize = 128;
@@ -18,6 +20,10 @@ pub(super) const PANELS: usize = 4;
 
 /// Lanes of the widest panel.
 pub(super) const MAX_LANES: usize = 32;
+
+/// The greatest score of a query none of whose keys is known: finite, so that what it does not see still weighs nothing,
+/// and a power of two, so that it is scaled without rounding.
+pub(super) const LOWEST: f32 = -((1u128 << 100) as f32);
 
 /// A number per query of a panel.
 pub(super) type Lanes = [f32; MAX_LANES];
@@ -112,11 +118,56 @@ pub(super) trait Tiles {
 }
 
 /// Hides what a query does not see in a tile of scores `[keys][lanes]` that starts at key `key` and query `first`.
-pub(super) fn mask(segment: &Segment, first: usize, lanes: usize, key: usize, scores: &mut [f32]) {
+pub(super) fn mask(
+    segment: &Segment,
+    shape: &AttentionShape,
+    first: usize,
+    lanes: usize,
+    key: usize,
+    scores: &mut [f32],
+) {
     let always = segment.visible(first);
     for (i, row) in scores.chunks_exact_mut(lanes).enumerate().skip(always.saturating_sub(key)) {
         // Key `key + i` is the last one that query `first + n` sees; lanes before it do not see it.
         let n = (key + i + 1 - always).min(lanes);
         row[..n].fill(f32::NEG_INFINITY);
+    }
+    if shape.first_seen(segment, first + lanes - 1) > key {
+        for (i, row) in scores.chunks_exact_mut(lanes).enumerate() {
+            // Lanes behind the last that reaches back so far.
+            let n = (shape.reach.end(key + i) + 1).saturating_sub(always).min(lanes);
+            row[n..].fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
+simd_fn! {
+    /// Puts a soft cap on scores before they are scaled, as they are kept.
+    pub(super) fn cap['a;](scores: &'a mut [f32], scale: f32, softcap: f32) -> () {
+        let (inward, outward) = (scale / softcap, softcap / scale);
+        for x in scores {
+            *x = outward * tanh(*x * inward);
+        }
+    }
+}
+
+simd_fn! {
+    /// [`cap`], and with it the cap's slope on the gradients of the probabilities, so that `dp - delta` becomes `slope * (dp - delta)`.
+    pub(super) fn cap_gradients['a;](
+        scores: &'a mut [f32],
+        dp: &'a mut [f32],
+        lanes: usize,
+        delta: &'a Lanes,
+        scale: f32,
+        softcap: f32,
+    ) -> () {
+        let (inward, outward) = (scale / softcap, softcap / scale);
+        for (scores, dp) in scores.chunks_exact_mut(lanes).zip(dp.chunks_exact_mut(lanes)) {
+            for ((x, dp), delta) in scores.iter_mut().zip(dp).zip(delta) {
+                let t = tanh(*x * inward);
+                *x = outward * t;
+                *dp = (*dp - delta).mul_add((-t).mul_add(t, 1.0), *delta);
+            }
+        }
     }
 }

@@ -13,10 +13,10 @@ use crate::simd::{arch, simd_fn};
 
 /// Distances that rows of keys may have when packed: the smallest that holds a head is taken. None is a power of two, so
 /// that rows do not share places in the cache.
-const PITCHES: [usize; 4] = [80, 144, 272, 528];
+const PITCHES: [usize; 5] = [80, 144, 272, 528, 592];
 
 /// The largest head.
-pub(super) const MAX_HEAD_DIM: usize = PITCHES[PITCHES.len() - 1];
+pub const MAX_HEAD_DIM: usize = PITCHES[PITCHES.len() - 1];
 
 /// Rows of the left operand that a tile has: its sums and operands fit the registers, and it divides common heads.
 const fn tile_rows<S: Simd>() -> usize {
@@ -169,7 +169,8 @@ impl HeadProducts<'_> {
                 80 => product_rows::<S, R, 80>(simd, rows, self.queries),
                 144 => product_rows::<S, R, 144>(simd, rows, self.queries),
                 272 => product_rows::<S, R, 272>(simd, rows, self.queries),
-                _ => product_rows::<S, R, 528>(simd, rows, self.queries),
+                528 => product_rows::<S, R, 528>(simd, rows, self.queries),
+                _ => product_rows::<S, R, 592>(simd, rows, self.queries),
             };
             let (tile, _) = S::as_mut_simd_f32s(&mut self.tile[i * lanes..][..R * lanes]);
             for (tile, sums) in tile.chunks_exact_mut(2).zip(sums) {

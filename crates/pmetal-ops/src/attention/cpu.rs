@@ -3,14 +3,20 @@
 use candle_core::Tensor;
 use pmetal_cpu::{AttentionShape, attention_backward, attention_forward};
 
-use super::{AttentionSpec, OP, Rows};
+use super::{AttentionSpec, OP, Reach, Rows};
 use crate::{
     Result,
     kernel::{View, for_dtype, room, tensor},
 };
 
 fn shape(spec: &AttentionSpec) -> AttentionShape {
-    AttentionShape { heads: spec.heads, kv_heads: spec.kv_heads, head_dim: spec.head_dim, scale: spec.scale }
+    let &AttentionSpec { heads, kv_heads, head_dim, scale, reach, softcap } = spec;
+    let reach = match reach {
+        Reach::All => pmetal_cpu::Reach::All,
+        Reach::Window(keys) => pmetal_cpu::Reach::Window(keys),
+        Reach::Chunk(keys) => pmetal_cpu::Reach::Chunk(keys),
+    };
+    AttentionShape { heads, kv_heads, head_dim, scale, reach, softcap }
 }
 
 /// The result and the log-sum-exp of each query and head.

@@ -146,8 +146,10 @@ impl<T: Element> Head<'_, T> {
         let rounds = if round < pieces { 0..pieces } else { 0..0 };
         rounds.map(move |keys| Meeting { head: self, keys, queries: (keys + round) % pieces }).filter(move |meeting| {
             let last = ((meeting.queries + 1) * self.piece).min(self.segment.q_len);
-            let meets =
-                last > meeting.queries * self.piece && self.segment.visible(last - 1) > meeting.keys * self.piece;
+            let first = meeting.queries * self.piece;
+            let meets = last > first
+                && self.segment.visible(last - 1) > meeting.keys * self.piece
+                && self.inputs.shape.first_seen(self.segment, first) < (meeting.keys + 1) * self.piece;
             // the gradients of keys without queries are zero, which someone must write
             meets || pieces == 1
         })
@@ -282,7 +284,7 @@ impl<T: Element> Meeting<'_, T> {
                 segment: head.segment,
                 d,
                 width: head.width::<K>(),
-                scale: head.inputs.shape.scale,
+                shape: head.inputs.shape,
                 keys,
                 q,
                 dout,
@@ -299,7 +301,9 @@ impl<T: Element> Meeting<'_, T> {
                 delta: [[0.0; MAX_LANES]; PANELS],
             };
             for (i, block) in head.blocks::<K>(self.queries).enumerate() {
-                if head.segment.visible(block.first + block.count - 1) <= piece.0 {
+                let seen = head.inputs.shape.first_seen(head.segment, block.first)
+                    ..head.segment.visible(block.first + block.count - 1);
+                if seen.end <= piece.0 || seen.start >= piece.0 + piece.1 {
                     continue;
                 }
                 tiles.load(head, block);

@@ -2,8 +2,8 @@
 
 use super::{Block, Head};
 use crate::Element;
-use crate::attention::Segment;
-use crate::attention::tiles::{Gradients, KEYS, Lanes, MAX_LANES, PANELS, Tiles, mask};
+use crate::attention::tiles::{Gradients, KEYS, Lanes, MAX_LANES, PANELS, Tiles, cap_gradients, mask};
+use crate::attention::{AttentionShape, Segment};
 use crate::simd::{fold2, simd_fn};
 
 /// A piece of keys and values, packed.
@@ -19,9 +19,9 @@ pub(super) struct Keys<'a, K: Tiles> {
 /// Takes blocks of queries through a piece of keys.
 pub(super) struct Sweep<'a, K: Tiles> {
     pub segment: &'a Segment,
+    pub shape: &'a AttentionShape,
     pub d: usize,
     pub width: usize,
-    pub scale: f32,
     pub keys: Keys<'a, K>,
     /// The block, packed: `[PANELS]` of [`Tiles::pack_queries`].
     pub q: &'a mut [K::Packed],
@@ -79,8 +79,12 @@ impl<K: Tiles> Sweep<'_, K> {
             let end = block.count.min((p + 1) * lanes);
             if end > p * lanes { visible(block.first + end - 1) } else { 0 }
         });
-        for key in (0..visible(block.first + block.count - 1)).step_by(KEYS) {
-            let counts = ends.map(|end| end.saturating_sub(key).min(KEYS));
+        let seen = |query| self.shape.first_seen(self.segment, query).saturating_sub(first);
+        let starts: [usize; PANELS] = std::array::from_fn(|p| seen(block.first + p * lanes));
+        let start = starts[0] / K::rows() * K::rows();
+        for key in (start..visible(block.first + block.count - 1)).step_by(KEYS) {
+            let counts =
+                std::array::from_fn(|p| if starts[p] < key + KEYS { ends[p].saturating_sub(key).min(KEYS) } else { 0 });
             for (p, dq) in dq.chunks_exact_mut(dq.len() / PANELS).enumerate().filter(|&(p, _)| counts[p] > 0) {
                 self.score_gradients(block.first + p * lanes, p, key, counts[p], dq);
             }
@@ -97,8 +101,12 @@ impl<K: Tiles> Sweep<'_, K> {
         let queries = panel * d * lanes..(panel + 1) * d * lanes;
         K::head_products(&self.keys.key_rows[key * pitch..], d, count, &self.q[queries.clone()], scores);
         K::head_products(&self.keys.value_rows[key * pitch..], d, count, &self.dout[queries], dp);
-        mask(self.segment, first, lanes, self.keys.first + key, scores);
-        let tile = Gradients { scores, dp, lse: &self.lse[panel], delta: &self.delta[panel], scale: self.scale };
+        let (scale, delta) = (self.shape.scale, &self.delta[panel]);
+        if let Some(softcap) = self.shape.softcap {
+            cap_gradients(scores, dp, lanes, delta, scale, softcap);
+        }
+        mask(self.segment, self.shape, first, lanes, self.keys.first + key, scores);
+        let tile = Gradients { scores, dp, lse: &self.lse[panel], delta, scale };
         let at = panel * KEYS * lanes..panel * KEYS * lanes + used;
         let ds = K::gradients(&tile, &mut self.p[at.clone()], &mut self.ds[at], self.turned);
         K::key_products(self.keys.key_tokens, self.keys.padded, key, count, ds, &[1.0; MAX_LANES], dq);
