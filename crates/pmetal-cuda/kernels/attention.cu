@@ -1,6 +1,7 @@
 // Attention over packed rows on tensor cores, forward and backward: softmax(scale · Q Kᵀ) V, where query i of a row sees keys
-// 0 ..= keys - queries + i. Tiled with a running softmax as in FlashAttention-2 (Dao 2023, arXiv:2307.08691): f32 scores, softmax
-// and sums; probabilities are rounded to the inputs' dtype before they meet another matrix. No atomics: the same bits every time.
+// 0 ..= keys - queries + i, or of these what `Reach` says; scores may have a cap. Tiled with a running softmax as in FlashAttention-2 (Dao
+// 2023, arXiv:2307.08691): f32 scores, softmax and sums; probabilities are rounded to the inputs' dtype before they meet another matrix. No
+// atomics: the same bits every time.
 //
 // All three kernels have one shape. A block owns 64 rows for each of its groups of four warps and keeps them in shared memory; tiles of the
 // other side stream past, copied while the tile before is worked on. Queries own the forward and dQ, keys own dK and dV.
@@ -8,8 +9,8 @@
 // q, out, dout, dq: [tokens, heads * D]; k, v, dk, dv: [kv_tokens, kv_heads * D], each with a pitch; rows: first query, queries, first key,
 // keys of each; stats, delta: [heads, tokens], the log2-sum-exp2 of a query's scores and the dot product of its dout and out.
 //
-// This text stands behind attention_tiles.cuh and attention_softmax.cuh. The host defines how each kernel's work is cut: FORWARD_GROUPS, FORWARD_TILE (rows of a
-// streamed tile, 64 or 128) and FORWARD_STAGES (tiles in shared memory at a time), the same of DQ and DKV.
+// This text stands behind attention_tiles.cuh and attention_softmax.cuh. The host defines how each kernel's work is cut: FORWARD_GROUPS,
+// FORWARD_TILE (rows of a streamed tile, 64 or 128) and FORWARD_STAGES (tiles in shared memory at a time), the same of DQ and DKV.
 
 // ---- Results ----
 
@@ -42,7 +43,7 @@ __device__ __forceinline__ void store(const float (&c)[WIDTH / 2], float factor0
 
 extern "C" __global__ void __launch_bounds__(FORWARD_GROUPS * 128)
 attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, const uint4* rows, int tokens, int heads, int kv_heads,
-                  Pitches pitches, float scale) {
+                  Pitches pitches, float scale, Reach reach, float cap) {
     constexpr int GROUPS = FORWARD_GROUPS, ROWS = GROUPS * 64, TILE = FORWARD_TILE;
     static_assert(FORWARD_STAGES == 2, "keys are one tile ahead of values");
     const Row row(rows[blockIdx.y]);
@@ -53,23 +54,28 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
     k += key * pitches.k + kv_head * D, v += key * pitches.v + kv_head * D;
     const uint q_tile = first_tile(), k_tiles = q_tile + TILE_BYTES<ROWS>, v_tiles = k_tiles + 2 * TILE_BYTES<TILE>;
     const uint own_q = own_rows(q_tile);
-    const int seen = max(row.offset + first + count, 0), tiles = (seen + TILE - 1) / TILE;
+    const int end = max(row.offset + first + count, 0), tiles = (end + TILE - 1) / TILE;
     const int limit = row.offset + first + own_row(), open = max(row.offset + first + 1, 0) / TILE;
-    const float scale2 = scale * 1.44269504f;
+    // Tiles behind `open` and before `cut` are seen in part.
+    const int skipped = reach.skipped<TILE>(row.offset + first), cut = reach.cut<TILE>(row.offset + first + count - 1);
+    const int seen[2] = {reach.seen(limit), reach.seen(limit + 8)};
+    const Scores scores(scale, cap);
 
     float o[WIDTH / 2] = {}, s[TILE / 2], largest[2] = {-INF, -INF}, sum[2] = {}, shrink[2];
     uint p[TILE / 4] = {};
     auto tile_of = [&](uint of, int j) { return of + (j & 1) * TILE_BYTES<TILE>; };
-    // Before the first tile there are only zeros: a branch would keep the assembler from running products under what follows.
+    // Before the first tile that is seen there are only zeros: a branch would keep the assembler from running products under what follows.
     auto load_tile = [&](uint of, const T* from, uint pitch, int j) {
-        load<TILE, GROUPS * 128>(tile_of(of, j), from + (long long)j * TILE * pitch, pitch, j < 0 ? 0 : row.keys - j * TILE, threadIdx.x);
+        const int left = j < IF_LIMITED(skipped) ? 0 : row.keys - j * TILE;
+        load<TILE, GROUPS * 128>(tile_of(of, j), from + (long long)j * TILE * pitch, pitch, left, threadIdx.x);
     };
     // The scores of tile j become weights.
     auto weigh = [&](int j, bool masked) {
         hold(s);
+        scores.unscale(s);
         // A thread's columns of the tile start at 2 (lane % 4).
-        if (masked) mask<TILE>(s, limit - j * TILE - lane() % 4 * 2, -INF);
-        softmax<TILE>(s, largest, sum, shrink, scale2);
+        if (masked) mask<TILE>(s, limit - j * TILE - lane() % 4 * 2, seen, -INF);
+        softmax<TILE>(s, largest, sum, shrink, scores.scale2);
         hold(s);
     };
     // The scores of a tile are multiplied ahead of the values of the tile before, whose product then runs under the softmax.
@@ -115,10 +121,14 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
 #pragma unroll 1
         for (j--; j >= open; j--) step(j, true);
 #pragma unroll 1
-        for (; j >= 0; j--) step(j, false);
+        for (; j >= IF_LIMITED(cut); j--) step(j, false);
+        if constexpr (LIMITED) {
+#pragma unroll 1
+            for (; j >= skipped; j--) step(j, true);
+        }
         if (group() == 0) await_turn<GROUPS>();
         await_loads();
-        multiply_add<TILE>(o, p, tile_of(v_tiles, 0));
+        multiply_add<TILE>(o, p, tile_of(v_tiles, skipped));
         await_products<0>();
         hold(o);
     }
@@ -131,18 +141,19 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
         const int i = own_row() + 8 * r;
         // Infinite where a query sees no key: the backward then finds probabilities of 0.
         const u64 number = (u64)head * tokens + row.first_query + first + i;
-        if (lane() % 4 == 0 && i < count) stats[number] = total > 0 ? largest[r] * scale2 + log2f(total) : INF;
+        if (lane() % 4 == 0 && i < count) stats[number] = total > 0 ? largest[r] * scores.scale2 + log2f(total) : INF;
     }
     store<ROWS>(o, factor[0], factor[1], q_tile, out + query * pitches.out + head * D, pitches.out, count);
 }
 
 // ---- Backward ----
-// With P = exp(scale S - lse) and dP = dO Vᵀ: dV = Pᵀ dO, dS = P (dP - delta), dQ = scale dS K, dK = scale dSᵀ Q.
+// With P = exp(scale S - lse) and dP = dO Vᵀ: dV = Pᵀ dO, dS = P (dP - delta), dQ = scale dS K, dK = scale dSᵀ Q. Where scores have
+// a cap, its slope is in dS.
 
 // Grid as of the forward. Writes delta as well: it goes before the kernel of keys.
 extern "C" __global__ void __launch_bounds__(DQ_GROUPS * 128)
 attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, const float* stats, float* delta, T* dq, const uint4* rows,
-             int tokens, int heads, int kv_heads, Pitches pitches, float scale) {
+             int tokens, int heads, int kv_heads, Pitches pitches, float scale, Reach reach, float cap) {
     constexpr int GROUPS = DQ_GROUPS, ROWS = GROUPS * 64, TILE = DQ_TILE, STAGES = DQ_STAGES;
     const Row row(rows[blockIdx.y]);
     const int first = (gridDim.z - 1 - blockIdx.z) * ROWS, head = blockIdx.x;
@@ -153,9 +164,11 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
     dout += query * pitches.dout + head * D, out += query * pitches.out + head * D;
     const uint q_tile = first_tile(), dout_tile = q_tile + TILE_BYTES<ROWS>, streamed = dout_tile + TILE_BYTES<ROWS>;
     const uint own_q = own_rows(q_tile), own_dout = own_rows(dout_tile);
-    const int seen = max(row.offset + first + count, 0), tiles = (seen + TILE - 1) / TILE;
+    const int end = max(row.offset + first + count, 0), tiles = (end + TILE - 1) / TILE;
     const int limit = row.offset + first + own_row(), open = max(row.offset + first + 1, 0) / TILE;
-    const float scale2 = scale * 1.44269504f;
+    const int skipped = reach.skipped<TILE>(row.offset + first), cut = reach.cut<TILE>(row.offset + first + count - 1);
+    const int seen[2] = {reach.seen(limit), reach.seen(limit + 8)};
+    const Scores scores(scale, cap);
 
     float c[WIDTH / 2] = {}, s[TILE / 2], dp[TILE / 2];
     uint ds[TILE / 4] = {};
@@ -175,7 +188,7 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
     auto after = [&](uint tile) { return tile + STAGE == streamed + STAGES * STAGE ? streamed : tile + STAGE; };
     auto load_tile = [&](int j, uint to) {
         const long long from = (long long)j * TILE;
-        const int left = j < 0 ? 0 : row.keys - j * TILE;
+        const int left = j < IF_LIMITED(skipped) ? 0 : row.keys - j * TILE;
         load<TILE, GROUPS * 128>(to, k + from * pitches.k, pitches.k, left, threadIdx.x);
         load<TILE, GROUPS * 128>(to + TILE_BYTES<TILE>, v + from * pitches.v, pitches.v, left, threadIdx.x);
         end_of_load();
@@ -190,8 +203,12 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
         hold(c);
         hold(ds);
 #pragma unroll
-        for (int e = 0; e < TILE / 2; e++) s[e] = exp2_fast(s[e] * scale2 - base[e / 2 % 2]);
-        if (masked) mask<TILE>(s, limit - j * TILE - lane() % 4 * 2, 0);
+        for (int e = 0; e < TILE / 2; e++) {
+            float slope;
+            const float weight = scores.weight(s[e], base[e / 2 % 2], slope);
+            s[e] = weight * slope;
+        }
+        if (masked) mask<TILE>(s, limit - j * TILE - lane() % 4 * 2, seen, 0);
         await_products<0>();
         hold(dp);
 #pragma unroll
@@ -210,7 +227,11 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
 #pragma unroll 1
     for (; j >= open; j--) step(j, true);
 #pragma unroll 1
-    for (; j >= 0; j--) step(j, false);
+    for (; j >= IF_LIMITED(cut); j--) step(j, false);
+    if constexpr (LIMITED) {
+#pragma unroll 1
+        for (; j >= skipped; j--) step(j, true);
+    }
     await_loads();
     await_products<0>();
     hold(c);
@@ -221,7 +242,7 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
 // of its key head; scores stand transposed, keys by queries.
 extern "C" __global__ void __launch_bounds__(DKV_GROUPS * 128)
 attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* stats, const float* delta, T* dk, T* dv, const uint4* rows,
-              int tokens, int heads, int kv_heads, Pitches pitches, float scale) {
+              int tokens, int heads, int kv_heads, Pitches pitches, float scale, Reach reach, float cap) {
     constexpr int GROUPS = DKV_GROUPS, ROWS = GROUPS * 64, TILE = DKV_TILE, STAGES = DKV_STAGES, STAGE = 2 * TILE_BYTES<TILE> + 1024;
     const Row row(rows[blockIdx.y]);
     const int first = blockIdx.z * ROWS, kv_head = blockIdx.x, shared_by = heads / kv_heads;
@@ -231,8 +252,9 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
     const uint k_tile = first_tile(), v_tile = k_tile + TILE_BYTES<ROWS>, streamed = v_tile + TILE_BYTES<ROWS>;
     const uint own_k = own_rows(k_tile), own_v = own_rows(v_tile);
     // Tiles of queries that see none of the block's keys are left out.
-    const int all = (row.queries + TILE - 1) / TILE, skipped = max(first - row.offset, 0) / TILE;
-    const float scale2 = scale * 1.44269504f;
+    const int all = (reach.queries(row, first + count - 1) + TILE - 1) / TILE, skipped = max(first - row.offset, 0) / TILE;
+    const int times[2] = {reach.times(first + own_row()), reach.times(first + own_row() + 8)}, whole = first + reach.times(first);
+    const Scores scores(scale, cap);
 
     float dk_sum[WIDTH / 2] = {}, dv_sum[WIDTH / 2] = {}, s[TILE / 2], dp[TILE / 2];
     uint p[TILE / 4] = {}, ds[TILE / 4] = {};
@@ -250,12 +272,6 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
         load_floats(to + 2 * TILE_BYTES<TILE>, stats + number, TILE, left, threadIdx.x);
         load_floats(to + 2 * TILE_BYTES<TILE> + 512, delta + number, TILE, left, threadIdx.x);
         end_of_load();
-    };
-    // Of a tile's floats, the two of this thread's columns 8 i and next.
-    auto two_of = [&](uint floats, int i) {
-        float2 x;
-        asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(floats + i * 32 + lane() % 4 * 8) : "memory");
-        return x;
     };
 
     load<ROWS, GROUPS * 128>(k_tile, k + key * pitches.k + kv_head * D, pitches.k, count, threadIdx.x);
@@ -276,20 +292,8 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
         hold(s);
         hold(p);
         hold(ds);
-#pragma unroll
-        for (int i = 0; i < TILE / 8; i++) {
-            const float2 b = two_of(base, i);
-#pragma unroll
-            for (int e = 4 * i; e < 4 * i + 4; e++) s[e] = exp2_fast(s[e] * scale2 - (e % 2 ? b.y : b.x));
-        }
-        if (start < first + ROWS - 1) {
-            // A key counts from the query on that is the first to see it.
-            const int from = first + own_row() - start - lane() % 4 * 2;
-#pragma unroll
-            for (int e = 0; e < TILE / 2; e++)
-                if (e / 4 * 8 + e % 2 < from + e / 2 % 2 * 8) s[e] = 0;
-        }
-        pack(p, s);
+        const bool masked = start < first + ROWS - 1 || (LIMITED && start + TILE > whole);
+        weigh_transposed<TILE>(s, p, scores, base, masked, first + own_row() - start - lane() % 4 * 2, times);
         multiply_add<TILE>(dv_sum, p, dout_tile);
         await_products<1>();
         hold(dp);

@@ -15,7 +15,7 @@ constexpr int KEYS = 128;  // of a tile
 // What the group that copies does.
 __device__ __forceinline__ void load_forward(uint q_tile, uint k_tiles, uint v_tiles, Ring<1> qs, Ring<2> ks, Ring<2> vs, Items list,
                                              const T* q, const T* k, const T* v, const uint4* rows, const uint2* blocks, int heads,
-                                             int kv_heads, const Pitches& pitches) {
+                                             int kv_heads, const Pitches& pitches, const Reach& reach) {
     const int thread = threadIdx.x - COMPUTING;
     Announcer announcer;
     for (int at; (at = list.next()) >= 0;) {
@@ -28,9 +28,9 @@ __device__ __forceinline__ void load_forward(uint q_tile, uint k_tiles, uint v_t
         announcer.asked(qs.full());
         qs.next();
         // Keys are one tile ahead of values.
-        const int tiles = item.tiles<KEYS>(count);
-        for (int j = tiles - 1; j >= -1; j--) {
-            if (j >= 0) {
+        const int tiles = item.tiles<KEYS>(count), skipped = reach.skipped<KEYS>(item.row.offset + item.first);
+        for (int j = tiles - 1; j >= skipped - 1; j--) {
+            if (j >= skipped) {
                 ks.await_empty();
                 const T* from = k + (key + j * KEYS) * pitches.k + kv_head * D;
                 load<KEYS, LOADING>(k_tiles + ks.stage * TILE_BYTES<KEYS>, from, pitches.k, item.row.keys - j * KEYS, thread);
@@ -51,7 +51,7 @@ __device__ __forceinline__ void load_forward(uint q_tile, uint k_tiles, uint v_t
 
 extern "C" __global__ void __launch_bounds__(COMPUTING + LOADING, 1)
 attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, const uint4* rows, const uint2* blocks, int items, int tokens,
-                  int heads, int kv_heads, Pitches pitches, float scale) {
+                  int heads, int kv_heads, Pitches pitches, float scale, Reach reach, float cap) {
     const uint q_tile = first_tile(), k_tiles = q_tile + TILE_BYTES<ROWS>, v_tiles = k_tiles + 2 * TILE_BYTES<KEYS>;
     const uint barriers = v_tiles + 2 * TILE_BYTES<KEYS>;
     Ring<1> qs(barriers);
@@ -61,10 +61,10 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
     Items list(items);
     if (threadIdx.x >= COMPUTING) {
         ROLE_OF_LOADING("40");
-        load_forward(q_tile, k_tiles, v_tiles, qs, ks, vs, list, q, k, v, rows, blocks, heads, kv_heads, pitches);
+        load_forward(q_tile, k_tiles, v_tiles, qs, ks, vs, list, q, k, v, rows, blocks, heads, kv_heads, pitches, reach);
     } else {
         ROLE_OF_COMPUTING("232");
-        const float scale2 = scale * 1.44269504f;
+        const Scores scores(scale, cap);
         const uint own_q = own_rows(q_tile);
         if (group() == 1) pass_turn<2>();
         for (int at; (at = list.next()) >= 0;) {
@@ -72,17 +72,21 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
             const int count = item.count(item.row.queries), tiles = item.tiles<KEYS>(count);
             const int limit = item.row.offset + item.first + own_row();
             const int before = uniform(group() * 64), open = max(item.row.offset + item.first + before + 1, 0) / KEYS;
+            // Tiles behind `open` and before `cut` are seen in part.
+            const int skipped = reach.skipped<KEYS>(item.row.offset + item.first);
+            const int cut = reach.cut<KEYS>(item.row.offset + item.first + min(count, before + 64) - 1);
+            const int seen[2] = {reach.seen(limit), reach.seen(limit + 8)};
             if (count <= before) {
                 // Without rows of its own the group takes no part but its turns.
                 qs.await_full();
                 release(qs.empty());
                 qs.next();
 #pragma unroll 1
-                for (int j = 0; j < tiles; j++) {
+                for (int j = skipped; j < tiles; j++) {
                     ks.await_full();
                     release(ks.empty());
                     ks.next();
-                    if (j > 0) await_turn<2>(), pass_turn<2>();
+                    if (j > skipped) await_turn<2>(), pass_turn<2>();
                     vs.await_full();
                     release(vs.empty());
                     vs.next();
@@ -93,8 +97,9 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
             uint p[KEYS / 4] = {};
             auto weigh = [&](int j, bool masked) {
                 hold(s);
-                if (masked) mask<KEYS>(s, limit - j * KEYS - lane() % 4 * 2, -INF);
-                softmax<KEYS>(s, largest, sum, shrink, scale2);
+                scores.unscale(s);
+                if (masked) mask<KEYS>(s, limit - j * KEYS - lane() % 4 * 2, seen, -INF);
+                softmax<KEYS>(s, largest, sum, shrink, scores.scale2);
                 hold(s);
             };
             // The scores of a tile are multiplied ahead of the values of the tile before, whose product then runs under the softmax.
@@ -109,7 +114,7 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
                 await_products<1>();
                 release(ks.empty());
                 ks.next();
-                if (j == 0) release(qs.empty());
+                if (j == skipped) release(qs.empty());
                 weigh(j, masked);
                 // No sum is negative: they are asked so that this branch, over which the assembler moves no wait, stands behind the
                 // weights.
@@ -136,7 +141,7 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
                 release(ks.empty());
                 ks.next();
             }
-            if (tiles <= 1) release(qs.empty());
+            if (tiles <= skipped + 1) release(qs.empty());
             if (tiles > 0) {
                 weigh(j, true);
                 pack(p, s);
@@ -144,7 +149,11 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
 #pragma unroll 1
                 for (j--; j >= open; j--) step(j, true);
 #pragma unroll 1
-                for (; j >= 0; j--) step(j, false);
+                for (; j >= IF_LIMITED(cut); j--) step(j, false);
+                if constexpr (LIMITED) {
+#pragma unroll 1
+                    for (; j >= skipped; j--) step(j, true);
+                }
                 vs.await_full();
                 multiply_add<KEYS>(o, p, v_tiles + vs.stage * TILE_BYTES<KEYS>);
                 await_products<0>();
@@ -162,7 +171,7 @@ attention_forward(const T* q, const T* k, const T* v, T* out, float* stats, cons
                 const int i = own_row() + 8 * r;
                 // Infinite where a query sees no key: the backward then finds probabilities of 0.
                 const u64 number = (u64)item.head * tokens + item.row.first_query + item.first + i;
-                if (lane() % 4 == 0 && i < count) stats[number] = total > 0 ? largest[r] * scale2 + log2f(total) : INF;
+                if (lane() % 4 == 0 && i < count) stats[number] = total > 0 ? largest[r] * scores.scale2 + log2f(total) : INF;
             }
             const u64 query = item.row.first_query + item.first;
             store(o, factor[0], factor[1], out + query * pitches.out + item.head * D, pitches.out, count);

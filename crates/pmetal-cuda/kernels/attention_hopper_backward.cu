@@ -1,5 +1,5 @@
 // The backward of attention on Hopper, behind attention_hopper.cu: with P = exp(scale S - lse) and dP = dO Vᵀ, dV = Pᵀ dO,
-// dS = P (dP - delta), dQ = scale dS K, dK = scale dSᵀ Q.
+// dS = P (dP - delta), dQ = scale dS K, dK = scale dSᵀ Q; where scores have a cap, with its slope in dS.
 
 constexpr int STREAMED = 64;  // rows of a tile that streams past
 constexpr int PAIR = 2 * TILE_BYTES<STREAMED>, FLOATS = STREAMED * 4;
@@ -14,7 +14,7 @@ __device__ __forceinline__ uint4 load_chunk(uint at) {
 __device__ __forceinline__ void load_dq(uint q_tile, uint dout_tile, uint out_tile, uint own_stats, uint pairs, Ring<1> own,
                                         Ring<DQ_STAGES> ring, Items list, const T* q, const T* k, const T* v, const T* dout, const T* out,
                                         const float* stats, const uint4* rows, const uint2* blocks, int tokens, int heads, int kv_heads,
-                                        const Pitches& pitches) {
+                                        const Pitches& pitches, const Reach& reach) {
     const int thread = threadIdx.x - COMPUTING;
     Announcer announcer;
     for (int at; (at = list.next()) >= 0;) {
@@ -29,7 +29,8 @@ __device__ __forceinline__ void load_dq(uint q_tile, uint dout_tile, uint out_ti
         load_floats(own_stats, stats + (u64)item.head * tokens + query, ROWS, count, thread);
         announcer.asked(own.full());
         own.next();
-        for (int j = item.tiles<STREAMED>(count) - 1; j >= 0; j--) {
+        const int skipped = reach.skipped<STREAMED>(item.row.offset + item.first);
+        for (int j = item.tiles<STREAMED>(count) - 1; j >= skipped; j--) {
             ring.await_empty();
             const uint pair = pairs + ring.stage * PAIR;
             const u64 from = key + j * STREAMED;
@@ -46,7 +47,7 @@ __device__ __forceinline__ void load_dq(uint q_tile, uint dout_tile, uint out_ti
 // dQ, and delta: it goes before the kernel of keys.
 extern "C" __global__ void __launch_bounds__(COMPUTING + LOADING, 1)
 attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, const float* stats, float* delta, T* dq, const uint4* rows,
-             const uint2* blocks, int items, int tokens, int heads, int kv_heads, Pitches pitches, float scale) {
+             const uint2* blocks, int items, int tokens, int heads, int kv_heads, Pitches pitches, float scale, Reach reach, float cap) {
     constexpr int STAGES = DQ_STAGES;
     const uint q_tile = first_tile(), dout_tile = q_tile + TILE_BYTES<ROWS>, out_tile = dout_tile + TILE_BYTES<ROWS>;
     const uint pairs = out_tile + TILE_BYTES<ROWS>, own_stats = pairs + STAGES * PAIR, barriers = own_stats + ROWS * 4;
@@ -58,18 +59,21 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
     if (threadIdx.x >= COMPUTING) {
         ROLE_OF_LOADING("40");
         load_dq(q_tile, dout_tile, out_tile, own_stats, pairs, own, ring, list, q, k, v, dout, out, stats, rows, blocks, tokens, heads,
-                kv_heads, pitches);
+                kv_heads, pitches, reach);
     } else {
         ROLE_OF_COMPUTING("232");
-        const float scale2 = scale * 1.44269504f;
+        const Scores scores(scale, cap);
         const uint own_dout = own_rows(dout_tile);
         for (int at; (at = list.next()) >= 0;) {
             const Item item(rows, blocks, at, heads);
             const int count = item.count(item.row.queries), limit = item.row.offset + item.first + own_row();
             // Tiles that the block sees, of which the group has its own, of which it sees the first whole.
             const int all = item.tiles<STREAMED>(count), before = uniform(group() * 64);
-            const int tiles = count > before ? item.tiles<STREAMED>(min(count, before + 64)) : 0;
+            const int skipped = reach.skipped<STREAMED>(item.row.offset + item.first);
+            const int tiles = count > before ? item.tiles<STREAMED>(min(count, before + 64)) : IF_LIMITED(skipped);
             const int open = max(item.row.offset + item.first + before + 1, 0) / STREAMED;
+            const int cut = reach.cut<STREAMED>(item.row.offset + item.first + min(count, before + 64) - 1);
+            const int seen[2] = {reach.seen(limit), reach.seen(limit + 8)};
             float c[WIDTH / 2] = {}, s[STREAMED / 2], dp[STREAMED / 2], base[2], shift[2] = {};
             uint ds[STREAMED / 4] = {}, left[WIDTH / 4];
             own.await_full();
@@ -101,11 +105,15 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
                 hold(c);
                 hold(ds);
 #pragma unroll
-                for (int e = 0; e < STREAMED / 2; e++) s[e] = exp2_fast(s[e] * scale2 - base[e / 2 % 2]);
-                if (masked) mask<STREAMED>(s, limit - j * STREAMED - lane() % 4 * 2, 0);
+                for (int e = 0; e < STREAMED / 2; e++) {
+                    float slope;
+                    const float weight = scores.weight(s[e], base[e / 2 % 2], slope);
+                    s[e] = weight * slope;
+                }
+                if (masked) mask<STREAMED>(s, limit - j * STREAMED - lane() % 4 * 2, seen, 0);
                 await_products<0>();
                 hold(dp);
-                if (j == 0) release(own.empty());
+                if (j == skipped) release(own.empty());
 #pragma unroll
                 for (int e = 0; e < STREAMED / 2; e++) s[e] *= dp[e] - shift[e / 2 % 2];
                 pack(ds, s);
@@ -122,11 +130,15 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
 #pragma unroll 1
             for (; j >= open; j--) step(j, true);
 #pragma unroll 1
-            for (; j >= 0; j--) step(j, false);
+            for (; j >= IF_LIMITED(cut); j--) step(j, false);
+            if constexpr (LIMITED) {
+#pragma unroll 1
+                for (; j >= skipped; j--) step(j, true);
+            }
             await_products<0>();
             hold(c);
             if (used) release(used);
-            if (tiles == 0) release(own.empty());
+            if (tiles <= IF_LIMITED(skipped)) release(own.empty());
             own.next();
             const u64 query = item.row.first_query + item.first;
             store(c, scale, scale, dq + query * pitches.dq + item.head * D, pitches.dq, count);
@@ -137,7 +149,8 @@ attention_dq(const T* q, const T* k, const T* v, const T* dout, const T* out, co
 // What the group that copies does.
 __device__ __forceinline__ void load_dkv(uint k_tile, uint v_tile, uint pairs, uint floats, Ring<1> own, Ring<DKV_STAGES> ring, Items list,
                                          const T* q, const T* k, const T* v, const T* dout, const float* stats, const float* delta,
-                                         const uint4* rows, const uint2* blocks, int tokens, int kv_heads, int shared_by, const Pitches& pitches) {
+                                         const uint4* rows, const uint2* blocks, int tokens, int kv_heads, int shared_by,
+                                         const Pitches& pitches, const Reach& reach) {
     const int thread = threadIdx.x - COMPUTING;
     Announcer announcer;
     for (int at; (at = list.next()) >= 0;) {
@@ -150,7 +163,8 @@ __device__ __forceinline__ void load_dkv(uint k_tile, uint v_tile, uint pairs, u
         load<ROWS, LOADING>(v_tile, v + key * pitches.v + item.head * D, pitches.v, count, thread);
         announcer.asked(own.full());
         own.next();
-        const int all = (item.row.queries + STREAMED - 1) / STREAMED, skipped = max(item.first - item.row.offset, 0) / STREAMED;
+        const int all = (reach.queries(item.row, item.first + count - 1) + STREAMED - 1) / STREAMED;
+        const int skipped = max(item.first - item.row.offset, 0) / STREAMED;
         for (int head = item.head * shared_by; head < (item.head + 1) * shared_by; head++)
             for (int tile = skipped; tile < all; tile++) {
                 ring.await_empty();
@@ -172,7 +186,7 @@ __device__ __forceinline__ void load_dkv(uint k_tile, uint v_tile, uint pairs, u
 // dK and dV. An item goes over all query heads of its key head; scores stand transposed, keys by queries.
 extern "C" __global__ void __launch_bounds__(COMPUTING + LOADING, 1)
 attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* stats, const float* delta, T* dk, T* dv, const uint4* rows,
-              const uint2* blocks, int items, int tokens, int heads, int kv_heads, Pitches pitches, float scale) {
+              const uint2* blocks, int items, int tokens, int heads, int kv_heads, Pitches pitches, float scale, Reach reach, float cap) {
     constexpr int STAGES = DKV_STAGES, STAGE = PAIR + 2 * FLOATS;
     const uint k_tile = first_tile(), v_tile = k_tile + TILE_BYTES<ROWS>, pairs = v_tile + TILE_BYTES<ROWS>;
     const uint floats = pairs + STAGES * PAIR, barriers = pairs + STAGES * STAGE;
@@ -185,21 +199,18 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
     if (threadIdx.x >= COMPUTING) {
         ROLE_OF_LOADING("24");
         load_dkv(k_tile, v_tile, pairs, floats, own, ring, list, q, k, v, dout, stats, delta, rows, blocks, tokens, kv_heads, shared_by,
-                 pitches);
+                 pitches, reach);
     } else {
         ROLE_OF_COMPUTING("240");
-        const float scale2 = scale * 1.44269504f;
+        const Scores scores(scale, cap);
         const uint own_k = own_rows(k_tile), own_v = own_rows(v_tile);
-        // Of a tile's floats, the two of this thread's columns 8 i and next.
-        auto two_of = [&](uint floats, int i) {
-            float2 x;
-            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(floats + i * 32 + lane() % 4 * 8) : "memory");
-            return x;
-        };
         for (int at; (at = list.next()) >= 0;) {
             const Item item(rows, blocks, at, kv_heads);
             const int count = item.count(item.row.keys), before = uniform(group() * 64), first = item.first + before;
-            const int all = (item.row.queries + STREAMED - 1) / STREAMED, skipped = max(item.first - item.row.offset, 0) / STREAMED;
+            const int all = (reach.queries(item.row, item.first + count - 1) + STREAMED - 1) / STREAMED;
+            const int skipped = max(item.first - item.row.offset, 0) / STREAMED;
+            const int own_key = item.first + own_row(), whole = first + reach.times(first);
+            const int times[2] = {reach.times(own_key), reach.times(own_key + 8)};
             // The group's own begin later; where it has no keys, never.
             const int begin = count > before ? min(max(first - item.row.offset, 0) / STREAMED, all) : all;
             float dk_sum[WIDTH / 2] = {}, dv_sum[WIDTH / 2] = {}, s[STREAMED / 2], dp[STREAMED / 2];
@@ -235,21 +246,9 @@ attention_dkv(const T* q, const T* k, const T* v, const T* dout, const float* st
                     ring.next();
                     hold(s);
                     hold(p);
-#pragma unroll
-                    for (int i = 0; i < STREAMED / 8; i++) {
-                        const float2 b = two_of(base, i);
-#pragma unroll
-                        for (int e = 4 * i; e < 4 * i + 4; e++) s[e] = exp2_fast(s[e] * scale2 - (e % 2 ? b.y : b.x));
-                    }
                     const int start = item.row.offset + tile * STREAMED;
-                    if (start < first + 63) {
-                        // A key counts from the query on that is the first to see it.
-                        const int from = item.first + own_row() - start - lane() % 4 * 2;
-#pragma unroll
-                        for (int e = 0; e < STREAMED / 2; e++)
-                            if (e / 4 * 8 + e % 2 < from + e / 2 % 2 * 8) s[e] = 0;
-                    }
-                    pack(p, s);
+                    const bool masked = start < first + 63 || (LIMITED && start + STREAMED > whole);
+                    weigh_transposed<STREAMED>(s, p, scores, base, masked, own_key - start - lane() % 4 * 2, times);
                     multiply_add<STREAMED>(dv_sum, p, dout_tile);
                     await_products<1>();
                     hold(dp);

@@ -1,4 +1,4 @@
-//! An attention over packed rows for tests on a device, and what the formula says of it in f64.
+//! An attention for tests on a device, and what the formula says of it in f64.
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_metal::{AttentionRows, AttentionSpec, Reach, Result, empty};
@@ -6,7 +6,8 @@ use pmetal_metal::{AttentionRows, AttentionSpec, Reach, Result, empty};
 /// Tensors of one attention, and their numbers as rounded.
 #[derive(Clone)]
 pub(super) struct Case {
-    lengths: Vec<usize>,
+    /// First query, queries, first key and keys of each row.
+    table: Vec<[usize; 4]>,
     pub(super) rows: AttentionRows,
     pub(super) spec: AttentionSpec,
     /// q, k, v, dout.
@@ -17,15 +18,25 @@ pub(super) struct Case {
 }
 
 impl Case {
-    pub(super) fn new(
-        lengths: &[usize],
+    /// Rows whose queries and keys are the same tokens, and see all up to their own.
+    pub(super) fn new(lengths: &[usize], heads: [usize; 3], dtype: DType, device: &Device) -> Result<Self> {
+        let rows: Vec<_> = lengths.iter().map(|&n| [n, n]).collect();
+        Self::of(&rows, heads, dtype, device)
+    }
+
+    /// Rows of so many queries, the last of so many keys. As [`Case::new`] otherwise.
+    pub(super) fn of(
+        lengths: &[[usize; 2]],
         [heads, kv_heads, head_dim]: [usize; 3],
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let tokens: usize = lengths.iter().sum();
-        let starts = lengths.iter().scan(0, |next, &n| Some(std::mem::replace(next, *next + n)));
-        let table: Vec<_> = starts.zip(lengths).map(|(start, &n)| [start, n, start, n]).collect();
+        let mut table: Vec<[usize; 4]> = Vec::new();
+        let (mut tokens, mut kv_tokens) = (0, 0);
+        for &[queries, keys] in lengths {
+            table.push([tokens, queries, kv_tokens, keys]);
+            (tokens, kv_tokens) = (tokens + queries, kv_tokens + keys);
+        }
         let upload = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), device);
         let rows = AttentionRows::new::<candle_core::Error>(&table, upload)?;
         let scale = 1.0 / (head_dim as f32).sqrt();
@@ -37,57 +48,65 @@ impl Case {
         };
         let mut made = Vec::new();
         // of rows with a pitch, each its own
-        for (i, heads) in [heads, kv_heads, kv_heads, heads].into_iter().enumerate() {
+        let sides = [(tokens, heads), (kv_tokens, kv_heads), (kv_tokens, kv_heads), (tokens, heads)];
+        for (i, (tokens, heads)) in sides.into_iter().enumerate() {
             let (width, pitch) = (heads * head_dim, heads * head_dim + 8 * i);
             let values: Vec<f32> = (0..tokens * pitch).map(|_| next()).collect();
             let tensor = Tensor::from_vec(values, (tokens, pitch), device)?.to_dtype(dtype)?.narrow(1, 0, width)?;
             made.push((host(&tensor)?, tensor));
         }
         let (numbers, inputs): (Vec<_>, Vec<_>) = made.into_iter().unzip();
-        let fresh = |heads, more| {
+        let fresh = |(tokens, heads), more| {
             let width = heads * head_dim;
             Ok::<_, pmetal_metal::Error>(empty((tokens, width + more), dtype, device)?.narrow(1, 0, width)?)
         };
-        let outputs = [fresh(heads, 16)?, fresh(heads, 0)?, fresh(kv_heads, 8)?, fresh(kv_heads, 24)?];
+        let outputs = [fresh(sides[0], 16)?, fresh(sides[0], 0)?, fresh(sides[1], 8)?, fresh(sides[1], 24)?];
         let (Ok(inputs), Ok(numbers)) = (inputs.try_into(), numbers.try_into()) else { unreachable!("four of each") };
-        Ok(Self { lengths: lengths.to_vec(), rows, spec, inputs, numbers, outputs })
+        Ok(Self { table, rows, spec, inputs, numbers, outputs })
     }
 
     /// out, dq, dk, dv by the formula.
     pub(super) fn expected(&self) -> [Vec<f64>; 4] {
         let [q, k, v, dout] = &self.numbers;
-        let AttentionSpec { heads, kv_heads, head_dim: d, scale, .. } = self.spec;
+        let AttentionSpec { heads, kv_heads, head_dim: d, scale, reach, softcap } = self.spec;
+        // a score and its slope by the product of query and key
+        let score_of = |product: f64| {
+            let score = f64::from(scale) * product;
+            let capped =
+                |cap: f64| (cap * (score / cap).tanh(), f64::from(scale) * (1.0 - (score / cap).tanh().powi(2)));
+            softcap.map_or((score, f64::from(scale)), |cap| capped(f64::from(cap)))
+        };
         let mut results = [q, q, k, v].map(|like| vec![0f64; like.len()]);
         let [out, dq, dk, dv] = &mut results;
         let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
         let add = |to: &mut [f64], from: &[f64], factor: f64| {
             to.iter_mut().zip(from).for_each(|(to, from)| *to += factor * from);
         };
-        let mut start = 0;
-        for &length in &self.lengths {
-            for (head, query) in (0..heads).flat_map(|head| (start..start + length).map(move |query| (head, query))) {
+        for &[start, queries, first_key, keys] in &self.table {
+            for (head, i) in (0..heads).flat_map(|head| (0..queries).map(move |i| (head, i))) {
+                let (query, position) = (start + i, keys - queries + i);
+                let seen = first_key + reach.first(position)..=first_key + position;
                 let own = (query * heads + head) * d..(query * heads + head + 1) * d;
                 let of_key = |key: usize| {
                     let at = (key * kv_heads + head / (heads / kv_heads)) * d;
                     at..at + d
                 };
-                let scores: Vec<f64> =
-                    (start..=query).map(|key| f64::from(scale) * dot(&q[own.clone()], &k[of_key(key)])).collect();
-                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = scores.iter().map(|score| (score - most).exp()).sum();
-                let p: Vec<f64> = scores.iter().map(|score| (score - most).exp() / sum).collect();
-                for (key, &p) in (start..).zip(&p) {
+                let scores: Vec<(f64, f64)> =
+                    seen.clone().map(|key| score_of(dot(&q[own.clone()], &k[of_key(key)]))).collect();
+                let most = scores.iter().map(|&(score, _)| score).fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = scores.iter().map(|(score, _)| (score - most).exp()).sum();
+                let p: Vec<f64> = scores.iter().map(|(score, _)| (score - most).exp() / sum).collect();
+                for (key, &p) in seen.clone().zip(&p) {
                     add(&mut out[own.clone()], &v[of_key(key)], p);
                 }
                 let mean = dot(&dout[own.clone()], &out[own.clone()]);
-                for (key, &p) in (start..).zip(&p) {
+                for ((key, &p), (_, slope)) in seen.zip(&p).zip(&scores) {
                     add(&mut dv[of_key(key)], &dout[own.clone()], p);
-                    let ds = p * (dot(&dout[own.clone()], &v[of_key(key)]) - mean) * f64::from(scale);
+                    let ds = p * (dot(&dout[own.clone()], &v[of_key(key)]) - mean) * slope;
                     add(&mut dq[own.clone()], &k[of_key(key)], ds);
                     add(&mut dk[of_key(key)], &q[own.clone()], ds);
                 }
             }
-            start += length;
         }
         results
     }

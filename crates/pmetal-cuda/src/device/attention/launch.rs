@@ -9,7 +9,7 @@ use candle_core::{
         cudarc::driver::{result, sys},
     },
 };
-use pmetal_metal::{AttentionRows, Error, Result, pitch};
+use pmetal_metal::{AttentionRows, AttentionSpec, Error, Result, limits, pitch};
 
 use super::{super::CudaGpu, Kernel};
 
@@ -79,18 +79,23 @@ impl<'a> Launch<'a> {
         Ok(())
     }
 
-    pub(super) fn run(mut self, sizes: [usize; 3], mut pitches: [u32; 8], mut scale: f32) -> Result<()> {
+    pub(super) fn run(mut self, tokens: usize, mut pitches: [u32; 8], spec: &AttentionSpec) -> Result<()> {
         if self.grid.contains(&0) {
             return Ok(());
         }
-        for size in sizes {
+        for size in [tokens, spec.heads, spec.kv_heads] {
             self.numbers.push(number(self.gpu, size)?);
         }
         let mut arguments: Vec<*mut c_void> = Vec::new();
         arguments.extend(self.addresses.iter_mut().map(|at| ptr::from_mut(at).cast::<c_void>()));
         arguments.extend(self.numbers.iter_mut().map(|n| ptr::from_mut(n).cast::<c_void>()));
         arguments.push(ptr::from_mut(&mut pitches).cast());
-        arguments.push(ptr::from_mut(&mut scale).cast());
+        let (mut scale, mut reach, mut cap) = (spec.scale, limits(spec.reach), spec.softcap.unwrap_or_default());
+        arguments.extend([
+            ptr::from_mut(&mut scale).cast(),
+            ptr::from_mut(&mut reach).cast(),
+            ptr::from_mut(&mut cap).cast::<c_void>(),
+        ]);
         let [x, y, z] = self.grid.map(|n| number(self.gpu, n).map(i32::unsigned_abs));
         let cut = self.kernel.cut;
         let (groups, threads) = ((x?, y?, z?), (number(self.gpu, cut.threads())?.unsigned_abs(), 1, 1));

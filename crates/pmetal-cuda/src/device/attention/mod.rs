@@ -1,5 +1,5 @@
-//! Attention on tensor cores: `kernels/attention.cu`, or `attention_hopper.cu` where it is the faster, compiled for a dtype, a head's width
-//! and this device.
+//! Attention on tensor cores: `kernels/attention.cu`, or `attention_hopper.cu` where it is the faster, compiled for a dtype, a head's width,
+//! whether queries see less than every key up to their own and scores have a cap, and this device.
 
 mod launch;
 mod plan;
@@ -22,13 +22,13 @@ use pmetal_metal::{AttentionRows, AttentionSpec, Error, Result, empty};
 
 use self::launch::{Launch, Side, number, pitches};
 pub(super) use self::plan::WIDEST;
-use self::plan::{Cut, Plan};
+use self::plan::{Cut, Plan, Variant};
 use super::CudaGpu;
 
 /// The kernels that were asked for, compiled.
 #[derive(Default)]
 pub(super) struct Attention {
-    built: RwLock<HashMap<(DType, usize), Arc<Built>>>,
+    built: RwLock<HashMap<(DType, Variant), Arc<Built>>>,
 }
 
 struct Built {
@@ -44,7 +44,7 @@ struct Kernel {
 
 impl Attention {
     /// Fills `out` and returns the scores' log2-sum-exp2, `[heads, tokens]` f32; none where there is no kernel for the dtype, the width
-    /// of the heads, what queries see, a cap on scores or the device.
+    /// of the heads or the device.
     pub(super) fn forward(
         &self,
         gpu: &CudaGpu,
@@ -53,17 +53,14 @@ impl Attention {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<Option<Tensor>> {
-        if !spec.is_plain() {
-            return Ok(None);
-        }
-        let Some(built) = self.built(gpu, q.dtype(), spec.head_dim)? else { return Ok(None) };
+        let Some(built) = self.built(gpu, q.dtype(), spec)? else { return Ok(None) };
         let tokens = q.dim(0)?;
         let stats = empty((spec.heads, tokens), DType::F32, q.device())?;
         let mut call = Launch::new(gpu, &built.forward);
         call.tensors(&[q, k, v, out])?;
         call.numbers_of(&[&stats])?;
         call.rows(rows, Side::Queries, spec.heads)?;
-        call.run([tokens, spec.heads, spec.kv_heads], pitches(&[q, k, v, out]), spec.scale)?;
+        call.run(tokens, pitches(&[q, k, v, out]), spec)?;
         Ok(Some(stats))
     }
 
@@ -80,30 +77,30 @@ impl Attention {
         rows: &AttentionRows,
         spec: &AttentionSpec,
     ) -> Result<()> {
-        let built = self.built(gpu, q.dtype(), spec.head_dim)?.ok_or_else(|| Error::Device {
+        let built = self.built(gpu, q.dtype(), spec)?.ok_or_else(|| Error::Device {
             device: gpu.name(),
             reason: format!("no attention on tensor cores for heads of {} in {:?}", spec.head_dim, q.dtype()),
         })?;
-        let tokens = q.dim(0)?;
-        let (sizes, pitches) = ([tokens, spec.heads, spec.kv_heads], pitches(&[q, k, v, out, dout, dq, dk, dv]));
+        let (tokens, pitches) = (q.dim(0)?, pitches(&[q, k, v, out, dout, dq, dk, dv]));
         let delta = empty((spec.heads, tokens), DType::F32, q.device())?;
         let mut call = Launch::new(gpu, &built.dq);
         call.tensors(&[q, k, v, dout, out])?;
         call.numbers_of(&[stats, &delta])?;
         call.tensors(&[dq])?;
         call.rows(rows, Side::Queries, spec.heads)?;
-        call.run(sizes, pitches, spec.scale)?;
+        call.run(tokens, pitches, spec)?;
 
         let mut call = Launch::new(gpu, &built.dkv);
         call.tensors(&[q, k, v, dout])?;
         call.numbers_of(&[stats, &delta])?;
         call.tensors(&[dk, dv])?;
         call.rows(rows, Side::Keys, spec.kv_heads)?;
-        call.run(sizes, pitches, spec.scale)
+        call.run(tokens, pitches, spec)
     }
 
-    fn built(&self, gpu: &CudaGpu, dtype: DType, head_dim: usize) -> Result<Option<Arc<Built>>> {
-        let key = (dtype, head_dim);
+    fn built(&self, gpu: &CudaGpu, dtype: DType, spec: &AttentionSpec) -> Result<Option<Arc<Built>>> {
+        let variant = Variant::of(spec);
+        let key = (dtype, variant);
         if let Some(built) = self.built.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(Some(built.clone()));
         }
@@ -112,7 +109,7 @@ impl Attention {
             DType::F16 => "F16",
             _ => return Ok(None),
         };
-        let Some(plan) = Plan::of(gpu, head_dim)? else { return Ok(None) };
+        let Some(plan) = Plan::of(gpu, variant)? else { return Ok(None) };
         let options = plan.options(name);
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
         let (file, text) = plan.text();

@@ -1,7 +1,7 @@
 //! How the work of attention's kernels is cut, and which text they are compiled of.
 
 use candle_core::cuda_backend::{WrapErr, cudarc::driver::sys};
-use pmetal_metal::Result;
+use pmetal_metal::{AttentionSpec, Reach, Result};
 
 use super::super::CudaGpu;
 
@@ -26,6 +26,22 @@ const HOPPER: &str = concat!(
 
 /// The widest heads that these kernels take.
 pub(crate) const WIDEST: usize = 128;
+
+/// What the kernels are compiled for beside a dtype and a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Variant {
+    head_dim: usize,
+    /// Whether queries see less than every key up to their own.
+    limited: bool,
+    /// Whether scores have a cap.
+    capped: bool,
+}
+
+impl Variant {
+    pub(super) fn of(spec: &AttentionSpec) -> Self {
+        Self { head_dim: spec.head_dim, limited: spec.reach != Reach::All, capped: spec.softcap.is_some() }
+    }
+}
 
 /// How a kernel's work is cut, as its text has the host define.
 #[derive(Clone, Copy)]
@@ -64,7 +80,7 @@ impl Cut {
 /// The cuts of the three kernels for heads of one width.
 #[derive(Clone, Copy)]
 pub(super) struct Plan {
-    head_dim: usize,
+    variant: Variant,
     pub(super) forward: Cut,
     pub(super) dq: Cut,
     pub(super) dkv: Cut,
@@ -72,29 +88,29 @@ pub(super) struct Plan {
 
 impl Plan {
     /// The cuts measured best on an H100 and an H200, with wgmma and without; the latter fit every chip since sm_80.
-    pub(super) fn of(gpu: &CudaGpu, head_dim: usize) -> Result<Option<Self>> {
-        let capability = gpu.context.compute_capability().w()?;
+    pub(super) fn of(gpu: &CudaGpu, variant: Variant) -> Result<Option<Self>> {
+        let (capability, head_dim) = (gpu.context.compute_capability().w()?, variant.head_dim);
         if capability < (8, 0) || head_dim == 0 || head_dim > WIDEST || !head_dim.is_multiple_of(8) {
             return Ok(None);
         }
         let shared = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared = usize::try_from(gpu.context.attribute(shared).w()?).unwrap_or_default();
-        let plan = Self::for_capability(capability, head_dim);
+        let plan = Self::for_capability(capability, variant);
         let needed = plan.forward.shared.max(plan.dq.shared).max(plan.dkv.shared);
         Ok((needed <= shared).then_some(plan))
     }
 
-    fn for_capability(capability: (i32, i32), head_dim: usize) -> Self {
-        match (capability, head_dim) {
-            ((9, 0), ..=64) => Self::cut(head_dim, 0, [(1, 64, 2), (1, 64, 3), (1, 64, 3)]),
-            ((9, 0), _) => Self::cut(head_dim, 1, [(2, 128, 2), (2, 64, 4), (2, 64, 4)]),
-            _ => Self::cut(head_dim, 0, [(1, 64, 2); 3]),
+    fn for_capability(capability: (i32, i32), variant: Variant) -> Self {
+        match (capability, variant.head_dim) {
+            ((9, 0), ..=64) => Self::cut(variant, 0, [(1, 64, 2), (1, 64, 3), (1, 64, 3)]),
+            ((9, 0), _) => Self::cut(variant, 1, [(2, 128, 2), (2, 64, 4), (2, 64, 4)]),
+            _ => Self::cut(variant, 0, [(1, 64, 2); 3]),
         }
     }
 
     /// From groups that copy, and groups, tile and stages of each kernel.
-    fn cut(head_dim: usize, copying: usize, cuts: [(usize, usize, usize); 3]) -> Self {
-        let bytes = |rows: usize| rows * head_dim.next_multiple_of(64) * 2;
+    fn cut(variant: Variant, copying: usize, cuts: [(usize, usize, usize); 3]) -> Self {
+        let bytes = |rows: usize| rows * variant.head_dim.next_multiple_of(64) * 2;
         // barriers, and what begins tiles on a multiple of 1024 bytes
         const MORE: usize = 1024 + 256;
         // own rows: queries; queries, their gradients and where there is room the results; keys and values
@@ -111,7 +127,7 @@ impl Plan {
             let shared = bytes(own[kernel] * rows + stages * 2 * tile) + floats(kernel, rows, stages) + MORE;
             Cut { groups, tile, stages, copying, shared }
         });
-        Self { head_dim, forward, dq, dkv }
+        Self { variant, forward, dq, dkv }
     }
 
     /// Name and text of the kernels.
@@ -123,7 +139,9 @@ impl Plan {
     pub(super) fn options(&self, dtype: &str) -> Vec<String> {
         let kernels = [("FORWARD", self.forward), ("DQ", self.dq), ("DKV", self.dkv)];
         let cuts = kernels.into_iter().flat_map(|(kernel, cut)| cut.options(kernel));
-        [format!("-D{dtype}"), format!("-DD={}", self.head_dim)].into_iter().chain(cuts).collect()
+        let Variant { head_dim, limited, capped } = self.variant;
+        let flags = [("LIMITED", limited), ("CAPPED", capped)].map(|(name, on)| format!("-D{name}={}", u8::from(on)));
+        [format!("-D{dtype}"), format!("-DD={head_dim}")].into_iter().chain(flags).chain(cuts).collect()
     }
 }
 
@@ -135,10 +153,17 @@ mod tests {
     /// Needs the compiler, but no GPU.
     #[test]
     fn every_plan_compiles_without_headers() -> Result<()> {
-        for (capability, dtype, head_dim) in
-            [(80, "BF16", 128), (90, "BF16", 128), (90, "F16", 72), (90, "F16", 64), (120, "F16", 8)]
-        {
-            let plan = Plan::for_capability((capability / 10, capability % 10), head_dim);
+        for (capability, dtype, head_dim, limited, capped) in [
+            (80, "BF16", 128, false, false),
+            (80, "BF16", 128, true, true),
+            (90, "BF16", 128, false, false),
+            (90, "BF16", 128, true, false),
+            (90, "F16", 72, true, true),
+            (90, "F16", 64, false, true),
+            (120, "F16", 8, true, false),
+        ] {
+            let variant = Variant { head_dim, limited, capped };
+            let plan = Plan::for_capability((capability / 10, capability % 10), variant);
             let (file, text) = plan.text();
             let options = plan.options(dtype);
             nvrtc::takes(file, text, &options.iter().map(String::as_str).collect::<Vec<_>>(), capability)?;
@@ -149,7 +174,7 @@ mod tests {
     #[test]
     fn a_hopper_has_the_shared_memory() {
         for head_dim in (8..=WIDEST).step_by(8) {
-            let plan = Plan::for_capability((9, 0), head_dim);
+            let plan = Plan::for_capability((9, 0), Variant { head_dim, limited: false, capped: false });
             assert!([plan.forward, plan.dq, plan.dkv].iter().all(|cut| cut.shared <= 227 * 1024), "{head_dim}");
         }
     }

@@ -3,7 +3,7 @@
 use std::{path::Path, sync::Arc};
 
 use candle_core::{DType, Device};
-use pmetal_metal::Result;
+use pmetal_metal::{Reach, Result};
 
 use super::{
     super::{
@@ -34,6 +34,18 @@ fn run(case: &Case, gpu: &CudaGpu, attention: &Attention) -> Result<()> {
     attention.backward(gpu, dout, [q, k, v], out, &stats, [dq, dk, dv], &case.rows, &case.spec)
 }
 
+fn check(case: &Case, gpu: &CudaGpu, attention: &Attention) -> Result<()> {
+    run(case, gpu, attention)?;
+    let dtype = case.outputs[0].dtype();
+    // an output is rounded once, from weights that were rounded once: half a step of the mantissa each
+    let tolerance = if dtype == DType::BF16 { 4e-3 } else { 5e-4 };
+    for ((name, got), expected) in ["out", "dq", "dk", "dv"].into_iter().zip(&case.outputs).zip(case.expected()) {
+        let error = error(&host(got)?, &expected);
+        assert!(error < tolerance, "{name} of {:?} in {dtype:?}: {error:e}", case.spec);
+    }
+    Ok(())
+}
+
 #[test]
 fn packed_rows_are_those_of_the_formula() -> Result<()> {
     let Some((device, gpu)) = device() else { return Ok(()) };
@@ -46,14 +58,51 @@ fn packed_rows_are_those_of_the_formula() -> Result<()> {
         ([8, 1, 80], &[77; 9], DType::BF16),
         ([3, 1, 8], &[100, 33], DType::BF16),
     ] {
-        // an output is rounded once, from weights that were rounded once: half a step of the mantissa each
-        let tolerance = if dtype == DType::BF16 { 4e-3 } else { 5e-4 };
-        let case = Case::new(lengths, heads, dtype, &device)?;
-        run(&case, &gpu, &attention)?;
-        for ((name, got), expected) in ["out", "dq", "dk", "dv"].into_iter().zip(&case.outputs).zip(case.expected()) {
-            let error = error(&host(got)?, &expected);
-            assert!(error < tolerance, "{name} of {heads:?} in {dtype:?}: {error:e}");
+        check(&Case::new(lengths, heads, dtype, &device)?, &gpu, &attention)?;
+    }
+    Ok(())
+}
+
+/// Windows and chunks that begin within tiles and with them, in rows shorter and longer than they, packed and behind a cache.
+#[test]
+fn queries_that_see_some_of_the_keys() -> Result<()> {
+    let Some((device, gpu)) = device() else { return Ok(()) };
+    let attention = Attention::default();
+    let reaches = [
+        Reach::Window(2),
+        Reach::Window(33),
+        Reach::Window(64),
+        Reach::Window(200),
+        Reach::Chunk(7),
+        Reach::Chunk(128),
+        Reach::Chunk(150),
+    ];
+    for (heads, dtype) in [([4, 2, 128], DType::BF16), ([3, 1, 72], DType::F16), ([6, 2, 64], DType::BF16)] {
+        for reach in reaches {
+            for lengths in [&[[420, 420], [1, 1], [0, 0], [40, 40], [129, 129]][..], &[[5, 500], [130, 300], [1, 70]]] {
+                let mut case = Case::of(lengths, heads, dtype, &device)?;
+                case.spec.reach = reach;
+                check(&case, &gpu, &attention)?;
+            }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn scores_with_a_cap() -> Result<()> {
+    let Some((device, gpu)) = device() else { return Ok(()) };
+    let attention = Attention::default();
+    for (heads, dtype, reach, cap) in [
+        ([4, 2, 128], DType::BF16, Reach::All, 1.0),
+        ([4, 2, 128], DType::F16, Reach::All, 30.0),
+        ([3, 1, 72], DType::F16, Reach::Window(100), 2.0),
+        ([6, 2, 64], DType::BF16, Reach::All, 0.5),
+        ([6, 2, 64], DType::F16, Reach::Chunk(90), 1.0),
+    ] {
+        let mut case = Case::of(&[[300, 300], [33, 33], [70, 200]], heads, dtype, &device)?;
+        (case.spec.reach, case.spec.softcap) = (reach, Some(cap));
+        check(&case, &gpu, &attention)?;
     }
     Ok(())
 }
