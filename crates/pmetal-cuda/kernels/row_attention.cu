@@ -1,6 +1,7 @@
 // Attention of one query over the keys in a cache.
 //
-// The host defines HEAD_DIM, GROUP (the queries of a key's head) and SPLITS (the blocks that share a head's keys).
+// The host defines HEAD_DIM, GROUP (the queries of a key's head), SPLITS (the blocks that share a head's keys) and LIMITED: 1 where the query
+// sees of the keys up to its own the last `window`, and of these those of its own chunk of `chunk` keys, else 0.
 
 struct Attention {
     const T* qkv;          // [heads + 2 kv_heads, HEAD_DIM]
@@ -13,6 +14,7 @@ struct Attention {
     T* out;                // [heads, HEAD_DIM]
     uint kv_heads;
     float scale, eps;
+    uint window, chunk;
 };
 
 #define TEAM (HEAD_DIM / PER_VECTOR)
@@ -106,8 +108,9 @@ KERNEL(attend)(const __grid_constant__ Attention a)
     __shared__ float own[GROUP][HEAD_DIM], own_top[GROUP], own_sum[GROUP];
     const uint head = GROUP_Y, heads = a.kv_heads * GROUP;
     const uint position = *a.position, team = THREAD / TEAM, lane = THREAD % TEAM;
-    const uint per = (position + SPLITS) / SPLITS;
-    const uint first = per * GROUP_X, end = min(first + per, position + 1);
+    const uint lowest = LIMITED ? max(position + 1 - min(position + 1, a.window), position / a.chunk * a.chunk) : 0;
+    const uint per = (position - lowest + SPLITS) / SPLITS;
+    const uint first = lowest + per * GROUP_X, end = min(first + per, position + 1);
     const ulong stride = ulong(a.kv_heads) * HEAD_DIM;
     const T* const keys = a.keys + head * HEAD_DIM + PER_VECTOR * lane;
     const T* const values = a.values + head * HEAD_DIM + PER_VECTOR * lane;

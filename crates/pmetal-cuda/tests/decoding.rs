@@ -11,11 +11,11 @@ use self::common::{gpu, host, numbers};
 /// Dtypes, and how far a result may be from the reference.
 const DTYPES: [(DType, f64); 3] = [(DType::F32, 1e-5), (DType::F16, 1e-3), (DType::BF16, 8e-3)];
 
-/// What decodes there; none before Hopper.
 fn spec(heads: usize, kv_heads: usize, head_dim: usize, scale: f32) -> AttentionSpec {
     AttentionSpec { heads, kv_heads, head_dim, scale, reach: Reach::All, softcap: None }
 }
 
+/// What decodes there; none before Hopper.
 fn decoding<'a>(gpu: &'a dyn Gpu, dtype: DType, spec: &AttentionSpec, width: usize) -> Option<&'a dyn Decoding> {
     let decoding = gpu.decoding()?;
     let takes = decoding.decodes(dtype, spec, &[width]).unwrap();
@@ -199,11 +199,12 @@ fn check_attention(
         let query = head(i, 0);
         let of = |cache: &[f64], key: usize, at: usize| cache[(key * kv_heads + i * kv_heads / heads) * d + at];
         let score = |key| f64::from(scale) * (0..d).map(|at| query[at] * of(&keys_host, key, at)).sum::<f64>();
-        let weights: Vec<f64> = (0..=position).map(|key| score(key).exp()).collect();
-        let sum: f64 = weights.iter().sum();
-        want.extend((0..d).map(|at| {
-            weights.iter().enumerate().map(|(key, weight)| weight * of(&values_host, key, at)).sum::<f64>() / sum
-        }));
+        let seen = spec.reach.first(position)..=position;
+        let weights: Vec<(usize, f64)> = seen.map(|key| (key, score(key).exp())).collect();
+        let sum: f64 = weights.iter().map(|(_, weight)| weight).sum();
+        want.extend(
+            (0..d).map(|at| weights.iter().map(|&(key, weight)| weight * of(&values_host, key, at)).sum::<f64>() / sum),
+        );
     }
     let what = format!("{spec:?} at {position} of {dtype:?}, norms {has_norms}");
     // every place but the new one is as it was
@@ -234,6 +235,24 @@ fn attention_of_one_query() -> Result<()> {
             [(0, false), (1, true), (8, false), (130, true), (639, false), (CAPACITY - 1, true)]
         {
             check_attention(decoding, &device, &spec, (position, has_norms), dtype)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_of_one_query_over_some_of_the_keys() -> Result<()> {
+    let Some((device, gpu, _turn)) = gpu() else { return Ok(()) };
+    for (reach, (heads, kv_heads, head_dim)) in [
+        (Reach::Window(1), (8, 2, 128)),
+        (Reach::Window(100), (8, 2, 128)),
+        (Reach::Chunk(64), (9, 3, 64)),
+        (Reach::Chunk(131), (9, 3, 64)),
+    ] {
+        let spec = AttentionSpec { reach, ..spec(heads, kv_heads, head_dim, 0.1) };
+        let Some(decoding) = decoding(&*gpu, DType::BF16, &spec, 64) else { return Ok(()) };
+        for position in [0, 63, 64, 99, 130, 131, 639, CAPACITY - 1] {
+            check_attention(decoding, &device, &spec, (position, false), DTYPES[2])?;
         }
     }
     Ok(())

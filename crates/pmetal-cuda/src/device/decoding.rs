@@ -1,5 +1,8 @@
 //! Making one token after another: `kernels/row_product.cu` compiled for a dtype, and `row_attention.cu` for a model's heads.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::HashMap,
     ffi::c_void,
@@ -15,7 +18,8 @@ use candle_core::{
     },
 };
 use pmetal_metal::{
-    AttentionSpec, Decoding, Error, Recording, Result, RowAttention, RowProduct, RowStep, kernels::CUDA_PRELUDE, pitch,
+    AttentionSpec, Decoding, Error, Reach, Recording, Result, RowAttention, RowProduct, RowStep, kernels::CUDA_PRELUDE,
+    limits, pitch,
 };
 
 use super::{CudaGpu, kernels::element};
@@ -64,12 +68,15 @@ struct Heads {
     /// Queries of a key's head.
     group: usize,
     head_dim: usize,
+    /// Whether a query sees less than every key up to its own.
+    limited: bool,
 }
 
 impl Heads {
     fn new(dtype: DType, spec: &AttentionSpec) -> Self {
-        let whole = spec.is_plain() && spec.kv_heads > 0 && spec.heads.is_multiple_of(spec.kv_heads);
-        Self { dtype, group: if whole { spec.heads / spec.kv_heads } else { 0 }, head_dim: spec.head_dim }
+        let whole = spec.softcap.is_none() && spec.kv_heads > 0 && spec.heads.is_multiple_of(spec.kv_heads);
+        let group = if whole { spec.heads / spec.kv_heads } else { 0 };
+        Self { dtype, group, head_dim: spec.head_dim, limited: spec.reach != Reach::All }
     }
 
     /// Whether the text can be compiled for it.
@@ -83,8 +90,14 @@ impl Heads {
             && self.group * self.head_dim <= WIDEST_GROUP
     }
 
-    fn sizes(&self) -> [(&'static str, usize); 4] {
-        [("HEAD_DIM", self.head_dim), ("GROUP", self.group), ("SPLITS", SPLITS), ("WARPS", ATTENTION_WARPS)]
+    fn sizes(&self) -> [(&'static str, usize); 5] {
+        [
+            ("HEAD_DIM", self.head_dim),
+            ("GROUP", self.group),
+            ("LIMITED", usize::from(self.limited)),
+            ("SPLITS", SPLITS),
+            ("WARPS", ATTENTION_WARPS),
+        ]
     }
 }
 
@@ -224,7 +237,8 @@ impl CudaGpu {
         if !kind.fit() {
             return Err(misfit("qkv", "heads that the kernel takes".into(), qkv.dims()));
         }
-        let AttentionSpec { heads, kv_heads, head_dim, scale, .. } = spec;
+        let AttentionSpec { heads, kv_heads, head_dim, scale, reach, .. } = spec;
+        let [window, chunk] = limits(reach);
         let place = kv_heads * head_dim;
         expect("qkv", qkv, dtype, heads * head_dim + 2 * place)?;
         expect("out", out, dtype, heads * head_dim)?;
@@ -239,7 +253,7 @@ impl CudaGpu {
             *to = self.address(norm)?;
         }
         let mut words = [0; 16];
-        words[..10].copy_from_slice(&[
+        words[..11].copy_from_slice(&[
             self.aligned("qkv", qkv)?,
             norms[0],
             norms[1],
@@ -249,7 +263,8 @@ impl CudaGpu {
             self.aligned("values", values)?,
             self.address(out)?,
             pair(self.number(kv_heads)?, scale.to_bits()),
-            pair(eps.to_bits(), 0),
+            pair(eps.to_bits(), window),
+            pair(chunk, 0),
         ]);
         Ok(Launch {
             function: self.attention_kernel(kind)?,
@@ -359,45 +374,4 @@ fn expect(name: &'static str, tensor: &Tensor, dtype: DType, count: usize) -> Re
 
 fn misfit(buffer: &'static str, expected: String, got: &[usize]) -> Error {
     Error::Buffer { kernel: "decoding", buffer, expected, got: format!("{got:?}") }
-}
-
-#[cfg(test)]
-mod tests {
-    use pmetal_metal::Reach;
-
-    use super::*;
-    use crate::device::nvrtc::takes;
-
-    fn heads(dtype: DType, heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
-        let spec = AttentionSpec { heads, kv_heads, head_dim, scale: 1.0, reach: Reach::All, softcap: None };
-        Heads::new(dtype, &spec)
-    }
-
-    fn compile(text: &str, dtype: DType, sizes: &[(&str, usize)]) -> Result<()> {
-        let (text, options) = source(text, dtype, sizes)?;
-        takes("decoding.cuh", &text, &options.iter().map(String::as_str).collect::<Vec<_>>(), 90)
-    }
-
-    /// Needs the compiler, but no GPU.
-    #[test]
-    fn texts_compile_for_every_dtype_and_heads_of_many_widths() -> Result<()> {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            compile(PRODUCT, dtype, &PRODUCT_SIZES)?;
-            for (queries, keys, head_dim) in [(32, 8, 128), (9, 3, 64), (4, 4, 16), (8, 1, 128), (4, 1, 256)] {
-                let heads = heads(dtype, queries, keys, head_dim);
-                if heads.fit() {
-                    compile(ATTENTION, dtype, &heads.sizes())?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn heads_that_the_text_does_not_take() {
-        let fits = |dtype, queries, keys, head_dim| heads(dtype, queries, keys, head_dim).fit();
-        assert!(fits(DType::BF16, 32, 8, 128) && fits(DType::F32, 9, 3, 64) && fits(DType::F16, 2, 2, 8));
-        assert!(!fits(DType::BF16, 32, 8, 96) && !fits(DType::F32, 4, 4, 256) && !fits(DType::BF16, 16, 1, 128));
-        assert!(!fits(DType::BF16, 6, 4, 64) && !fits(DType::F64, 4, 4, 64) && !fits(DType::BF16, 4, 0, 64));
-    }
 }
