@@ -28,13 +28,16 @@ mod random;
 mod room;
 mod rope;
 mod row_sums;
+mod scaled;
 mod scratch;
 mod shared;
 mod simd;
 mod tasks;
 mod vector;
 
-pub use activation::{clamped_backward, clamped_forward, geglu_backward, geglu_forward, swiglu_backward, swiglu_forward};
+pub use activation::{
+    clamped_backward, clamped_forward, geglu_backward, geglu_forward, swiglu_backward, swiglu_forward,
+};
 pub use alloc::{PoolAllocator, live_bytes, peak_bytes, reset_peak};
 pub use attention::{
     AttentionShape, MAX_HEAD_DIM, Reach, Segment, attention_backward, attention_forward, attention_sinks,
@@ -55,4 +58,5 @@ pub use random::{mix, normal, uniform};
 pub use room::room;
 pub use rope::{HeadLayout, rope, rope_into};
 pub use row_sums::{Columns, RowLists, copy_columns, dot_rows, sum_rows};
+pub use scaled::{scale_rows, sum_heads};
 pub use tasks::threads;

@@ -29,6 +29,7 @@ mod elementwise;
 mod embedding;
 mod error;
 mod gated_activation;
+mod heads;
 mod kernel;
 mod kv_cache;
 mod linear;
@@ -46,16 +47,18 @@ mod rope;
 mod row_sums;
 mod rows;
 mod sampler;
+mod scaled;
 #[cfg(test)]
 mod testing;
 mod weight;
 
 pub use adamw::{AdamW, StepOutcome, adamw};
-pub use attention::{AttentionSpec, Reach, Rows, attention};
+pub use attention::{AttentionSpec, Reach, Rows, attention, sparse_attention, top_keys};
 pub use autograd::{Fate, Policy, Saved, Value, backward, checkpoint, composite, gradients, no_grad};
 pub use embedding::embedding;
 pub use error::{Error, Result};
 pub use gated_activation::{Activation, gated_activation};
+pub use heads::{cut_heads, join_heads, join_heads_with_shared, pad_heads, product_by_heads};
 pub use kv_cache::write_rows;
 pub use linear::{Adapter, LinearGroup, LinearMember};
 pub use linear_cross_entropy::{CrossEntropy, LOGITS_BYTES, linear_cross_entropy, linear_cross_entropy_within};
@@ -70,6 +73,7 @@ pub use rms_norm::{RmsNorm, add_rms_norm, rms_norm, rms_norm_beside};
 pub use rope::{RopeAngles, RopeLayout, RopeTable, rope};
 pub use row_sums::{combine_rows, gather_rows};
 pub use sampler::{Sampler, Sampling};
+pub use scaled::{scaled, scaled_rows};
 pub use weight::{MappedFile, MappedWeight, Weight};
 
 /// Bytes that live and lived, where the program installs [`pmetal_cpu`]'s allocator.

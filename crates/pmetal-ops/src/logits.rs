@@ -1,7 +1,7 @@
 //! The head alone: `logits = softcap(scale * hidden Wᵀ)`, in f32 whatever the activations are.
 
 use candle_core::{DType, Tensor};
-use pmetal_cpu::{Arithmetic, FewRows, Left, MAX_ROWS, Mat, few_rows, multiply};
+use pmetal_cpu::{Arithmetic, FewRows, Left, MAX_ROWS, Mat, few_rows, multiply, softcap};
 use pmetal_metal::empty;
 
 use crate::{
@@ -45,21 +45,22 @@ pub fn logits(hidden: &Tensor, weight: &Weight, spec: LogitsSpec) -> Result<Tens
     let _span = profile::span(OP);
     profile::work(|| 2.0 * (hidden.elem_count() * weight.shape().dims().first().copied().unwrap_or(0)) as f64);
     profile::traffic(|| weight.size_in_bytes() as f64);
-    let products = match place(hidden, OP)? {
-        Place::Cpu => on_cpu(&hidden.contiguous()?, weight)?,
+    match place(hidden, OP)? {
+        Place::Cpu => on_cpu(&hidden.contiguous()?, weight, spec),
         Place::Gpu(gpu) => {
             let (hidden, weight) = (hidden.contiguous()?, weight.tensor_in(hidden.dtype())?);
             let logits = empty((hidden.dim(0)?, weight.dim(0)?), DType::F32, hidden.device())?;
-            product(&*gpu, &hidden, &weight, true, &logits, 1.0, 0.0)?;
-            logits
+            product(&*gpu, &hidden, &weight, true, &logits, spec.scale, 0.0)?;
+            Ok(LogitsSpec { scale: 1.0, ..spec }.of_products(&logits)?)
         }
-        Place::Reference => hidden.to_dtype(DType::F32)?.matmul(&weight.tensor_in(DType::F32)?.t()?)?,
-    };
-    Ok(spec.of_products(&products)?)
+        Place::Reference => {
+            Ok(spec.of_products(&hidden.to_dtype(DType::F32)?.matmul(&weight.tensor_in(DType::F32)?.t()?)?)?)
+        }
+    }
 }
 
 /// The hidden states are multiplied in their own dtype: the sums are f32 and stay it.
-fn on_cpu(hidden: &Tensor, weight: &Weight) -> Result<Tensor> {
+fn on_cpu(hidden: &Tensor, weight: &Weight, spec: LogitsSpec) -> Result<Tensor> {
     let ((rows, width), vocab) = (hidden.dims2()?, weight.shape().dims2()?.0);
     let (view, weight) = (View::of_tensor(hidden, OP)?, weight.view()?);
     let right = weight.right(vocab, width, true)?;
@@ -67,19 +68,22 @@ fn on_cpu(hidden: &Tensor, weight: &Weight) -> Result<Tensor> {
     for_dtype!(OP, hidden.dtype(), T => {
         let x = Mat::new(view.slice::<T>()?, rows, width);
         if rows <= MAX_ROWS {
-            few_rows(x, &mut [FewRows { c: &mut logits, c_row_stride: vocab, right, low_rank: None }], 1.0, 0.0);
+            few_rows(x, &mut [FewRows { c: &mut logits, c_row_stride: vocab, right, low_rank: None }], spec.scale, 0.0);
         } else {
-            multiply(&mut logits, vocab, &[(&Left::new(x, Arithmetic::of::<T>()), right)], 1.0, 0.0);
+            multiply(&mut logits, vocab, &[(&Left::new(x, Arithmetic::of::<T>()), right)], spec.scale, 0.0);
         }
         Ok(())
     })?;
+    if let Some(cap) = spec.softcap {
+        softcap(&mut logits, cap);
+    }
     tensor(logits, (rows, vocab))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, random};
+    use crate::testing::{assert_close, emulated, random};
 
     #[test]
     fn logits_of_bf16_states_are_f32() {
@@ -89,9 +93,16 @@ mod tests {
             let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
             let want = wide(&hidden).matmul(&wide(&head).t().unwrap()).unwrap();
             for head in [Weight::Frozen(head.clone()), Weight::Frozen(head).packed().unwrap()] {
-                let got = logits(&hidden, &head, LogitsSpec::default()).unwrap();
+                let run = |spec| logits(&hidden, &head, spec).unwrap();
+                let got = run(LogitsSpec::default());
                 assert_eq!(got.dtype(), DType::F32);
                 assert_close(&want, &got, 1e-6, "logits");
+                assert_close(&(&want * 0.25).unwrap(), &run(LogitsSpec { scale: 0.25, softcap: None }), 1e-6, "scaled");
+                let capped = (((&want * (1.7 / 1.2)).unwrap().tanh().unwrap()) * 1.2).unwrap();
+                let spec = LogitsSpec { scale: 1.7, softcap: Some(1.2) };
+                for got in [run(spec), emulated(|| run(spec))] {
+                    assert_close(&capped, &got, 1e-6, "capped");
+                }
             }
         }
     }

@@ -8,6 +8,7 @@
 
 mod cpu;
 mod gpu;
+mod sparse;
 
 use std::sync::{Arc, OnceLock};
 
@@ -15,6 +16,7 @@ use candle_core::{D, DType, Device, Tensor};
 pub use pmetal_cpu::Segment;
 use pmetal_metal::AttentionRows;
 pub use pmetal_metal::{AttentionSpec, Reach};
+pub use sparse::{sparse_attention, top_keys};
 
 use crate::{
     Error, Result,

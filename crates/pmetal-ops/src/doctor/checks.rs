@@ -178,6 +178,21 @@ pub(super) const ALL: &[Operation] = &[
         prepare: prepare::losses,
         ..COMMON
     },
+    Operation {
+        op: "linear_cross_entropy",
+        name: "linear_cross_entropy, capped",
+        sizes: FEW,
+        prepare: prepare::capped_loss,
+        ..COMMON
+    },
+    Operation {
+        op: "linear_cross_entropy",
+        name: "linear_cross_entropy, capped, evaluation",
+        sizes: FEW,
+        prepare: prepare::capped_losses,
+        ..COMMON
+    },
+    Operation { op: "scaled", name: "scaled", prepare: prepare::factors, ..COMMON },
     Operation { op: "logits", name: "logits", sizes: FEW, tolerance: of_f32, prepare: prepare::head, ..COMMON },
     Operation { prepare: prepare::packed, ..PLAIN_ATTENTION },
     Operation { name: "attention, rows in a cache", prepare: prepare::cached, ..PLAIN_ATTENTION },

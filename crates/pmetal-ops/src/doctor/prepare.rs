@@ -7,7 +7,7 @@ use crate::{
     Activation, AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, LogitsSpec, Reach, Result, RmsNorm,
     RopeLayout, RopeTable, Rows, Sampler, Sampling, Value, Weight, adamw, add_rms_norm, attention, elementwise,
     embedding, gated_activation, linear_cross_entropy, logits, no_grad, normal_on_gpu, random, rms_norm, rms_norm_rope,
-    rope, write_rows,
+    rope, scaled, scaled_rows, write_rows,
 };
 
 fn weight(arena: &Arena, name: &str) -> Result<Weight> {
@@ -132,25 +132,49 @@ fn labels(rows: usize) -> Vec<i64> {
     (0..rows).map(|t| if rows % 2 == 1 && t % 3 == 1 { -100 } else { (t * 7 % vocab) as i64 }).collect()
 }
 
-pub(super) fn loss(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+/// Logits with a factor and a cap.
+const CAPPED: LogitsSpec = LogitsSpec { scale: 1.5, softcap: Some(2.0) };
+
+pub(super) fn loss(run: &Run, size: Size) -> Result<Prepared> {
+    loss_of(LogitsSpec::default(), run, size)
+}
+
+pub(super) fn capped_loss(run: &Run, size: Size) -> Result<Prepared> {
+    loss_of(CAPPED, run, size)
+}
+
+fn loss_of(spec: LogitsSpec, run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let arena = run.arena(&[("head", &[vocabulary(rows), width])])?;
     let (head, labels) = (weight(&arena, "head")?, labels(rows));
     let forward = move |v: &[Value]| {
-        let found = linear_cross_entropy(&v[0], &head, &labels, 1.0 / labels.len() as f32, LogitsSpec::default())?;
+        let found = linear_cross_entropy(&v[0], &head, &labels, 1.0 / labels.len() as f32, spec)?;
         Ok(vec![found.loss, Value::constant(found.token_losses)])
     };
     Ok(Prepared { leaves: run.variables(&[&[rows, width]])?, arena: Some(arena), forward: Box::new(forward) })
 }
 
-pub(super) fn losses(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+pub(super) fn losses(run: &Run, size: Size) -> Result<Prepared> {
+    losses_of(LogitsSpec::default(), run, size)
+}
+
+pub(super) fn capped_losses(run: &Run, size: Size) -> Result<Prepared> {
+    losses_of(CAPPED, run, size)
+}
+
+fn losses_of(spec: LogitsSpec, run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let head = Weight::Frozen(run.tensor(&[vocabulary(rows), width], 2)?);
     let (hidden, labels) = (Value::constant(run.tensor(&[rows, width], 1)?), labels(rows));
     prepared(vec![], move |_| {
-        let found = no_grad(|| {
-            linear_cross_entropy(&hidden, &head, &labels, 1.0 / labels.len() as f32, LogitsSpec::default())
-        })?;
+        let found = no_grad(|| linear_cross_entropy(&hidden, &head, &labels, 1.0 / labels.len() as f32, spec))?;
         Ok(vec![found.loss, Value::constant(found.token_losses)])
     })
+}
+
+/// All rows times one factor, and each times its own.
+pub(super) fn factors(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let leaves = vec![Value::variable(run.columns([rows, width], 1)?)];
+    let factors: Vec<f32> = (0..rows).map(|row| 0.3 * row as f32 - 1.0).collect();
+    prepared(leaves, move |v| Ok(vec![scaled(&v[0], 0.22)?, scaled_rows(&v[0], &factors)?]))
 }
 
 pub(super) fn head(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
