@@ -25,7 +25,6 @@ The folders of crates/pmetal-trainer/tests/fixtures hold eight optimizer steps; 
 Those of crates/pmetal-lora/tests/fixtures hold adapters with an embedding or a head; see `parity/tables.py`.
 """
 
-import itertools
 import shutil
 import sys
 
@@ -123,14 +122,15 @@ def expectations(name, spec, folder):
 def write(name):
     """Writes one fixture with the first seed whose choices rounding can't turn."""
     spec, folder = FIXTURES[name], home(name)
-    for seed in itertools.count(spec.first_seed(name)):
+    for seed in range(spec.first_seed(name), spec.first_seed(name) + 200):
         shutil.rmtree(folder, ignore_errors=True)
         save_checkpoint(name, seed, folder)
         try:
             with refusing_near_ties():
                 return expectations(name, spec, folder)
         except NearTie:
-            assert not spec.weights_of, f"{name}: the weights of {spec.weights_of} are too close to a tie"
+            continue
+    raise NearTie(name)
 
 
 def main():

@@ -5,10 +5,12 @@ crates/pmetal-trainer/tests/fixtures/
     sft-{lora,full}/MODEL/  MODEL names a folder of crates/pmetal-models/tests/fixtures
         start_adapter/      (lora) the adapter the runs start from
         expected.json       per run: settings, losses, grad_norms (before clipping), learning_rates (used by the step)
-        RUN_adapter/        (lora) the adapter after run RUN
-        RUN.safetensors     (full) the weights after run RUN
+        RUN_adapter/        (lora, some) the adapter after run RUN
+        RUN.safetensors     (full, some) the weights after run RUN
 Rows are taken in file order, no shuffling. A step's loss is the sum over its targets in all its micro-batches, divided by their
 number. Weight decay reaches every trained tensor, norms included, as torch.optim.AdamW does by default.
+The families beyond Llama and Qwen have the run `linear` alone, and no weights after it: eight losses and norms hold the first seven
+updates. Nothing there turns on a near tie: experts and tokens are chosen with a margin at every step.
 """
 
 import json
@@ -18,8 +20,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from parity.lora import ALL_LINEAR, save_adapter, with_random_adapter
+from parity.checks import NearTie, refusing_near_ties
+from parity.families import FIXTURES
+from parity.lora import RANK_FOUR, save_adapter, with_random_adapter
 from parity.loss import summed_loss
+from parity.store import home
 
 STEPS, WARMUP = 8, 2
 COMMON = dict(
@@ -31,6 +36,12 @@ RUNS = {
     "accumulated": dict(COMMON, scheduler="linear", gradient_accumulation_steps=2, epochs=2),
     "cosine": dict(COMMON, scheduler="cosine", gradient_accumulation_steps=1, epochs=1),
 }
+LORA_LOSSES = (
+    "llama-yarn", "llama4-text", "qwen2-window-hub", "qwen3-moe", "deepseek-v3", "deepseek-v32", "mistral-window-hub",
+    "mixtral-hub", "gemma2", "gemma3-text", "phi3-window-hub", "gpt-oss", "granite", "granitemoe", "cohere", "cohere2",
+)
+FULL_LOSSES = ("qwen3-moe", "gemma2", "deepseek-v3", "gpt-oss", "cohere")
+TRAINED_MARGIN = 1e-4
 SCHEDULES = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
 
 
@@ -80,9 +91,7 @@ def write_lora(folder, model_folder, load, rows, zero_b):
     """All runs of one model from one start adapter."""
     expected = {}
     for run, settings in RUNS.items():
-        adapted = with_random_adapter(
-            load(model_folder), seed=31, zero_b=zero_b, r=4, lora_alpha=8, target_modules=ALL_LINEAR
-        )
+        adapted = with_random_adapter(load(model_folder), seed=31, zero_b=zero_b, **RANK_FOUR)
         save_adapter(adapted, folder / "start_adapter", base=model_folder.name)
         expected[run] = {"settings": settings, **train(adapted, rows, settings)}
         save_adapter(adapted, folder / f"{run}_adapter", base=model_folder.name)
@@ -100,6 +109,46 @@ def write_full(folder, model_folder, load, rows):
     return {"linear": {"settings": settings, **log}}
 
 
+def write_lora_losses(folder, model_folder, load, rows):
+    """The plain run from the first start adapter whose steps turn on no near tie."""
+    settings = RUNS["linear"]
+    for seed in range(31, 131):
+        adapted = with_random_adapter(load(model_folder), seed=seed, **FIXTURES[model_folder.name].lora)
+        save_adapter(adapted, folder / "start_adapter", base=model_folder.name)
+        try:
+            with refusing_near_ties(TRAINED_MARGIN):
+                return {"linear": {"settings": settings, **train(adapted, rows, settings)}}
+        except NearTie:
+            continue
+    raise NearTie(model_folder.name)
+
+
+def write_full_losses(folder, model_folder, load, rows):
+    """The plain run with every weight trained.
+
+    A margin between probabilities is small where one expert has nearly all: a fifth of it is taken if need be.
+    """
+    settings = RUNS["linear"]
+    folder.mkdir(parents=True)
+    for margin in (TRAINED_MARGIN, TRAINED_MARGIN / 5):
+        try:
+            with refusing_near_ties(margin):
+                return {"linear": {"settings": settings, **train(load(model_folder), rows, settings)}}
+        except NearTie:
+            continue
+    raise NearTie(model_folder.name)
+
+
+def jobs():
+    """Kind of run, checkpoint, and what writes it."""
+    yield "sft-lora", "llama", lambda *a: write_lora(*a, zero_b=True)
+    yield "sft-lora", "qwen3", lambda *a: write_lora(*a, zero_b=False)
+    yield "sft-full", "llama-tied", write_full
+    yield "sft-full", "qwen3", write_full
+    yield from (("sft-lora", name, write_lora_losses) for name in LORA_LOSSES)
+    yield from (("sft-full", name, write_full_losses) for name in FULL_LOSSES)
+
+
 def write_all(models, load):
     """Writes every training fixture; `models` is the folder of checkpoints and `load` opens one in f32."""
     root = models.parents[2] / "pmetal-trainer/tests/fixtures"
@@ -107,16 +156,11 @@ def write_all(models, load):
     root.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"input_ids": ids.tolist(), "labels": labels.tolist()}) for ids, labels in rows]
     (root / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    jobs = [
-        ("sft-lora", "llama", lambda *a: write_lora(*a, zero_b=True)),
-        ("sft-lora", "qwen3", lambda *a: write_lora(*a, zero_b=False)),
-        ("sft-full", "llama-tied", write_full),
-        ("sft-full", "qwen3", write_full),
-    ]
-    for kind, model, write in jobs:
-        folder = root / kind / model
+    for kind, model, write in jobs():
+        landed = home(model).parent == models
+        folder = (root if landed else root.parent / "fixtures-next") / kind / model
         shutil.rmtree(folder, ignore_errors=True)
-        expected = write(folder, models / model, load, rows)
+        expected = write(folder, home(model), load, rows)
         (folder / "expected.json").write_text(json.dumps(expected, indent=2) + "\n")
         for run, log in expected.items():
             print(f"{kind}/{model}/{run}: loss {log['losses'][0]:.5f} to {log['losses'][-1]:.5f}")
