@@ -24,8 +24,8 @@ fn of_rows(criterion: &mut Criterion, name: &str, rows: usize, width: usize) {
     let [mut sum, mut y, mut dx] = [0; 3].map(|_| vec![bf16::ZERO; n]);
     let mut rstd = vec![0.0; rows];
 
-    add_rms_norm_forward(&x, &residual, &weight, EPS, width, &mut sum, &mut y, &mut rstd);
-    rms_norm_backward(&dy, &sum, &weight, &rstd, width, Some(&dsum), &mut dx, None);
+    add_rms_norm_forward(&x, &residual, &weight, EPS, true, width, &mut sum, &mut y, &mut rstd);
+    rms_norm_backward(&dy, &sum, &weight, &rstd, true, width, Some(&dsum), &mut dx, None);
     for row in [0, rows / 2, rows - 1] {
         let at = row * width..(row + 1) * width;
         let [sums, dys, dsums, weights] = [&sum[at.clone()], &dy[at.clone()], &dsum[at.clone()], &weight].map(wide);
@@ -37,14 +37,14 @@ fn of_rows(criterion: &mut Criterion, name: &str, rows: usize, width: usize) {
 
     let bytes = |tensors: usize| Work::Bytes(tensors * n * size_of::<bf16>());
     time(criterion, &format!("norm: forward, {name}"), bytes(2), || {
-        rms_norm_forward(&x, &weight, EPS, width, &mut y, &mut rstd);
+        rms_norm_forward(&x, &weight, EPS, true, width, &mut y, &mut rstd);
     });
     time(criterion, &format!("norm: forward with residual, {name}"), bytes(4), || {
-        add_rms_norm_forward(&x, &residual, &weight, EPS, width, &mut sum, &mut y, &mut rstd);
+        add_rms_norm_forward(&x, &residual, &weight, EPS, true, width, &mut sum, &mut y, &mut rstd);
     });
     if rows > 1 {
         time(criterion, &format!("norm: backward with residual, {name}"), bytes(4), || {
-            rms_norm_backward(&dy, &sum, &weight, &rstd, width, Some(&dsum), &mut dx, None);
+            rms_norm_backward(&dy, &sum, &weight, &rstd, true, width, Some(&dsum), &mut dx, None);
         });
     }
 }

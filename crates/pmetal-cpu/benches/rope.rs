@@ -5,7 +5,7 @@ mod harness;
 use criterion::{Criterion, criterion_group, criterion_main};
 use half::bf16;
 use harness::{TRAINING, Work, assert_close, numbers, rounding, settings, time, wide};
-use pmetal_cpu::rope;
+use pmetal_cpu::{HeadLayout, rope};
 
 fn ropes(criterion: &mut Criterion) {
     for shape in TRAINING {
@@ -24,7 +24,7 @@ fn of_heads(criterion: &mut Criterion, name: &str, tokens: usize, heads: usize, 
     let mut x = numbers::<bf16>(tokens * heads * head_dim, 1);
 
     let before = wide(&x);
-    rope(&mut x, heads, head_dim, &cos, &sin, false);
+    rope(&mut x, heads, HeadLayout::whole(head_dim), &cos, &sin, false);
     for token in [0, tokens / 2, tokens - 1] {
         for head in (token * heads..(token + 1) * heads).map(|head| head * head_dim..(head + 1) * head_dim) {
             let mut expected = before[head.clone()].to_vec();
@@ -40,7 +40,7 @@ fn of_heads(criterion: &mut Criterion, name: &str, tokens: usize, heads: usize, 
     // back by the same angle: the numbers stay as large as they are
     let mut inverse = true;
     time(criterion, &format!("rope: in place, {name}"), Work::Bytes(bytes), || {
-        rope(&mut x, heads, head_dim, &cos, &sin, inverse);
+        rope(&mut x, heads, HeadLayout::whole(head_dim), &cos, &sin, inverse);
         inverse = !inverse;
     });
 }

@@ -1,7 +1,7 @@
 //! RMSNorm (Zhang and Sennrich, 2019), alone and with the residual addition before it, and its gradient.
 //!
-//! `y = weight * round(x * rstd)` with `rstd = 1 / sqrt(mean(x^2) + eps)`: the normalised value is rounded to the
-//! dtype of `x` before the product, as Llama-like models do.
+//! `y = weight * round(x * rstd)` with `rstd = 1 / sqrt(mean(x^2) + eps)`: where a norm `rounds_first`, as those of Llama-like models do, the
+//! normalised value is rounded to the dtype of `x` before the product, else the product alone.
 
 use rayon::prelude::*;
 
@@ -15,14 +15,23 @@ pub fn rms_norm_forward<T: Element, W: Element>(
     x: &[T],
     weight: &[W],
     eps: f32,
+    rounds_first: bool,
     width: usize,
     y: &mut [T],
     rstd: &mut [f32],
 ) {
     check("rms_norm_forward", x.len(), width, weight.len(), rstd.len());
     assert_eq!(x.len(), y.len(), "rms_norm_forward: y");
+    match rounds_first {
+        true => forward::<T, W, true>(x, weight, eps, y, rstd),
+        false => forward::<T, W, false>(x, weight, eps, y, rstd),
+    }
+}
+
+fn forward<T: Element, W: Element, const ROUNDS: bool>(x: &[T], weight: &[W], eps: f32, y: &mut [T], rstd: &mut [f32]) {
+    let width = weight.len();
     let rows = rows_per_task(width);
-    let forward = |x, y, rstd| run(Forward { x, weight, eps, y, rstd });
+    let forward = |x, y, rstd| run(Forward::<T, W, ROUNDS> { x, weight, eps, y, rstd });
     if rstd.len() <= rows {
         return forward(x, y, rstd);
     }
@@ -32,7 +41,7 @@ pub fn rms_norm_forward<T: Element, W: Element>(
         .for_each(|((x, y), rstd)| forward(x, y, rstd));
 }
 
-struct Forward<'a, T, W> {
+struct Forward<'a, T, W, const ROUNDS: bool> {
     x: &'a [T],
     weight: &'a [W],
     eps: f32,
@@ -40,7 +49,7 @@ struct Forward<'a, T, W> {
     rstd: &'a mut [f32],
 }
 
-impl<T: Element, W: Element> Body for Forward<'_, T, W> {
+impl<T: Element, W: Element, const ROUNDS: bool> Body for Forward<'_, T, W, ROUNDS> {
     type Output = ();
 
     #[inline(always)]
@@ -55,7 +64,7 @@ impl<T: Element, W: Element> Body for Forward<'_, T, W> {
             }
             invert(rstd, width, eps);
             for ((x, y), &mut rstd) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(rstd) {
-                sweep::<V>(width, &mut Normed { x, weight, rstd, y });
+                sweep::<V>(width, &mut Normed::<T, W, ROUNDS> { x, weight, rstd, y });
             }
         }
     }
@@ -68,6 +77,7 @@ pub fn add_rms_norm_forward<T: Element, W: Element>(
     residual: &[T],
     weight: &[W],
     eps: f32,
+    rounds_first: bool,
     width: usize,
     sum: &mut [T],
     y: &mut [T],
@@ -77,8 +87,25 @@ pub fn add_rms_norm_forward<T: Element, W: Element>(
     for (name, len) in [("residual", residual.len()), ("sum", sum.len()), ("y", y.len())] {
         assert_eq!(x.len(), len, "add_rms_norm_forward: {name}");
     }
+    match rounds_first {
+        true => add_forward::<T, W, true>(x, residual, weight, eps, sum, y, rstd),
+        false => add_forward::<T, W, false>(x, residual, weight, eps, sum, y, rstd),
+    }
+}
+
+fn add_forward<T: Element, W: Element, const ROUNDS: bool>(
+    x: &[T],
+    residual: &[T],
+    weight: &[W],
+    eps: f32,
+    sum: &mut [T],
+    y: &mut [T],
+    rstd: &mut [f32],
+) {
+    let width = weight.len();
     let rows = rows_per_task(width);
-    let forward = |x, residual, sum, y, rstd| run(AddForward { x, residual, weight, eps, sum, y, rstd });
+    let forward =
+        |x, residual, sum, y, rstd| run(AddForward::<T, W, ROUNDS> { x, residual, weight, eps, sum, y, rstd });
     if rstd.len() <= rows {
         return forward(x, residual, sum, y, rstd);
     }
@@ -90,7 +117,7 @@ pub fn add_rms_norm_forward<T: Element, W: Element>(
         .for_each(|(((x, residual), (sum, y)), rstd)| forward(x, residual, sum, y, rstd));
 }
 
-struct AddForward<'a, T, W> {
+struct AddForward<'a, T, W, const ROUNDS: bool> {
     x: &'a [T],
     residual: &'a [T],
     weight: &'a [W],
@@ -100,7 +127,7 @@ struct AddForward<'a, T, W> {
     rstd: &'a mut [f32],
 }
 
-impl<T: Element, W: Element> Body for AddForward<'_, T, W> {
+impl<T: Element, W: Element, const ROUNDS: bool> Body for AddForward<'_, T, W, ROUNDS> {
     type Output = ();
 
     #[inline(always)]
@@ -117,13 +144,13 @@ impl<T: Element, W: Element> Body for AddForward<'_, T, W> {
             }
             invert(rstd, width, eps);
             for ((x, y), &mut rstd) in sum.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(rstd) {
-                sweep::<V>(width, &mut Normed { x, weight, rstd, y });
+                sweep::<V>(width, &mut Normed::<T, W, ROUNDS> { x, weight, rstd, y });
             }
         }
     }
 }
 
-/// The gradient of [`rms_norm_forward`], and with `dsum` that of [`add_rms_norm_forward`] for both addends.
+/// The gradient of [`rms_norm_forward`] (roundings count as nothing), and with `dsum` that of [`add_rms_norm_forward`] for both addends.
 ///
 /// With `n = x * rstd` and `g = dy * weight`: `dx = rstd * (g - n * mean(g * n)) + dsum`. `x` is what was normalised (the
 /// sum, where there was an addition). `dweight` (`[width]`) grows by the sum of `dy * n` over the rows.
@@ -133,6 +160,7 @@ pub fn rms_norm_backward<T: Element, W: Element>(
     x: &[T],
     weight: &[W],
     rstd: &[f32],
+    rounds_first: bool,
     width: usize,
     dsum: Option<&[T]>,
     dx: &mut [T],
@@ -146,7 +174,11 @@ pub fn rms_norm_backward<T: Element, W: Element>(
         assert_eq!(dweight.len(), width, "rms_norm_backward: dweight");
         column_sums(rstd.len(), dweight, |row, rows, sums| {
             let range = row * width..(row + rows) * width;
-            run(WeightRows { dy: &dy[range.clone()], x: &x[range], rstd: &rstd[row..row + rows], sums });
+            let (dy, x, rstd) = (&dy[range.clone()], &x[range], &rstd[row..row + rows]);
+            match rounds_first {
+                true => run(WeightRows::<T, true> { dy, x, rstd, sums }),
+                false => run(WeightRows::<T, false> { dy, x, rstd, sums }),
+            }
         });
     }
     let rows = rows_per_task(width);
@@ -196,21 +228,21 @@ impl<T: Element, W: Element> Body for Backward<'_, T, W> {
     }
 }
 
-struct WeightRows<'a, T> {
+struct WeightRows<'a, T, const ROUNDS: bool> {
     dy: &'a [T],
     x: &'a [T],
     rstd: &'a [f32],
     sums: &'a mut [f32],
 }
 
-impl<T: Element> Body for WeightRows<'_, T> {
+impl<T: Element, const ROUNDS: bool> Body for WeightRows<'_, T, ROUNDS> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Vector>(self) {
         let width = self.sums.len();
         for ((dy, x), &rstd) in self.dy.chunks_exact(width).zip(self.x.chunks_exact(width)).zip(self.rstd) {
-            sweep::<V>(width, &mut WeightGradient { dy, x, rstd, sums: &mut *self.sums });
+            sweep::<V>(width, &mut WeightGradient::<T, ROUNDS> { dy, x, rstd, sums: &mut *self.sums });
         }
     }
 }

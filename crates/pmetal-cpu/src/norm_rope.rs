@@ -5,8 +5,8 @@
 use rayon::prelude::*;
 
 use crate::Element;
-use crate::norm_row::{GROUP, factor, group, invert, normed, slope, squares};
-use crate::rope::{Angles, check};
+use crate::norm_row::{GROUP, factor, group, invert, normed, rounded, slope, squares};
+use crate::rope::Angles;
 use crate::simd::{column_sums, rows_per_task};
 use crate::vector::{Body, Step, Term, Vector, run, sweep, total};
 
@@ -35,6 +35,7 @@ pub fn rms_norm_rope_forward<T: Element, W: Element>(
     x: &[T],
     weight: &[W],
     eps: f32,
+    rounds_first: bool,
     angles: HeadAngles,
     y: &mut [T],
     rstd: &mut [f32],
@@ -43,9 +44,24 @@ pub fn rms_norm_rope_forward<T: Element, W: Element>(
     check("rms_norm_rope_forward", x.len(), heads, width, angles.cos, angles.sin);
     assert_eq!(x.len(), y.len(), "rms_norm_rope_forward: y");
     assert_eq!(rstd.len(), x.len() / width, "rms_norm_rope_forward: rstd");
+    match rounds_first {
+        true => forward::<T, W, true>(x, weight, eps, angles, y, rstd),
+        false => forward::<T, W, false>(x, weight, eps, angles, y, rstd),
+    }
+}
+
+fn forward<T: Element, W: Element, const ROUNDS: bool>(
+    x: &[T],
+    weight: &[W],
+    eps: f32,
+    angles: HeadAngles,
+    y: &mut [T],
+    rstd: &mut [f32],
+) {
+    let (width, heads) = (weight.len(), angles.heads);
     let rows = rows_per_task(heads * width) * heads;
     let forward = |i: usize, x: &[T], y: &mut [T], rstd: &mut [f32]| {
-        run(Forward { x, weight, eps, angles, first: i * rows, y, rstd });
+        run(Forward::<T, W, ROUNDS> { x, weight, eps, angles, first: i * rows, y, rstd });
     };
     if rstd.len() <= rows {
         return forward(0, x, y, rstd);
@@ -54,7 +70,7 @@ pub fn rms_norm_rope_forward<T: Element, W: Element>(
     tensors.zip(rstd.par_chunks_mut(rows)).enumerate().for_each(|(i, ((x, y), rstd))| forward(i, x, y, rstd));
 }
 
-struct Forward<'a, T, W> {
+struct Forward<'a, T, W, const ROUNDS: bool> {
     x: &'a [T],
     weight: &'a [W],
     eps: f32,
@@ -64,7 +80,7 @@ struct Forward<'a, T, W> {
     rstd: &'a mut [f32],
 }
 
-impl<T: Element, W: Element> Body for Forward<'_, T, W> {
+impl<T: Element, W: Element, const ROUNDS: bool> Body for Forward<'_, T, W, ROUNDS> {
     type Output = ();
 
     #[inline(always)]
@@ -82,13 +98,13 @@ impl<T: Element, W: Element> Body for Forward<'_, T, W> {
             for (row, ((x, y), &mut rstd)) in heads.enumerate() {
                 let angles = angles.of_head(first + i * rows + row, half, false);
                 let (low, high) = y.split_at_mut(half);
-                sweep::<V>(half, &mut NormedTurned { x, weight, rstd, angles, low, high });
+                sweep::<V>(half, &mut NormedTurned::<T, W, ROUNDS> { x, weight, rstd, angles, low, high });
             }
         }
     }
 }
 
-struct NormedTurned<'a, T, W> {
+struct NormedTurned<'a, T, W, const ROUNDS: bool> {
     x: &'a [T],
     weight: &'a [W],
     rstd: f32,
@@ -97,12 +113,12 @@ struct NormedTurned<'a, T, W> {
     high: &'a mut [T],
 }
 
-impl<T: Element, W: Element> Step for NormedTurned<'_, T, W> {
+impl<T: Element, W: Element, const ROUNDS: bool> Step for NormedTurned<'_, T, W, ROUNDS> {
     #[inline(always)]
     fn step<V: Vector>(&mut self, at: usize) {
         let half = self.low.len();
-        let a = normed::<V, T, W>(self.x, self.weight, self.rstd, at);
-        let b = normed::<V, T, W>(self.x, self.weight, self.rstd, half + at);
+        let a = normed::<V, T, W, ROUNDS>(self.x, self.weight, self.rstd, at);
+        let b = normed::<V, T, W, ROUNDS>(self.x, self.weight, self.rstd, half + at);
         let (a, b) = self.angles.turned(at, a, b);
         a.store(&mut self.low[at..]);
         b.store(&mut self.high[at..]);
@@ -117,6 +133,7 @@ pub fn rms_norm_rope_backward<T: Element, W: Element>(
     x: &[T],
     weight: &[W],
     rstd: &[f32],
+    rounds_first: bool,
     angles: HeadAngles,
     dx: &mut [T],
     dweight: Option<&mut [f32]>,
@@ -130,7 +147,11 @@ pub fn rms_norm_rope_backward<T: Element, W: Element>(
         assert_eq!(dweight.len(), width, "rms_norm_rope_backward: dweight");
         column_sums(rstd.len(), dweight, |first, heads, sums| {
             let (range, rstd) = (first * width..(first + heads) * width, &rstd[first..first + heads]);
-            run(WeightHeads { dy: &dy[range.clone()], x: &x[range], rstd, angles, first, sums });
+            let (dy, x) = (&dy[range.clone()], &x[range]);
+            match rounds_first {
+                true => run(WeightHeads::<T, true> { dy, x, rstd, angles, first, sums }),
+                false => run(WeightHeads::<T, false> { dy, x, rstd, angles, first, sums }),
+            }
         });
     }
     let rows = rows_per_task(heads * width) * heads;
@@ -243,7 +264,7 @@ impl<T: Element, W: Element> Step for Gradient<'_, T, W> {
     }
 }
 
-struct WeightHeads<'a, T> {
+struct WeightHeads<'a, T, const ROUNDS: bool> {
     dy: &'a [T],
     x: &'a [T],
     rstd: &'a [f32],
@@ -252,7 +273,7 @@ struct WeightHeads<'a, T> {
     sums: &'a mut [f32],
 }
 
-impl<T: Element> Body for WeightHeads<'_, T> {
+impl<T: Element, const ROUNDS: bool> Body for WeightHeads<'_, T, ROUNDS> {
     type Output = ();
 
     #[inline(always)]
@@ -262,25 +283,34 @@ impl<T: Element> Body for WeightHeads<'_, T> {
         let heads = self.dy.chunks_exact(width).zip(self.x.chunks_exact(width)).zip(self.rstd);
         for (head, ((dy, x), &rstd)) in heads.enumerate() {
             let pairs = Pairs { dy, x, angles: self.angles.of_head(self.first + head, half, true), half };
-            sweep::<V>(half, &mut WeightGradient { pairs, rstd, low: &mut *low, high: &mut *high });
+            sweep::<V>(half, &mut WeightGradient::<T, ROUNDS> { pairs, rstd, low: &mut *low, high: &mut *high });
         }
     }
 }
 
-struct WeightGradient<'a, T> {
+struct WeightGradient<'a, T, const ROUNDS: bool> {
     pairs: Pairs<'a, T>,
     rstd: f32,
     low: &'a mut [f32],
     high: &'a mut [f32],
 }
 
-impl<T: Element> Step for WeightGradient<'_, T> {
+impl<T: Element, const ROUNDS: bool> Step for WeightGradient<'_, T, ROUNDS> {
     #[inline(always)]
     fn step<V: Vector>(&mut self, at: usize) {
-        let n = self.pairs.x::<V>(at).mul(<[V; 2]>::splat(self.rstd)).rounded::<T>();
+        let n = rounded::<[V; 2], T, ROUNDS>(self.pairs.x::<V>(at).mul(<[V; 2]>::splat(self.rstd)));
         let sums = [V::load(&self.low[at..]), V::load(&self.high[at..])];
         let [low, high] = self.pairs.turned_back::<V>(at).mul_add(n, sums);
         low.store(&mut self.low[at..]);
         high.store(&mut self.high[at..]);
     }
+}
+
+/// Asserts that operands fit together.
+fn check(name: &str, len: usize, heads: usize, head_dim: usize, cos: &[f32], sin: &[f32]) {
+    assert!(head_dim > 0 && head_dim.is_multiple_of(2), "{name}: head_dim {head_dim} is not even");
+    let (width, half) = (heads * head_dim, head_dim / 2);
+    assert!(width > 0 && len.is_multiple_of(width), "{name}: x has {len} elements, width {width}");
+    assert_eq!(cos.len(), len / width * half, "{name}: cos");
+    assert_eq!(sin.len(), len / width * half, "{name}: sin");
 }

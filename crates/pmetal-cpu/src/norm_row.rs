@@ -60,24 +60,35 @@ impl<T: Element> Term for AddSquares<'_, T> {
     }
 }
 
+/// `x`, rounded to `T` where a norm `ROUNDS` before it multiplies by its weight.
+#[inline(always)]
+pub(crate) fn rounded<V: Vector, T: Element, const ROUNDS: bool>(x: V) -> V {
+    if ROUNDS { x.rounded::<T>() } else { x }
+}
+
 /// `round(x * rstd) * weight` of elements `at..`.
 #[inline(always)]
-pub(crate) fn normed<V: Vector, T: Element, W: Element>(x: &[T], weight: &[W], rstd: f32, at: usize) -> V {
-    V::load(&x[at..]).mul(V::splat(rstd)).rounded::<T>().mul(V::load(&weight[at..]))
+pub(crate) fn normed<V: Vector, T: Element, W: Element, const ROUNDS: bool>(
+    x: &[T],
+    weight: &[W],
+    rstd: f32,
+    at: usize,
+) -> V {
+    rounded::<V, T, ROUNDS>(V::load(&x[at..]).mul(V::splat(rstd))).mul(V::load(&weight[at..]))
 }
 
 /// `y = round(x * rstd) * weight`.
-pub(crate) struct Normed<'a, T, W> {
+pub(crate) struct Normed<'a, T, W, const ROUNDS: bool> {
     pub(crate) x: &'a [T],
     pub(crate) weight: &'a [W],
     pub(crate) rstd: f32,
     pub(crate) y: &'a mut [T],
 }
 
-impl<T: Element, W: Element> Step for Normed<'_, T, W> {
+impl<T: Element, W: Element, const ROUNDS: bool> Step for Normed<'_, T, W, ROUNDS> {
     #[inline(always)]
     fn step<V: Vector>(&mut self, at: usize) {
-        normed::<V, T, W>(self.x, self.weight, self.rstd, at).store(&mut self.y[at..]);
+        normed::<V, T, W, ROUNDS>(self.x, self.weight, self.rstd, at).store(&mut self.y[at..]);
     }
 }
 
@@ -135,18 +146,18 @@ impl<T: Element, W: Element> Step for Gradient<'_, T, W> {
 }
 
 /// `sums += dn * round(x * rstd)`: what one row adds to the weight's gradient.
-pub(crate) struct WeightGradient<'a, T> {
+pub(crate) struct WeightGradient<'a, T, const ROUNDS: bool> {
     pub(crate) dy: &'a [T],
     pub(crate) x: &'a [T],
     pub(crate) rstd: f32,
     pub(crate) sums: &'a mut [f32],
 }
 
-impl<T: Element> Step for WeightGradient<'_, T> {
+impl<T: Element, const ROUNDS: bool> Step for WeightGradient<'_, T, ROUNDS> {
     #[inline(always)]
     fn step<V: Vector>(&mut self, at: usize) {
-        // The factor that the weight saw: rounded, as in the forward.
-        let n = V::load(&self.x[at..]).mul(V::splat(self.rstd)).rounded::<T>();
+        // The factor that the weight saw, as in the forward.
+        let n = rounded::<V, T, ROUNDS>(V::load(&self.x[at..]).mul(V::splat(self.rstd)));
         V::load(&self.dy[at..]).mul_add(n, V::load(&self.sums[at..])).store(&mut self.sums[at..]);
     }
 }

@@ -1,4 +1,4 @@
-//! Rotary position embedding (Su et al., 2021) on half-split pairs, alone and behind the norm of each head.
+//! Rotary position embedding (Su et al., 2021).
 
 use rayon::prelude::*;
 
@@ -6,15 +6,33 @@ use crate::Element;
 use crate::simd::rows_per_task;
 use crate::vector::{Body, Step, Vector, run, sweep};
 
-/// Turns the pairs `(i, i + head_dim / 2)` of every head by the angle of its token and frequency, in place.
+/// Which part of each head turns: as many pairs of columns as there are frequencies, from `start` on. The other columns pass through.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadLayout {
+    /// Columns of a head.
+    pub head_dim: usize,
+    /// The first column that turns.
+    pub start: usize,
+    /// Whether pairs are neighbours, and not a column of the first half of those that turn with one of the second.
+    pub interleaved: bool,
+}
+
+impl HeadLayout {
+    /// All of a head turns, its first half with its second.
+    pub const fn whole(head_dim: usize) -> Self {
+        Self { head_dim, start: 0, interleaved: false }
+    }
+}
+
+/// Turns the pairs of every head by the angles of their token and frequency, in place.
 ///
-/// `x` is `[tokens, heads, head_dim]`; `cos` and `sin` are `[tokens, head_dim / 2]`, any attention factor already in
-/// them. `inverse` turns back by the same angle, which is the backward. The rotation is f32, rounded once.
-pub fn rope<T: Element>(x: &mut [T], heads: usize, head_dim: usize, cos: &[f32], sin: &[f32], inverse: bool) {
-    check("rope", x.len(), heads, head_dim, cos, sin);
-    let (width, half) = (heads * head_dim, head_dim / 2);
+/// `x` is `[tokens, heads, head_dim]`; `cos` and `sin` are `[tokens, pairs]`, any attention factor already in them. `inverse` turns back by
+/// the same angle, which is the backward. The rotation is f32, rounded once.
+pub fn rope<T: Element>(x: &mut [T], heads: usize, layout: HeadLayout, cos: &[f32], sin: &[f32], inverse: bool) {
+    let Some(half) = pairs("rope", x.len(), heads, layout, cos, sin) else { return };
+    let width = heads * layout.head_dim;
     let rows = rows_per_task(width);
-    let turn = |((x, cos), sin)| run(Turn { x, heads, cos, sin, half, inverse });
+    let turn = |((x, cos), sin)| run(Turn { x, heads, layout, cos, sin, half, inverse });
     if x.len() <= rows * width {
         return turn(((x, cos), sin));
     }
@@ -25,20 +43,20 @@ pub fn rope<T: Element>(x: &mut [T], heads: usize, head_dim: usize, cos: &[f32],
 pub fn rope_into<T: Element>(
     x: &[T],
     heads: usize,
-    head_dim: usize,
+    layout: HeadLayout,
     cos: &[f32],
     sin: &[f32],
     inverse: bool,
     y: &mut [T],
 ) {
-    check("rope_into", x.len(), heads, head_dim, cos, sin);
     assert_eq!(x.len(), y.len(), "rope_into: y");
-    let (width, half) = (heads * head_dim, head_dim / 2);
+    let Some(half) = pairs("rope_into", x.len(), heads, layout, cos, sin) else { return };
+    let width = heads * layout.head_dim;
     let rows = rows_per_task(width);
     let turn = |((y, x), (cos, sin)): ((&mut [T], &[T]), _)| {
         // a task's rows stay in the first caches between copy and turn
         y.copy_from_slice(x);
-        run(Turn { x: y, heads, cos, sin, half, inverse });
+        run(Turn { x: y, heads, layout, cos, sin, half, inverse });
     };
     if x.len() <= rows * width {
         return turn(((y, x), (cos, sin)));
@@ -47,18 +65,22 @@ pub fn rope_into<T: Element>(
     y.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width)).zip(angles).for_each(turn);
 }
 
-/// Asserts that operands fit together.
-pub(crate) fn check(name: &str, len: usize, heads: usize, head_dim: usize, cos: &[f32], sin: &[f32]) {
-    assert!(head_dim > 0 && head_dim.is_multiple_of(2), "{name}: head_dim {head_dim} is not even");
-    let (width, half) = (heads * head_dim, head_dim / 2);
+/// The pairs of a head, none where there is no token; asserts that operands fit together.
+fn pairs(name: &str, len: usize, heads: usize, layout: HeadLayout, cos: &[f32], sin: &[f32]) -> Option<usize> {
+    let width = heads * layout.head_dim;
     assert!(width > 0 && len.is_multiple_of(width), "{name}: x has {len} elements, width {width}");
-    assert_eq!(cos.len(), len / width * half, "{name}: cos");
-    assert_eq!(sin.len(), len / width * half, "{name}: sin");
+    assert_eq!(cos.len(), sin.len(), "{name}: sin");
+    let tokens = len / width;
+    let half = cos.len().checked_div(tokens)?;
+    assert!(half > 0 && cos.len() == tokens * half, "{name}: {} cosines of {tokens} tokens", cos.len());
+    assert!(layout.start + 2 * half <= layout.head_dim, "{name}: {half} pairs in {layout:?}");
+    Some(half)
 }
 
 struct Turn<'a, T> {
     x: &'a mut [T],
     heads: usize,
+    layout: HeadLayout,
     cos: &'a [f32],
     sin: &'a [f32],
     half: usize,
@@ -70,15 +92,28 @@ impl<T: Element> Body for Turn<'_, T> {
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let Self { x, heads, cos, sin, half, inverse } = self;
-        let tokens = x.chunks_exact_mut(heads * 2 * half).zip(cos.chunks_exact(half)).zip(sin.chunks_exact(half));
+        let Self { x, heads, layout: HeadLayout { head_dim, start, interleaved }, cos, sin, half, inverse } = self;
+        let tokens = x.chunks_exact_mut(heads * head_dim).zip(cos.chunks_exact(half)).zip(sin.chunks_exact(half));
         for ((token, cos), sin) in tokens {
             let angles = Angles::new(cos, sin, inverse);
-            for head in token.chunks_exact_mut(2 * half) {
-                let (low, high) = head.split_at_mut(half);
-                sweep::<V>(half, &mut TurnHead { angles, low, high });
+            for head in token.chunks_exact_mut(head_dim) {
+                let turning = &mut head[start..start + 2 * half];
+                if interleaved {
+                    turn_neighbours(turning, angles);
+                } else {
+                    let (low, high) = turning.split_at_mut(half);
+                    sweep::<V>(half, &mut TurnHead { angles, low, high });
+                }
             }
         }
+    }
+}
+
+#[inline(always)]
+fn turn_neighbours<T: Element>(turning: &mut [T], angles: Angles) {
+    for (pair, [low, high]) in turning.as_chunks_mut().0.iter_mut().enumerate() {
+        let (a, b) = angles.turned::<f32>(pair, low.to_f32(), high.to_f32());
+        (*low, *high) = (T::from_f32(a), T::from_f32(b));
     }
 }
 

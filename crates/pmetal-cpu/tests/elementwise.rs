@@ -5,29 +5,30 @@ mod common;
 use common::{assert_close, numbers, rounding, same_on_any_threads, wide};
 use half::{bf16, f16};
 use pmetal_cpu::{
-    Element, add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout, gather_rows, geglu_backward,
-    geglu_forward, rope, rope_into, scatter_add_rows, swiglu_backward, swiglu_forward, uniform,
+    Element, HeadLayout, add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout, gather_rows,
+    geglu_backward, geglu_forward, rope, rope_into, scatter_add_rows, swiglu_backward, swiglu_forward, uniform,
 };
 
-fn check_rope<T: Element>(tokens: usize, heads: usize, head_dim: usize) {
-    let half = head_dim / 2;
+fn check_rope<T: Element>(tokens: usize, heads: usize, half: usize, layout: HeadLayout) {
     let angles: Vec<f64> = (0..tokens * half).map(|i| f64::from(uniform(9, i as u64)) * 6.0).collect();
     let cos: Vec<f32> = angles.iter().map(|a| a.cos() as f32).collect();
     let sin: Vec<f32> = angles.iter().map(|a| a.sin() as f32).collect();
-    let x = numbers::<T>(tokens * heads * head_dim, 1);
+    let x = numbers::<T>(tokens * heads * layout.head_dim, 1);
     for inverse in [false, true] {
         let mut y = x.clone();
-        rope(&mut y, heads, head_dim, &cos, &sin, inverse);
+        rope(&mut y, heads, layout, &cos, &sin, inverse);
         let mut copy = vec![T::ZERO; x.len()];
-        rope_into(&x, heads, head_dim, &cos, &sin, inverse, &mut copy);
+        rope_into(&x, heads, layout, &cos, &sin, inverse, &mut copy);
         assert!(copy == y, "both agree");
         let mut expected = wide(&x);
-        for (i, head) in expected.chunks_mut(head_dim).enumerate() {
+        for (i, head) in expected.chunks_mut(layout.head_dim).enumerate() {
             for pair in 0..half {
                 let angle = angles[i / heads * half + pair] * if inverse { -1.0 } else { 1.0 };
-                let (a, b) = (head[pair], head[pair + half]);
-                head[pair] = a * angle.cos() - b * angle.sin();
-                head[pair + half] = a * angle.sin() + b * angle.cos();
+                let [low, high] = if layout.interleaved { [2 * pair, 2 * pair + 1] } else { [pair, pair + half] };
+                let [low, high] = [low, high].map(|column| layout.start + column);
+                let (a, b) = (head[low], head[high]);
+                head[low] = a * angle.cos() - b * angle.sin();
+                head[high] = a * angle.sin() + b * angle.cos();
             }
         }
         assert_close("rope", &y, &expected, rounding::<T>(1e-6), 0.5);
@@ -36,10 +37,22 @@ fn check_rope<T: Element>(tokens: usize, heads: usize, head_dim: usize) {
 
 #[test]
 fn rope_turns_half_split_pairs_both_ways() {
-    check_rope::<f32>(3, 2, 6);
-    check_rope::<bf16>(2, 3, 64);
-    check_rope::<bf16>(70, 3, 192);
-    check_rope::<f16>(300, 4, 16);
+    check_rope::<f32>(3, 2, 3, HeadLayout::whole(6));
+    check_rope::<bf16>(2, 3, 32, HeadLayout::whole(64));
+    check_rope::<bf16>(70, 3, 96, HeadLayout::whole(192));
+    check_rope::<f16>(300, 4, 8, HeadLayout::whole(16));
+}
+
+#[test]
+fn rope_turns_parts_and_neighbours_both_ways() {
+    for (interleaved, (head_dim, start, half)) in
+        [false, true].into_iter().flat_map(|i| [(9, 2, 3), (192, 128, 32), (17, 0, 8), (64, 0, 32)].map(|l| (i, l)))
+    {
+        let layout = HeadLayout { head_dim, start, interleaved };
+        check_rope::<f32>(3, 2, half, layout);
+        check_rope::<bf16>(70, 3, half, layout);
+        check_rope::<f16>(1, 1, half, layout);
+    }
 }
 
 /// From `dy`, `gate` and `up` to the gradients of the last two.

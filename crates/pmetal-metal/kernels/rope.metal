@@ -1,6 +1,6 @@
-// Rotary position embedding on half-split pairs, alone and behind the norm of each head; its gradients.
+// Rotary position embedding, alone and behind the norm of each head; its gradients.
 //
-// A threadgroup has a token, and `2^lanes_log2` lanes of a SIMD group have a head, of which four pairs to a thread stay in registers.
+// Where all of a head turns, in half-split pairs, a threadgroup has a token, and `2^lanes_log2` lanes of a SIMD group have a head, of which four pairs to a thread stay in registers.
 // `aligned`: four elements can be moved at once, in every half of a head. `share` is what an element is of a head.
 
 struct RopeParams {
@@ -15,6 +15,7 @@ struct RopeParams {
     float share;
     float eps;
     float sign;
+    float offset;
 };
 
 // Four pairs: their first elements and their second.
@@ -95,6 +96,8 @@ FUNCTION float4 rope_product(float4 a, float4 b) { return make_float4(a.x * b.x,
 
 FUNCTION float4 rope_scaled(float4 x, float scale) { return make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale); }
 
+FUNCTION float4 rope_raised(float4 x, float by) { return make_float4(x.x + by, x.y + by, x.z + by, x.w + by); }
+
 // `a * b + c * d`.
 FUNCTION float4 rope_mix(float4 a, float4 b, float4 c, float4 d) {
     return make_float4(a.x * b.x + c.x * d.x, a.y * b.y + c.y * d.y, a.z * b.z + c.z * d.z, a.w * b.w + c.w * d.w);
@@ -148,12 +151,21 @@ FUNCTION float rope_dot_four(float4 a, float4 b) { return a.x * b.x + a.y * b.y 
 
 FUNCTION float rope_dot(RopePairs a, RopePairs b) { return rope_dot_four(a.first, b.first) + rope_dot_four(a.second, b.second); }
 
+// A thread's pairs of the weight, with what the norm adds to it.
+template <bool ALIGNED>
+FUNCTION RopePairs rope_weight(DEVICE_PTR(const T) weight, RopeParams p, RopeThread t) {
+    RopePairs w = rope_load<ALIGNED, T>(weight, 0, p.pairs, t.pair, p.pairs);
+    w.first = rope_raised(w.first, p.offset);
+    w.second = rope_raised(w.second, p.offset);
+    return w;
+}
+
 template <bool ALIGNED>
 FUNCTION void norm_rope_heads(DEVICE_PTR(const T) x, DEVICE_PTR(const T) weight, DEVICE_PTR(const float) angles,
                               DEVICE_PTR(const uint) positions, DEVICE_PTR(T) y, DEVICE_PTR(float) rstd, RopeParams p, RopeThread t) {
     RopePairs v = rope_head<ALIGNED>(x, p.x_pitch, p, t);
     const RopePairs at = rope_angles<ALIGNED>(angles, positions, 1.0f, p, t);
-    const RopePairs w = rope_load<ALIGNED, T>(weight, 0, p.pairs, t.pair, p.pairs);
+    const RopePairs w = rope_weight<ALIGNED>(weight, p, t);
     const RopeTurn turn = {rope_product(w.first, at.first), rope_scaled(rope_product(w.second, at.second), -1.0f),
                            rope_product(w.first, at.second), rope_product(w.second, at.first)};
     while (t.first < p.heads) {
@@ -166,7 +178,7 @@ FUNCTION void norm_rope_heads(DEVICE_PTR(const T) x, DEVICE_PTR(const T) weight,
     }
 }
 
-/// `y = rope(x * rstd * weight)`, `rstd = 1 / sqrt(mean(x²) + eps)` of each head: `weight [2 * pairs]`, `rstd [tokens, heads]`, the rest as
+/// `y = rope(x * rstd * (offset + weight))`, `rstd = 1 / sqrt(mean(x²) + eps)` of each head: `weight [2 * pairs]`, `rstd [tokens, heads]`, the rest as
 /// in `rope`.
 KERNEL(norm_rope)(READ_ROWS(T, x, 0), READ(T, weight, 1), READ(float, angles, 2), READ(uint, positions, 3), WRITE_ROWS(T, y, 4),
                   WRITE(float, rstd, 5), PARAMS(RopeParams, 6))
@@ -183,7 +195,7 @@ FUNCTION void norm_rope_heads_backward(DEVICE_PTR(const T) dy, DEVICE_PTR(const 
     RopePairs d = rope_head<ALIGNED>(dy, p.dy_pitch, p, t), v = rope_head<ALIGNED>(x, p.x_pitch, p, t);
     float scale = t.head < p.heads ? rstd[ulong(t.token) * p.heads + t.head] : 0.0f;
     const RopePairs at = rope_angles<ALIGNED>(angles, positions, 1.0f, p, t);
-    const RopePairs w = rope_load<ALIGNED, T>(weight, 0, p.pairs, t.pair, p.pairs);
+    const RopePairs w = rope_weight<ALIGNED>(weight, p, t);
     const RopeTurn back = {rope_product(w.first, at.first), rope_product(w.first, at.second),
                            rope_scaled(rope_product(w.second, at.second), -1.0f), rope_product(w.second, at.first)};
     while (t.first < p.heads) {
@@ -199,12 +211,47 @@ FUNCTION void norm_rope_heads_backward(DEVICE_PTR(const T) dy, DEVICE_PTR(const 
     }
 }
 
-/// The gradient of `norm_rope` in `x`: `dx = rstd * (g - n * mean(g * n))` with `n = x * rstd` and `g` the product of `weight` and of `dy`
-/// turned back; its rows are `y_pitch` apart.
+/// The gradient of `norm_rope` in `x`: `dx = rstd * (g - n * mean(g * n))` with `n = x * rstd` and `g` the product of `offset + weight`
+/// and of `dy` turned back; its rows are `y_pitch` apart.
 KERNEL(norm_rope_backward)(READ_ROWS(T, dy, 0), READ_ROWS(T, x, 1), READ(T, weight, 2), READ(float, angles, 3),
                            READ(uint, positions, 4), READ(float, rstd, 5), WRITE_ROWS(T, dx, 6), PARAMS(RopeParams, 7))
 {
     const RopeThread t = rope_thread(GROUP_X, LANE, SIMD, SIMDS, params.lanes_log2);
     if (params.aligned) norm_rope_heads_backward<true>(dy, x, weight, angles, positions, rstd, dx, params, t);
     else norm_rope_heads_backward<false>(dy, x, weight, angles, positions, rstd, dx, params, t);
+}
+
+struct RopePartParams {
+    uint heads;
+    uint head_dim;
+    uint start;
+    uint pairs;
+    uint interleaved;
+    uint known;
+    uint x_pitch;
+    uint y_pitch;
+    float sign;
+};
+
+/// As `rope`, of heads of which not all turns: pair `i` is columns `start + i` and `start + pairs + i`, or `start + 2 i` and the next where
+/// `interleaved`; the others are copied. A threadgroup has a token, a SIMD group a head at a time: `x`, `y [tokens, heads * head_dim]`.
+KERNEL(rope_part)(READ_ROWS(T, x, 0), READ(float, angles, 1), READ(uint, positions, 2), WRITE_ROWS(T, y, 3), PARAMS(RopePartParams, 4))
+{
+    const RopePartParams p = params;
+    const ulong cosines = ulong(positions[GROUP_X]) * p.pairs, sines = cosines + ulong(p.known) * p.pairs;
+    const uint each = p.interleaved ? 2 : 1, second = p.interleaved ? 1 : p.pairs;
+    for (uint head = SIMD; head < p.heads; head += SIMDS) {
+        const ulong from = ulong(GROUP_X) * p.x_pitch + ulong(head) * p.head_dim, to = ulong(GROUP_X) * p.y_pitch + ulong(head) * p.head_dim;
+        for (uint pair = LANE; pair < p.pairs; pair += 32) {
+            const uint a = p.start + each * pair, b = a + second;
+            const float cosine = angles[cosines + pair], sine = angles[sines + pair] * p.sign;
+            const float low = float(x[from + a]), high = float(x[from + b]);
+            y[to + a] = T(low * cosine - high * sine);
+            y[to + b] = T(high * cosine + low * sine);
+        }
+        for (uint c = LANE; c < p.head_dim - 2 * p.pairs; c += 32) {
+            const uint beside = c < p.start ? c : c + 2 * p.pairs;
+            y[to + beside] = x[from + beside];
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! The norm of each head of q or k and the rotary position embedding behind it, as Qwen3 has them.
 //!
 //! `y = rope(rms_norm(x))` for `x [tokens, heads * head_dim]` and `weight [head_dim]`; the formulas are those of [`rms_norm`] and [`rope`],
-//! and nothing between the two is stored.
+//! and nothing between the two is stored where all of a head turns in half-split pairs.
 //! Source: Qwen3's attention in Hugging Face's transformers.
 //!
 //! [`rms_norm`]: crate::rms_norm
@@ -16,10 +16,10 @@ use crate::{
     autograd::{Value, composite, one, only},
     elementwise::{converted, pitch_of, readable},
     kernel::{View, for_dtype, room, tensor},
-    place::Place,
+    place::{Place, place},
     profile,
-    rms_norm::weight_grad_on_gpu,
-    rope::{aligned, place_of_heads, shared_out, turned_on_gpu},
+    rms_norm::{rms_norm_heads, weight_grad_on_gpu},
+    rope::{aligned, rope, shared_out, shares, turned_on_gpu},
     rows::GradPlace,
 };
 
@@ -32,28 +32,39 @@ pub fn rms_norm_rope(x: &Value, weight: &Value, norm: RmsNorm, table: &RopeTable
     if weight.tensor().dims() != [table.head_dim()] {
         return Err(Error::operand(OP, "weight", [table.head_dim()], weight.tensor().dims()));
     }
-    let place = match place_of_heads(OP, x.tensor(), table, heads)? {
-        _ if !norm.is_plain() => Place::Reference,
-        place => place,
+    let place = place(x.tensor(), OP)?;
+    // kernels have the weight in the dtype of activations
+    let rounds_weight = !norm.rounds_first && weight.tensor().dtype() != x.tensor().dtype();
+    let in_one_pass = match &place {
+        Place::Reference => true,
+        Place::Gpu(_) => shares(table, heads).is_some() && !rounds_weight,
+        Place::Cpu => table.is_whole(),
     };
-    let (needs, table, weight_t) = ([x.requires_grad(), weight.requires_grad()], table.clone(), weight.tensor());
+    if !in_one_pass {
+        return rope(&rms_norm_heads(x, weight, norm)?, table);
+    }
+    let (needs, table) = ([x.requires_grad(), weight.requires_grad()], table.clone());
+    let weight_t = match &place {
+        Place::Gpu(_) => converted(&weight.tensor().contiguous()?, x.tensor().dtype())?,
+        _ => norm.weight(&place, weight.tensor(), x.tensor().dtype())?,
+    };
     let (x_t, y, rstd) = match &place {
         Place::Reference => {
             return Ok(one(composite(&[x, weight], move |t| Ok(vec![reference(&t[0], &t[1], norm, &table)?]))?));
         }
         Place::Gpu(gpu) => {
             let x_t = readable(x.tensor())?;
-            let (y, rstd) = forward_on_gpu(&**gpu, &x_t, weight_t, norm.eps as f32, &table)?;
+            let (y, rstd) = forward_on_gpu(&**gpu, &x_t, &weight_t, norm, &table)?;
             (x_t, y, rstd)
         }
         Place::Cpu => {
             let x_t = x.tensor().contiguous()?;
-            let (y, rstd) = forward(&x_t, &weight_t.contiguous()?, norm.eps as f32, &table, heads)?;
+            let (y, rstd) = forward(&x_t, &weight_t, norm, &table, heads)?;
             (x_t, y, rstd)
         }
     };
     profile::moved(&[&x_t, &y]);
-    let saved = Saved { x: x_t, weight: weight_t.contiguous()?, rstd, table, heads, grad_place: x.grad_place() };
+    let saved = Saved { x: x_t, weight: weight_t, norm, rstd, table, heads, grad_place: x.grad_place() };
     Ok(one(Value::record(vec![y], &[x, weight], move |grads| {
         let dy = only(grads, OP)?;
         let (dx, dweight) = match &place {
@@ -65,51 +76,59 @@ pub fn rms_norm_rope(x: &Value, weight: &Value, norm: RmsNorm, table: &RopeTable
     })))
 }
 
-/// What the backward needs: what was normalised, the weight, `1 / sqrt(mean(x²) + eps)` of each head (f32), and where the gradient goes.
+/// What the backward needs: what was normalised, the weight as kernels take it, the norm, `1 / sqrt(mean(x²) + eps)` of each head (f32), and where the gradient goes.
 struct Saved {
     x: Tensor,
     weight: Tensor,
+    norm: RmsNorm,
     rstd: Tensor,
     table: RopeTable,
     heads: usize,
     grad_place: GradPlace,
 }
 
-fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32, table: &RopeTable) -> Result<(Tensor, Tensor)> {
+fn forward_on_gpu(
+    gpu: &dyn Gpu,
+    x: &Tensor,
+    weight: &Tensor,
+    norm: RmsNorm,
+    table: &RopeTable,
+) -> Result<(Tensor, Tensor)> {
     let ((tokens, width), heads, dtype) = (x.dims2()?, table.heads(OP, x)?, x.dtype());
-    let weight = converted(weight, dtype)?;
     let (y, rstd) = (empty((tokens, width), dtype, x.device())?, empty((tokens, heads), DType::F32, x.device())?);
     let (grid, params) = shared_out(OP, table, x)?;
     let params = kernels::RopeParams {
-        aligned: aligned(table, &[x, &weight]),
+        aligned: aligned(table, &[x, weight]),
         x_pitch: pitch_of(x),
         y_pitch: pitch_of(&y),
-        eps,
+        eps: norm.eps as f32,
+        offset: norm.weight_offset,
         ..params
     };
     let (angles, positions) = table.on(x.device())?;
-    kernels::norm_rope(gpu, dtype, grid, x, &weight, &angles, &positions, &y, &rstd, params)?;
+    kernels::norm_rope(gpu, dtype, grid, x, weight, &angles, &positions, &y, &rstd, params)?;
     Ok((y, rstd))
 }
 
 fn backward_on_gpu(gpu: &dyn Gpu, dy: &Tensor, saved: &Saved, needs_weight: bool) -> Result<(Tensor, Option<Tensor>)> {
-    let Saved { x, weight, rstd, table, grad_place, .. } = saved;
-    let (dtype, weight) = (x.dtype(), converted(weight, x.dtype())?);
+    let Saved { x, weight, norm, rstd, table, grad_place, .. } = saved;
+    let dtype = x.dtype();
     let dx = grad_place.empty(x.dims2()?, dtype, x.device())?;
     let (grid, params) = shared_out(OP, table, x)?;
     let params = kernels::RopeParams {
-        aligned: aligned(table, &[dy, x, &weight, &dx]),
+        aligned: aligned(table, &[dy, x, weight, &dx]),
         dy_pitch: pitch_of(dy),
         x_pitch: pitch_of(x),
         y_pitch: pitch_of(&dx),
+        offset: norm.weight_offset,
         ..params
     };
     let (angles, positions) = table.on(x.device())?;
-    kernels::norm_rope_backward(gpu, dtype, grid, dy, x, &weight, &angles, &positions, rstd, &dx, params)?;
+    kernels::norm_rope_backward(gpu, dtype, grid, dy, x, weight, &angles, &positions, rstd, &dx, params)?;
     let dweight = needs_weight.then(|| {
         let back = turned_on_gpu(gpu, dy, table, true, &GradPlace::default())?;
         let of_heads = |t: &Tensor| t.contiguous()?.reshape(((), table.head_dim()));
-        weight_grad_on_gpu(gpu, &of_heads(&back)?, &of_heads(x)?, &rstd.flatten_all()?)
+        weight_grad_on_gpu(gpu, &of_heads(&back)?, &of_heads(x)?, &rstd.flatten_all()?, *norm)
     });
     Ok((dx, dweight.transpose()?))
 }
@@ -119,28 +138,28 @@ fn angles(table: &RopeTable, heads: usize) -> HeadAngles<'_> {
     HeadAngles { cos, sin, heads }
 }
 
-fn forward(x: &Tensor, weight: &Tensor, eps: f32, table: &RopeTable, heads: usize) -> Result<(Tensor, Tensor)> {
+fn forward(x: &Tensor, weight: &Tensor, norm: RmsNorm, table: &RopeTable, heads: usize) -> Result<(Tensor, Tensor)> {
     let (xv, wv) = (View::of_tensor(x, OP)?, View::of_tensor(weight, OP)?);
     let mut rstd = room::<f32>(x.elem_count() / weight.elem_count());
     let y = for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
         let mut y = room::<T>(x.elem_count());
         let (xs, ws) = (xv.slice::<T>()?, wv.slice::<W>()?);
-        pmetal_cpu::rms_norm_rope_forward(xs, ws, eps, angles(table, heads), &mut y, &mut rstd);
+        pmetal_cpu::rms_norm_rope_forward(xs, ws, norm.eps as f32, norm.rounds_first, angles(table, heads), &mut y, &mut rstd);
         tensor(y, x.shape().clone())
     }))?;
     Ok((y, tensor(rstd, (x.dim(0)?, heads))?))
 }
 
 fn backward(dy: &Tensor, saved: &Saved, needs_weight: bool) -> Result<(Tensor, Option<Tensor>)> {
-    let Saved { x, weight, rstd, table, heads, .. } = saved;
+    let Saved { x, weight, norm, rstd, table, heads, .. } = saved;
     let rstdv = View::of_tensor(rstd, OP)?;
     let (dyv, xv, wv) = (View::of_tensor(dy, OP)?, View::of_tensor(x, OP)?, View::of_tensor(weight, OP)?);
     let mut dweight = needs_weight.then(|| vec![0f32; weight.elem_count()]);
     let dx = for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
         let mut dx = room::<T>(x.elem_count());
         let (dys, xs, ws) = (dyv.slice::<T>()?, xv.slice::<T>()?, wv.slice::<W>()?);
-        let dweight = dweight.as_deref_mut();
-        pmetal_cpu::rms_norm_rope_backward(dys, xs, ws, rstdv.slice::<f32>()?, angles(table, *heads), &mut dx, dweight);
+        let (rstd, angles, dweight) = (rstdv.slice::<f32>()?, angles(table, *heads), dweight.as_deref_mut());
+        pmetal_cpu::rms_norm_rope_backward(dys, xs, ws, rstd, norm.rounds_first, angles, &mut dx, dweight);
         tensor(dx, x.shape().clone())
     }))?;
     let dweight = dweight.map(|d| tensor(d, weight.elem_count())).transpose()?;
@@ -179,6 +198,26 @@ mod tests {
                 &[random(&[5, heads * head_dim], 1), random(&[head_dim], 2)],
                 move |t| Ok(vec![reference(&t[0], &t[1], RmsNorm::new(1e-5), &reference_table)?]),
                 |v| Ok(vec![rms_norm_rope(&v[0], &v[1], RmsNorm::new(1e-5), &table)?]),
+            );
+        }
+    }
+
+    /// In one pass, and where heads turn in part or by neighbours, in two.
+    #[test]
+    fn norms_with_offsets_and_other_layouts_and_their_gradients() {
+        let offset = RmsNorm { eps: 1e-5, weight_offset: 1.0, rounds_first: false };
+        let part = RopeLayout { head_dim: 9, start: 2, interleaved: false };
+        let neighbours = RopeLayout { interleaved: true, ..RopeLayout::whole(6) };
+        let plain = RmsNorm::new(1e-5);
+        let cases = [(offset, RopeLayout::whole(6)), (plain, part), (offset, part), (plain, neighbours)];
+        for (norm, layout) in cases {
+            let table = RopeTable::new(&[0, 1, 2, 0, 1], &[1.0, 0.31, 0.04], 1.3, layout);
+            let reference_table = table.clone();
+            let inputs = [random(&[5, 3 * layout.head_dim], 1), random(&[layout.head_dim], 2)];
+            check_op(
+                &inputs,
+                move |t| Ok(vec![reference(&t[0], &t[1], norm, &reference_table)?]),
+                |v| Ok(vec![rms_norm_rope(&v[0], &v[1], norm, &table)?]),
             );
         }
     }

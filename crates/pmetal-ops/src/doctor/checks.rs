@@ -135,12 +135,31 @@ const COMMON: Operation = Operation {
 pub(super) const ALL: &[Operation] = &[
     Operation { op: "rms_norm", name: "rms_norm", prepare: prepare::norm, ..COMMON },
     Operation { op: "rms_norm", name: "add_rms_norm", prepare: prepare::add_norm, ..COMMON },
+    Operation { op: "rms_norm", name: "norms with an offset", prepare: prepare::norms_with_offset, ..COMMON },
+    Operation { op: "layer_norm", name: "layer_norm", prepare: prepare::layer, ..COMMON },
+    Operation { op: "layer_norm", name: "layer_norm of heads", prepare: prepare::layer_of_heads, ..COMMON },
     Operation {
         op: "rope",
         name: "rope",
         sizes: &[size(5, 6), size(4, 64), size(3, 256)],
         timed: size(2048, 64),
         prepare: prepare::turn,
+        ..COMMON
+    },
+    Operation {
+        op: "rope",
+        name: "rope of a part, neighbours",
+        sizes: &[size(5, 6), size(4, 64), size(3, 160)],
+        timed: size(2048, 64),
+        prepare: prepare::turn_neighbours,
+        ..COMMON
+    },
+    Operation {
+        op: "rms_norm_rope",
+        name: "rms_norm_rope with an offset",
+        sizes: &[size(5, 6), size(4, 64), size(3, 256)],
+        timed: size(2048, 64),
+        prepare: prepare::norm_with_offset_and_turn,
         ..COMMON
     },
     Operation {

@@ -6,8 +6,8 @@ use super::checks::{Prepared, Run, Size};
 use crate::{
     Activation, AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, LogitsSpec, Reach, Result, RmsNorm,
     RopeLayout, RopeTable, Rows, Sampler, Sampling, Value, Weight, adamw, add_rms_norm, attention, elementwise,
-    embedding, gated_activation, linear_cross_entropy, logits, no_grad, normal_on_gpu, random, rms_norm, rms_norm_rope,
-    rope, scaled, scaled_rows, write_rows,
+    embedding, gated_activation, layer_norm, linear_cross_entropy, logits, no_grad, normal_on_gpu, random, rms_norm,
+    rms_norm_rope, rope, scaled, scaled_rows, write_rows,
 };
 
 fn weight(arena: &Arena, name: &str) -> Result<Weight> {
@@ -35,22 +35,68 @@ pub(super) fn add_norm(run: &Run, Size { rows, width }: Size) -> Result<Prepared
     })
 }
 
+/// What a checkpoint holds is above 1, and is rounded with the product alone.
+const WITH_OFFSET: RmsNorm = RmsNorm { eps: 1e-5, weight_offset: 1.0, rounds_first: false };
+
+/// The norm of a value, and of its sum with another.
+pub(super) fn norms_with_offset(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let operands = [run.columns([rows, width], 1)?, run.tensor(&[rows, width], 2)?, run.tensor(&[width], 3)?];
+    prepared(operands.map(Value::variable).into(), |v| {
+        let alone = rms_norm(&v[0], &v[2], WITH_OFFSET, 0)?;
+        let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], WITH_OFFSET, SPARE)?;
+        Ok(vec![alone, sum, y])
+    })
+}
+
+pub(super) fn layer(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let leaves = [run.columns([rows, width], 1)?, run.tensor(&[width], 2)?, run.tensor(&[width], 3)?];
+    prepared(leaves.map(Value::variable).into(), move |v| Ok(vec![layer_norm(&v[0], &v[1], Some(&v[2]), 1e-5, width)?]))
+}
+
+/// Each head has a weight of its own, or all share one.
+pub(super) fn layer_of_heads(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let leaves = [run.columns([rows, 3 * width], 1)?, run.tensor(&[3 * width], 2)?, run.tensor(&[width], 3)?];
+    prepared(leaves.map(Value::variable).into(), move |v| {
+        Ok(vec![layer_norm(&v[0], &v[1], None, 1e-5, width)?, layer_norm(&v[0], &v[2], None, 1e-5, width)?])
+    })
+}
+
 pub(super) fn turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let table = angles(rows, width);
     let leaves = vec![Value::variable(run.columns([rows, 16 * width], 1)?)];
     prepared(leaves, move |v| Ok(vec![rope(&v[0], &table)?]))
 }
 
-pub(super) fn norm_and_turn(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+/// Heads wider than what turns of them, by pairs of neighbours.
+pub(super) fn turn_neighbours(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let layout = RopeLayout { head_dim: 2 * width - 1, start: width - 2, interleaved: true };
+    let table = angles_of(rows, width, layout);
+    let leaves = vec![Value::variable(run.columns([rows, 8 * layout.head_dim], 1)?)];
+    prepared(leaves, move |v| Ok(vec![rope(&v[0], &table)?]))
+}
+
+pub(super) fn norm_and_turn(run: &Run, size: Size) -> Result<Prepared> {
+    norm_of_heads_and_turn(RmsNorm::new(1e-5), run, size)
+}
+
+pub(super) fn norm_with_offset_and_turn(run: &Run, size: Size) -> Result<Prepared> {
+    norm_of_heads_and_turn(WITH_OFFSET, run, size)
+}
+
+fn norm_of_heads_and_turn(norm: RmsNorm, run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let table = angles(rows, width);
     let leaves = [run.columns([rows, 16 * width], 1)?, run.tensor(&[width], 2)?].map(Value::variable);
-    prepared(leaves.into(), move |v| Ok(vec![rms_norm_rope(&v[0], &v[1], RmsNorm::new(1e-5), &table)?]))
+    prepared(leaves.into(), move |v| Ok(vec![rms_norm_rope(&v[0], &v[1], norm, &table)?]))
 }
 
 fn angles(tokens: usize, width: usize) -> RopeTable {
+    angles_of(tokens, width, RopeLayout::whole(width))
+}
+
+fn angles_of(tokens: usize, width: usize, layout: RopeLayout) -> RopeTable {
     let positions: Vec<u32> = (0..tokens as u32).map(|t| t % 700).collect();
     let frequencies: Vec<f32> = (0..width / 2).map(|i| 0.7f32.powi(i as i32)).collect();
-    RopeTable::new(&positions, &frequencies, 1.2, RopeLayout::whole(width))
+    RopeTable::new(&positions, &frequencies, 1.2, layout)
 }
 
 pub(super) fn gate(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {

@@ -7,6 +7,7 @@
 mod table;
 
 use candle_core::{DType, Tensor};
+use pmetal_cpu::HeadLayout;
 use pmetal_metal::{Gpu, Grid, kernels};
 
 use crate::{
@@ -29,9 +30,9 @@ pub(crate) fn shared_out(op: &'static str, table: &RopeTable, x: &Tensor) -> Res
     shares(table, table.heads(op, x)?).ok_or_else(too_wide)
 }
 
-/// How kernels work on `heads` of every token, all of which turn: their grid, and what they are told beside pitches; none where a head is
-/// too wide.
-fn shares(table: &RopeTable, heads: usize) -> Option<(Grid, kernels::RopeParams)> {
+/// How kernels work on `heads` of every token, all of which turn in half-split pairs: their grid, and what they are told beside pitches; none
+/// where not all turns, or a head is too wide.
+pub(crate) fn shares(table: &RopeTable, heads: usize) -> Option<(Grid, kernels::RopeParams)> {
     let (tokens, known) = (table.tokens(), table.known());
     let lanes = known.half.div_ceil(QUAD).next_power_of_two();
     let heads_at_a_time = (SIMD_WIDTH / lanes).max(1);
@@ -49,11 +50,12 @@ fn shares(table: &RopeTable, heads: usize) -> Option<(Grid, kernels::RopeParams)
         share: 0.5 / known.half as f32,
         eps: 0.0,
         sign: 1.0,
+        offset: 0.0,
     };
-    (2 * known.half <= WIDEST).then_some((Grid::line(tokens, SIMD_WIDTH * simds), params))
+    (table.is_whole() && 2 * known.half <= WIDEST).then_some((Grid::line(tokens, SIMD_WIDTH * simds), params))
 }
 
-/// The widest heads that kernels take.
+/// The widest heads whose pairs stay in registers.
 const WIDEST: usize = 256;
 
 /// Pairs of a head that a thread has.
@@ -76,7 +78,7 @@ pub fn rope(x: &Value, table: &RopeTable) -> Result<Value> {
     let _span = profile::span(OP);
     let heads = table.heads(OP, x.tensor())?;
     let table = table.clone();
-    match place_of_heads(OP, x.tensor(), &table, heads)? {
+    match place(x.tensor(), OP)? {
         Place::Reference => Ok(one(composite(&[x], move |t| Ok(vec![reference(&t[0], &table)?]))?)),
         Place::Gpu(gpu) => {
             let y = turned_on_gpu(&*gpu, x.tensor(), &table, false, &GradPlace::default())?;
@@ -94,15 +96,6 @@ pub fn rope(x: &Value, table: &RopeTable) -> Result<Value> {
     }
 }
 
-/// As [`place`]; heads that are too wide for the kernels of a GPU go the reference path.
-pub(crate) fn place_of_heads(op: &'static str, x: &Tensor, table: &RopeTable, heads: usize) -> Result<Place> {
-    Ok(match place(x, op)? {
-        _ if !table.is_whole() => Place::Reference,
-        Place::Gpu(_) if shares(table, heads).is_none() => Place::Reference,
-        place => place,
-    })
-}
-
 /// `x` turned, or turned back where it is `inverse`, into `place`.
 pub(crate) fn turned_on_gpu(
     gpu: &dyn Gpu,
@@ -111,28 +104,60 @@ pub(crate) fn turned_on_gpu(
     inverse: bool,
     place: &GradPlace,
 ) -> Result<Tensor> {
-    let (x, (grid, params)) = (readable(x)?, shared_out(OP, table, x)?);
+    let (x, heads) = (readable(x)?, table.heads(OP, x)?);
     let y = place.empty(x.dims2()?, x.dtype(), x.device())?;
+    let sign = if inverse { -1.0 } else { 1.0 };
+    profile::moved(&[&x, &y]);
+    let Some((grid, params)) = shares(table, heads) else {
+        parts_turned_on_gpu(gpu, &x, table, heads, sign, &y)?;
+        return Ok(y);
+    };
     let params = kernels::RopeParams {
         aligned: aligned(table, &[&x, &y]),
         x_pitch: pitch_of(&x),
         y_pitch: pitch_of(&y),
-        sign: if inverse { -1.0 } else { 1.0 },
+        sign,
         ..params
     };
     let (angles, positions) = table.on(x.device())?;
     kernels::rope(gpu, x.dtype(), grid, &x, &angles, &positions, &y, params)?;
-    profile::moved(&[&x, &y]);
     Ok(y)
+}
+
+fn parts_turned_on_gpu(
+    gpu: &dyn Gpu,
+    x: &Tensor,
+    table: &RopeTable,
+    heads: usize,
+    sign: f32,
+    y: &Tensor,
+) -> Result<()> {
+    let (RopeLayout { head_dim, start, interleaved }, known) = (table.layout(), table.known());
+    let params = kernels::RopePartParams {
+        heads: heads as u32,
+        head_dim: head_dim as u32,
+        start: start as u32,
+        pairs: known.half as u32,
+        interleaved: u32::from(interleaved),
+        known: known.positions as u32,
+        x_pitch: pitch_of(x),
+        y_pitch: pitch_of(y),
+        sign,
+    };
+    let grid = Grid::line(table.tokens(), SIMD_WIDTH * heads.clamp(1, MAX_SIMDS));
+    let (angles, positions) = table.on(x.device())?;
+    Ok(kernels::rope_part(gpu, x.dtype(), grid, x, &angles, &positions, y, params)?)
 }
 
 fn turned_on_cpu(x: &Tensor, table: &RopeTable, heads: usize, inverse: bool) -> Result<Tensor> {
     let ((cos, sin), x) = (table.cos_and_sin(), x.contiguous()?);
+    let RopeLayout { head_dim, start, interleaved } = table.layout();
+    let layout = HeadLayout { head_dim, start, interleaved };
     let view = View::of_tensor(&x, OP)?;
     profile::moved(&[&x, &x]);
     for_dtype!(OP, x.dtype(), T => {
         let mut y = room::<T>(x.elem_count());
-        pmetal_cpu::rope_into(view.slice::<T>()?, heads, table.head_dim(), cos, sin, inverse, &mut y);
+        pmetal_cpu::rope_into(view.slice::<T>()?, heads, layout, cos, sin, inverse, &mut y);
         tensor(y, x.shape().clone())
     })
 }
@@ -166,7 +191,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::testing::{check_columns, check_op, random};
+    use crate::testing::{assert_close, check_columns, check_op, emulated, random};
 
     #[test]
     fn columns_of_wider_matrices() {
@@ -189,6 +214,49 @@ mod tests {
                 |v| Ok(vec![rope(&v[0], &table)?]),
             );
         }
+    }
+
+    /// Head width, start, pairs: a first part, a last, one in the middle, all; of heads that are wider than registers hold too.
+    const PARTS: [(usize, usize, usize); 5] = [(9, 0, 3), (20, 14, 3), (17, 4, 5), (8, 0, 4), (300, 1, 140)];
+
+    #[test]
+    fn parts_and_neighbours_and_their_gradients() {
+        for (interleaved, (head_dim, start, pairs)) in
+            [false, true].into_iter().flat_map(|i| PARTS.map(|part| (i, part)))
+        {
+            let layout = RopeLayout { head_dim, start, interleaved };
+            let inv_freq: Vec<f32> = (0..pairs).map(|i| 0.8f32.powi(i as i32)).collect();
+            let table = RopeTable::new(&[0, 1, 2, 0, 1], &inv_freq, 1.3, layout);
+            let reference_table = table.clone();
+            let x = random(&[5, if head_dim > 100 { 1 } else { 3 } * head_dim], 1);
+            check_columns(&[x.clone()], &[0], |v| Ok(vec![rope(&v[0], &table)?]));
+            check_op(&[x], move |t| Ok(vec![reference(&t[0], &reference_table)?]), |v| Ok(vec![rope(&v[0], &table)?]));
+        }
+    }
+
+    /// Rows of different frequencies behind one another are as each of them alone.
+    #[test]
+    fn joined_rows_turn_as_each_alone() {
+        for layout in [RopeLayout::whole(4), RopeLayout { head_dim: 6, start: 1, interleaved: true }] {
+            let (positions, inv_freqs) = ([[0, 1, 2], [0, 1, 9]], [[1.0, 0.1], [0.3, 0.2]]);
+            let tables = [0, 1].map(|i| RopeTable::new(&positions[i], &inv_freqs[i], 1.1, layout));
+            let x = random(&[6, 2 * layout.head_dim], 1).to_dtype(DType::F32).unwrap();
+            let turned = |x: Tensor, table: &RopeTable| rope(&Value::constant(x), table).unwrap().tensor().clone();
+            let alone = [0, 1].map(|i| turned(x.narrow(0, 3 * i, 3).unwrap(), &tables[i]));
+            let (want, joined) = (Tensor::cat(&alone, 0).unwrap(), RopeTable::joined(&tables));
+            assert_close(&want, &turned(x.clone(), &joined), 0.0, "on a CPU");
+            assert_close(&want, &emulated(|| turned(x.clone(), &joined)), 1e-6, "on a GPU");
+        }
+    }
+
+    #[test]
+    fn neighbours_are_turned_by_their_own_angle() {
+        let (tau, layout) = (std::f32::consts::TAU, RopeLayout { head_dim: 5, start: 1, interleaved: true });
+        let table = RopeTable::new(&[1], &[tau / 4.0, tau / 2.0], 1.0, layout);
+        let x = Tensor::new(&[[1f32, 2.0, 3.0, 4.0, 5.0]], &Device::Cpu).unwrap();
+        let y = rope(&Value::constant(x), &table).unwrap();
+        let want = Tensor::new(&[[1f32, -3.0, 2.0, -4.0, -5.0]], &Device::Cpu).unwrap();
+        assert_close(&want, y.tensor(), 1e-6, "turned");
     }
 
     #[test]

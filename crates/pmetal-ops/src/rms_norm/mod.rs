@@ -4,18 +4,21 @@
 //! value rounded to the dtype of `x` before it meets the weight, as Llama-like models do. Source: Zhang and Sennrich, "Root Mean Square Layer
 //! Normalization", 2019.
 
+mod cpu;
+mod gpu;
+
 use candle_core::{D, DType, Tensor};
-use pmetal_metal::{Gpu, Grid, empty, kernels};
 
 use crate::{
     Error, Result,
-    autograd::{Value, composite, one},
-    elementwise::{column_grid, column_sums, converted, in_octets, pitch_of, readable, row_groups, rows_in_quads},
-    kernel::{View, for_dtype, room, tensor},
+    autograd::{Value, composite, one, only},
+    elementwise::{converted, readable},
     place::{Place, place},
     profile,
-    rows::{GradPlace, SpareRows, empty_rows},
+    rows::{GradPlace, SpareRows},
 };
+
+pub(crate) use gpu::weight_grad as weight_grad_on_gpu;
 
 const OP: &str = "rms_norm";
 
@@ -40,6 +43,18 @@ impl RmsNorm {
     pub(crate) fn is_plain(self) -> bool {
         self.weight_offset == 0.0 && self.rounds_first
     }
+
+    /// The weight as kernels take it. On a GPU it has the `dtype` of activations, or is f32 and without its offset where the norm is not
+    /// plain.
+    pub(crate) fn weight(self, place: &Place, weight: &Tensor, dtype: DType) -> Result<Tensor> {
+        Ok(match place {
+            Place::Gpu(_) => converted(&weight.contiguous()?, if self.is_plain() { dtype } else { DType::F32 })?,
+            Place::Cpu if self.weight_offset != 0.0 => {
+                (weight.to_dtype(DType::F32)? + f64::from(self.weight_offset))?.contiguous()?
+            }
+            _ => weight.contiguous()?,
+        })
+    }
 }
 
 /// The norm of `x [rows, width]` with `weight [width]` (any float dtype); on a GPU with `spare` free columns behind each row.
@@ -51,16 +66,15 @@ pub fn rms_norm(x: &Value, weight: &Value, norm: RmsNorm, spare: usize) -> Resul
 pub fn rms_norm_beside(x: &Value, weight: &Value, norm: RmsNorm, spare: usize) -> Result<(Value, Value)> {
     let _span = profile::span(OP);
     let width = check(x, weight)?;
-    let place = place_of_rows(x.tensor(), width, norm)?;
-    let (x_t, weight_t) = (operand(&place, x.tensor())?, weight.tensor().contiguous()?);
-    let eps = norm.eps as f32;
+    let place = place_of_rows(x.tensor(), width)?;
+    let (x_t, weight_t) = (operand(&place, x.tensor())?, norm.weight(&place, weight.tensor(), x.tensor().dtype())?);
     let (y, rstd, room) = match &place {
         Place::Cpu => {
-            let (y, rstd) = forward(&x_t, &weight_t, eps, width)?;
+            let (y, rstd) = cpu::forward(&x_t, &weight_t, norm)?;
             (y, rstd, None)
         }
         Place::Gpu(gpu) => {
-            let (y, rstd) = forward_on_gpu(&**gpu, &x_t, &weight_t, eps, spare)?;
+            let (y, rstd) = gpu::forward(&**gpu, &x_t, &weight_t, norm, spare)?;
             (y.rows.clone(), rstd, Some(y))
         }
         Place::Reference => {
@@ -74,7 +88,7 @@ pub fn rms_norm_beside(x: &Value, weight: &Value, norm: RmsNorm, spare: usize) -
         let mut grads = grads.into_iter();
         let (beside, dy) = (grads.next().flatten(), grads.next().flatten());
         let Some(dy) = dy else { return Ok(vec![beside, None]) };
-        let saved = Saved { x: x_t, weight: weight_t, rstd, grad_place };
+        let saved = Saved { x: x_t, weight: weight_t, norm, rstd, grad_place };
         let (dx, dweight) = backward(&place, &dy, &saved, beside.as_ref(), needs[1])?;
         Ok(vec![needs[0].then_some(dx), dweight])
     })
@@ -97,17 +111,16 @@ pub fn add_rms_norm(
     if x.tensor().shape() != residual.tensor().shape() || x.tensor().dtype() != residual.tensor().dtype() {
         return Err(Error::operand(OP, "residual", x.tensor().dims(), residual.tensor().dims()));
     }
-    let place = place_of_rows(x.tensor(), width, norm)?;
+    let place = place_of_rows(x.tensor(), width)?;
     let (x_t, residual_t) = (operand(&place, x.tensor())?, operand(&place, residual.tensor())?);
-    let weight_t = weight.tensor().contiguous()?;
-    let eps = norm.eps as f32;
+    let weight_t = norm.weight(&place, weight.tensor(), x.tensor().dtype())?;
     let (sum, y, rstd, room) = match &place {
         Place::Cpu => {
-            let (sum, y, rstd) = add_forward(&x_t, &residual_t, &weight_t, eps, width)?;
+            let (sum, y, rstd) = cpu::add_forward(&x_t, &residual_t, &weight_t, norm)?;
             (sum, y, rstd, None)
         }
         Place::Gpu(gpu) => {
-            let (sum, y, rstd) = add_forward_on_gpu(&**gpu, &x_t, &residual_t, &weight_t, eps, spare)?;
+            let (sum, y, rstd) = gpu::add_forward(&**gpu, &x_t, &residual_t, &weight_t, norm, spare)?;
             (sum, y.rows.clone(), rstd, Some(y))
         }
         Place::Reference => {
@@ -121,7 +134,7 @@ pub fn add_rms_norm(
     };
     profile::moved(&[&x_t, &residual_t, &sum, &y]);
     let needs_weight = weight.requires_grad();
-    let saved = Saved { x: sum.clone(), weight: weight_t, rstd, grad_place: x.grad_place() };
+    let saved = Saved { x: sum.clone(), weight: weight_t, norm, rstd, grad_place: x.grad_place() };
     let mut outputs = Value::record(vec![sum, y], &[x, residual, weight], move |grads| {
         let mut grads = grads.into_iter();
         let (dsum, dy) = (grads.next().flatten(), grads.next().flatten());
@@ -132,6 +145,22 @@ pub fn add_rms_norm(
     .into_iter();
     let (sum, y) = pair(&mut outputs)?;
     Ok((sum, attached(room, y)))
+}
+
+/// The norm of every head of `x [rows, heads * width]` with `weight [width]` (any float dtype).
+pub fn rms_norm_heads(x: &Value, weight: &Value, norm: RmsNorm) -> Result<Value> {
+    let ((rows, columns), width) = (x.tensor().dims2()?, weight.tensor().elem_count());
+    if width == 0 || !columns.is_multiple_of(width) {
+        return Err(Error::operand(OP, "columns", format_args!("a multiple of {width}"), columns));
+    }
+    let heads = reshaped(x, (rows * columns / width, width))?;
+    reshaped(&rms_norm(&heads, weight, norm, 0)?, (rows, columns))
+}
+
+fn reshaped(x: &Value, shape: (usize, usize)) -> Result<Value> {
+    let before = x.tensor().dims2()?;
+    let y = x.tensor().contiguous()?.reshape(shape)?;
+    Ok(one(Value::record(vec![y], &[x], move |grads| Ok(vec![Some(only(grads, OP)?.contiguous()?.reshape(before)?)]))))
 }
 
 /// An operand as kernels read it.
@@ -164,41 +193,13 @@ fn check(x: &Value, weight: &Value) -> Result<usize> {
     }
 }
 
-/// What the backward needs: what was normalised, the weight, `1 / sqrt(mean(x²) + eps)` of each row (f32), and where the gradient goes.
+/// What the backward needs: what was normalised, the weight as kernels take it, the norm, `1 / sqrt(mean(x²) + eps)` of each row (f32), and where the gradient goes.
 struct Saved {
     x: Tensor,
     weight: Tensor,
+    norm: RmsNorm,
     rstd: Tensor,
     grad_place: GradPlace,
-}
-
-fn forward(x: &Tensor, weight: &Tensor, eps: f32, width: usize) -> Result<(Tensor, Tensor)> {
-    let (xv, wv) = (View::of_tensor(x, OP)?, View::of_tensor(weight, OP)?);
-    let mut rstd = room(x.elem_count() / width);
-    for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
-        let mut y = room::<T>(x.elem_count());
-        pmetal_cpu::rms_norm_forward(xv.slice::<T>()?, wv.slice::<W>()?, eps, width, &mut y, &mut rstd);
-        let rows = rstd.len();
-        Ok((tensor(y, x.shape().clone())?, tensor(rstd, rows)?))
-    }))
-}
-
-fn add_forward(
-    x: &Tensor,
-    residual: &Tensor,
-    weight: &Tensor,
-    eps: f32,
-    width: usize,
-) -> Result<(Tensor, Tensor, Tensor)> {
-    let (xv, rv, wv) = (View::of_tensor(x, OP)?, View::of_tensor(residual, OP)?, View::of_tensor(weight, OP)?);
-    let mut rstd = room(x.elem_count() / width);
-    for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
-        let (mut sum, mut y) = (room::<T>(x.elem_count()), room::<T>(x.elem_count()));
-        let (xs, rs, ws) = (xv.slice::<T>()?, rv.slice::<T>()?, wv.slice::<W>()?);
-        pmetal_cpu::add_rms_norm_forward(xs, rs, ws, eps, width, &mut sum, &mut y, &mut rstd);
-        let rows = rstd.len();
-        Ok((tensor(sum, x.shape().clone())?, tensor(y, x.shape().clone())?, tensor(rstd, rows)?))
-    }))
 }
 
 /// The gradients of the normalised value (plus `dsum`, which reached it by another way) and of the weight.
@@ -212,155 +213,20 @@ fn backward(
     let dy = operand(place, dy)?;
     let dsum = dsum.map(|dsum| operand(place, dsum)).transpose()?;
     let (dx, dweight) = match place {
-        Place::Gpu(gpu) => backward_on_gpu(&**gpu, &dy, saved, dsum.as_ref(), needs_weight)?,
-        _ => backward_on_cpu(&dy, saved, dsum.as_ref(), needs_weight)?,
+        Place::Gpu(gpu) => gpu::backward(&**gpu, &dy, saved, dsum.as_ref(), needs_weight)?,
+        _ => cpu::backward(&dy, saved, dsum.as_ref(), needs_weight)?,
     };
     profile::moved(&[&dy, &saved.x, &dx]);
     profile::moved(&dsum.iter().collect::<Vec<_>>());
     Ok((dx, dweight))
 }
 
-fn backward_on_cpu(
-    dy: &Tensor,
-    Saved { x, weight, rstd, .. }: &Saved,
-    dsum: Option<&Tensor>,
-    needs_weight: bool,
-) -> Result<(Tensor, Option<Tensor>)> {
-    let width = weight.elem_count();
-    let (dyv, xv, wv) = (View::of_tensor(dy, OP)?, View::of_tensor(x, OP)?, View::of_tensor(weight, OP)?);
-    let rstdv = View::of_tensor(rstd, OP)?;
-    let dsv = dsum.map(|d| View::of_tensor(d, OP)).transpose()?;
-    let mut dweight = needs_weight.then(|| vec![0f32; width]);
-    let dx = for_dtype!(OP, x.dtype(), T => for_dtype!(OP, weight.dtype(), W => {
-        let mut dx = room::<T>(x.elem_count());
-        let dsum = dsv.as_ref().map(|d| d.slice::<T>()).transpose()?;
-        pmetal_cpu::rms_norm_backward(
-            dyv.slice::<T>()?, xv.slice::<T>()?, wv.slice::<W>()?, rstdv.slice::<f32>()?, width, dsum, &mut dx,
-            dweight.as_deref_mut(),
-        );
-        tensor(dx, x.shape().clone())
-    }))?;
-    Ok((dx, dweight.map(|d| tensor(d, width)).transpose()?))
-}
-
-/// Elements of a row that a thread of the kernels holds.
-const PER_THREAD: usize = 16;
-
-/// Threads of a threadgroup: so many have the registers for what they hold, on every GPU.
-const MAX_THREADS: usize = 512;
-
-/// SIMD groups of a threadgroup that has a row for each.
-const ROWS: usize = 4;
-
 /// As [`place`]; rows that no threadgroup holds go the reference path.
-fn place_of_rows(x: &Tensor, width: usize, norm: RmsNorm) -> Result<Place> {
+fn place_of_rows(x: &Tensor, width: usize) -> Result<Place> {
     Ok(match place(x, OP)? {
-        _ if !norm.is_plain() => Place::Reference,
-        Place::Gpu(_) if width > PER_THREAD * MAX_THREADS => Place::Reference,
+        Place::Gpu(_) if width > gpu::WIDEST => Place::Reference,
         place => place,
     })
-}
-
-/// The kernels' grid, and 1 where a threadgroup has one row, 0 where each of its SIMD groups has one.
-fn grid_of_rows(rows: usize, width: usize) -> (Grid, u32) {
-    match width.div_ceil(PER_THREAD).next_multiple_of(32) {
-        32 => (Grid::line(rows.div_ceil(ROWS), 32 * ROWS), 0),
-        threads => (Grid::line(rows, threads), 1),
-    }
-}
-
-fn forward_on_gpu(gpu: &dyn Gpu, x: &Tensor, weight: &Tensor, eps: f32, spare: usize) -> Result<(SpareRows, Tensor)> {
-    let (rows, width) = x.dims2()?;
-    let weight = converted(weight, x.dtype())?;
-    let y = empty_rows(rows, width, spare, x.dtype(), x.device())?;
-    let rstd = empty(rows, DType::F32, x.device())?;
-    let (grid, wide) = grid_of_rows(rows, width);
-    let params = kernels::RmsNormParams {
-        rows: rows as u32,
-        width: width as u32,
-        wide,
-        aligned: in_octets(&[x, &weight, &y.rows]),
-        x_pitch: pitch_of(x),
-        residual_pitch: 0,
-        y_pitch: pitch_of(&y.rows),
-        eps,
-    };
-    kernels::rms_norm(gpu, x.dtype(), grid, x, &weight, &y.rows, &rstd, params)?;
-    Ok((y, rstd))
-}
-
-fn add_forward_on_gpu(
-    gpu: &dyn Gpu,
-    x: &Tensor,
-    residual: &Tensor,
-    weight: &Tensor,
-    eps: f32,
-    spare: usize,
-) -> Result<(Tensor, SpareRows, Tensor)> {
-    let (rows, width) = x.dims2()?;
-    let weight = converted(weight, x.dtype())?;
-    let y = empty_rows(rows, width, spare, x.dtype(), x.device())?;
-    let (sum, rstd) = (empty((rows, width), x.dtype(), x.device())?, empty(rows, DType::F32, x.device())?);
-    let (grid, wide) = grid_of_rows(rows, width);
-    let params = kernels::RmsNormParams {
-        rows: rows as u32,
-        width: width as u32,
-        wide,
-        aligned: in_octets(&[x, residual, &weight, &y.rows]),
-        x_pitch: pitch_of(x),
-        residual_pitch: pitch_of(residual),
-        y_pitch: pitch_of(&y.rows),
-        eps,
-    };
-    kernels::add_rms_norm(gpu, x.dtype(), grid, x, residual, &weight, &sum, &y.rows, &rstd, params)?;
-    Ok((sum, y, rstd))
-}
-
-fn backward_on_gpu(
-    gpu: &dyn Gpu,
-    dy: &Tensor,
-    Saved { x, weight, rstd, grad_place }: &Saved,
-    dsum: Option<&Tensor>,
-    needs_weight: bool,
-) -> Result<(Tensor, Option<Tensor>)> {
-    let (rows, width) = x.dims2()?;
-    let weight = converted(weight, x.dtype())?;
-    let dx = grad_place.empty((rows, width), x.dtype(), x.device())?;
-    let (has_dsum, dsum) = (u32::from(dsum.is_some()), dsum.unwrap_or(dy));
-    let (grid, wide) = grid_of_rows(rows, width);
-    let params = kernels::RmsNormBackwardParams {
-        rows: rows as u32,
-        width: width as u32,
-        wide,
-        aligned: in_octets(&[dy, x, &weight, dsum, &dx]),
-        has_dsum,
-        dy_pitch: pitch_of(dy),
-        x_pitch: pitch_of(x),
-        dsum_pitch: pitch_of(dsum),
-        dx_pitch: pitch_of(&dx),
-    };
-    kernels::rms_norm_backward(gpu, x.dtype(), grid, dy, x, &weight, rstd, dsum, &dx, params)?;
-    let dweight = needs_weight.then(|| weight_grad_on_gpu(gpu, dy, x, rstd)).transpose()?;
-    Ok((dx, dweight))
-}
-
-/// `[width]` f32: the sum over rows of `dy * x * rstd`, all of `[rows, width]` but `rstd [rows]`.
-pub(crate) fn weight_grad_on_gpu(gpu: &dyn Gpu, dy: &Tensor, x: &Tensor, rstd: &Tensor) -> Result<Tensor> {
-    let (rows, width) = x.dims2()?;
-    let (rows_per_group, groups) = row_groups(rows);
-    let partial = empty((groups, width), DType::F32, x.device())?;
-    let dweight = empty(width, DType::F32, x.device())?;
-    let params = kernels::RmsNormWeightParams {
-        rows: rows as u32,
-        width: width as u32,
-        rows_per_group,
-        aligned: rows_in_quads(width, &[dy, x]),
-        dy_pitch: pitch_of(dy),
-        x_pitch: pitch_of(x),
-    };
-    kernels::rms_norm_weight_grad(gpu, x.dtype(), column_grid(width, groups), dy, x, rstd, &partial, params)?;
-    column_sums(gpu, &partial, &dweight, false)?;
-    Ok(dweight)
 }
 
 /// The formula in plain candle.
@@ -402,6 +268,67 @@ mod tests {
             let formula = |t: &[Tensor]| Ok(vec![reference(&t[0], &t[1], RmsNorm::new(1e-5))?]);
             check_op(&inputs, formula, move |v| Ok(vec![rms_norm(&v[0], &v[1], RmsNorm::new(1e-5), spare)?]));
         }
+    }
+
+    /// The weight as it is behind no rounding, what is above 1, and that behind a rounding.
+    const NOT_PLAIN: [RmsNorm; 3] = [
+        RmsNorm { eps: 1e-5, weight_offset: 0.0, rounds_first: false },
+        RmsNorm { eps: 1e-5, weight_offset: 1.0, rounds_first: false },
+        RmsNorm { eps: 1e-5, weight_offset: 0.5, rounds_first: true },
+    ];
+
+    #[test]
+    fn norms_with_offsets_and_late_rounding_and_their_gradients() {
+        for ((rows, width), norm) in SHAPES.iter().flat_map(|&shape| NOT_PLAIN.map(|norm| (shape, norm))) {
+            let inputs = [random(&[rows, width], 1), random(&[rows, width], 2), random(&[width], 3)];
+            let both = |v: &[Value]| {
+                let (sum, y) = add_rms_norm(&v[0], &v[1], &v[2], norm, 8)?;
+                Ok(vec![sum, y, rms_norm(&v[1], &v[2], norm, 0)?])
+            };
+            check_columns(&inputs, &[0], both);
+            let formula = move |t: &[Tensor]| {
+                let sum = (&t[0] + &t[1])?;
+                let y = reference(&sum, &t[2], norm)?;
+                Ok(vec![sum, y, reference(&t[1], &t[2], norm)?])
+            };
+            check_op(&inputs, formula, both);
+        }
+    }
+
+    /// Every digit of a wide weight counts where the product alone is rounded.
+    #[test]
+    fn a_weight_wider_than_activations_is_not_rounded() {
+        let x = random(&[3, 40], 1).to_dtype(DType::BF16).unwrap();
+        let weight = random(&[40], 2).to_dtype(DType::F32).unwrap();
+        let norm = NOT_PLAIN[0];
+        let of = |weight: &Tensor| reference(&x, weight, norm).unwrap();
+        let differing = |a: &Tensor, b: &Tensor| {
+            let [a, b] =
+                [a, b].map(|t| t.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap());
+            a.iter().zip(&b).filter(|(a, b)| a != b).count()
+        };
+        let want = of(&weight);
+        assert!(differing(&want, &of(&weight.to_dtype(DType::BF16).unwrap())) > 20);
+        let normed = || rms_norm(&Value::constant(x.clone()), &Value::constant(weight.clone()), norm, 0).unwrap();
+        for got in [normed(), emulated(normed)] {
+            // but for one that lies between two roundings
+            assert!(differing(&want, got.tensor()) <= 2);
+        }
+    }
+
+    #[test]
+    fn norms_of_heads_and_their_gradients() {
+        for ((rows, heads, width), norm) in
+            [(3, 1, 5), (5, 3, 8), (2, 4, 17)].iter().flat_map(|&shape| NOT_PLAIN.map(|norm| (shape, norm)))
+        {
+            let inputs = [random(&[rows, heads * width], 1), random(&[width], 2)];
+            let formula = move |t: &[Tensor]| {
+                Ok(vec![reference(&t[0].reshape(((), width))?, &t[1], norm)?.reshape((rows, heads * width))?])
+            };
+            check_op(&inputs, formula, |v| Ok(vec![rms_norm_heads(&v[0], &v[1], norm)?]));
+        }
+        let [x, weight] = [&[2, 6][..], &[4]].map(|shape| Value::constant(random(shape, 1)));
+        assert!(rms_norm_heads(&x, &weight, NOT_PLAIN[0]).is_err());
     }
 
     #[test]
