@@ -28,6 +28,26 @@ pub fn geglu_backward<T: Element>(dy: &[T], gate: &[T], up: &[T], dgate: &mut [T
     backward(GeluTanh, dy, gate, up, dgate, dup);
 }
 
+/// `y = (min(max(up, -limit), limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)`, as in GPT-OSS, elementwise.
+pub fn clamped_forward<T: Element>(alpha: f32, limit: f32, gate: &[T], up: &[T], y: &mut [T]) {
+    forward(Clamped { alpha, limit }, gate, up, y);
+}
+
+/// The gradients of [`clamped_forward`], with `s = sigmoid(alpha * g)`: `dgate = dy * (u + 1) * s * (1 + alpha * g * (1 - s))` up to the limit
+/// and `dup = dy * g * s` between the limits, 0 beyond.
+#[allow(clippy::too_many_arguments, reason = "what the formula needs")]
+pub fn clamped_backward<T: Element>(
+    alpha: f32,
+    limit: f32,
+    dy: &[T],
+    gate: &[T],
+    up: &[T],
+    dgate: &mut [T],
+    dup: &mut [T],
+) {
+    backward(Clamped { alpha, limit }, dy, gate, up, dgate, dup);
+}
+
 fn forward<T: Element>(function: impl Function, gate: &[T], up: &[T], y: &mut [T]) {
     assert_eq!(gate.len(), up.len(), "gated activation: up");
     assert_eq!(gate.len(), y.len(), "gated activation: y");
@@ -55,6 +75,18 @@ fn backward<T: Element>(function: impl Function, dy: &[T], gate: &[T], up: &[T],
 trait Function: Copy + Send + Sync {
     /// The function, and its slope.
     fn at<V: Vector>(self, z: V) -> (V, V);
+
+    /// What the function is multiplied by.
+    #[inline(always)]
+    fn factor<V: Vector>(self, up: V) -> V {
+        up
+    }
+
+    /// The gradient of `up` out of that of its factor.
+    #[inline(always)]
+    fn through_factor<V: Vector>(self, _up: V, d: V) -> V {
+        d
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -87,6 +119,43 @@ impl Function for GeluTanh {
     }
 }
 
+/// 1 where `z` is at most `limit`, else 0.
+#[inline(always)]
+fn up_to<V: Vector>(limit: V, z: V) -> V {
+    // floats that differ have a difference that is not zero, and by this factor none of it is below 1
+    const STEEP: f32 = 1e38;
+    let (zero, one) = (V::splat(0.0), V::splat(1.0));
+    limit.sub(z).mul(V::splat(STEEP)).add(one).max(zero).min(one)
+}
+
+#[derive(Clone, Copy)]
+struct Clamped {
+    alpha: f32,
+    limit: f32,
+}
+
+impl Function for Clamped {
+    #[inline(always)]
+    fn at<V: Vector>(self, z: V) -> (V, V) {
+        let (alpha, limit) = (V::splat(self.alpha), V::splat(self.limit));
+        let g = z.min(limit);
+        let s = g.mul(alpha).sigmoid();
+        let y = g.mul(s);
+        (y, y.mul(alpha).mul(V::splat(1.0).sub(s)).add(s).mul(up_to(limit, z)))
+    }
+
+    #[inline(always)]
+    fn factor<V: Vector>(self, up: V) -> V {
+        up.max(V::splat(-self.limit)).min(V::splat(self.limit)).add(V::splat(1.0))
+    }
+
+    #[inline(always)]
+    fn through_factor<V: Vector>(self, up: V, d: V) -> V {
+        // the larger of a number and its negative is its magnitude
+        d.mul(up_to(V::splat(self.limit), up.max(V::splat(0.0).sub(up))))
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Gated<'a, T, F> {
     function: F,
@@ -113,7 +182,7 @@ impl<T: Element, F: Function> Step for Forward<'_, T, F> {
     fn step<V: Vector>(&mut self, at: usize) {
         let Gated { function, gate, up } = self.gated;
         let (y, _) = function.at(V::load(&gate[at..]));
-        y.mul(V::load(&up[at..])).store(&mut self.y[at..]);
+        y.mul(function.factor(V::load(&up[at..]))).store(&mut self.y[at..]);
     }
 }
 
@@ -139,7 +208,8 @@ impl<T: Element, F: Function> Step for Backward<'_, T, F> {
         let Gated { function, gate, up } = self.gated;
         let dy = V::load(&self.dy[at..]);
         let (y, slope) = function.at(V::load(&gate[at..]));
-        dy.mul(V::load(&up[at..])).mul(slope).store(&mut self.dgate[at..]);
-        dy.mul(y).store(&mut self.dup[at..]);
+        let up = V::load(&up[at..]);
+        dy.mul(function.factor(up)).mul(slope).store(&mut self.dgate[at..]);
+        function.through_factor(up, dy.mul(y)).store(&mut self.dup[at..]);
     }
 }

@@ -5,8 +5,9 @@ mod common;
 use common::{assert_close, numbers, rounding, same_on_any_threads, wide};
 use half::{bf16, f16};
 use pmetal_cpu::{
-    Element, HeadLayout, add_assign, add_assign_mixed, bias_add, bias_grad, convert, dropout, gather_rows,
-    geglu_backward, geglu_forward, rope, rope_into, scatter_add_rows, swiglu_backward, swiglu_forward, uniform,
+    Element, HeadLayout, add_assign, add_assign_mixed, bias_add, bias_grad, clamped_backward, clamped_forward, convert,
+    dropout, gather_rows, geglu_backward, geglu_forward, rope, rope_into, scatter_add_rows, swiglu_backward,
+    swiglu_forward, uniform,
 };
 
 fn check_rope<T: Element>(tokens: usize, heads: usize, half: usize, layout: HeadLayout) {
@@ -97,6 +98,42 @@ fn gated_activations_and_their_slopes() {
         check_gates::<f32>(n);
         check_gates::<bf16>(n);
         check_gates::<f16>(n);
+    }
+}
+
+fn check_clamped<T: Element>(n: usize) {
+    const ALPHA: f32 = 1.702;
+    const LIMIT: f32 = 0.75;
+    let (gate, mut up, dy) = (numbers::<T>(n, 1), numbers::<T>(n, 2), numbers::<T>(n, 3));
+    // at the limit itself the gradient still comes through
+    up[0] = T::from_f32(-LIMIT);
+    let (mut y, mut dgate, mut dup) = (up.clone(), up.clone(), up.clone());
+    clamped_forward(ALPHA, LIMIT, &gate, &up, &mut y);
+    clamped_backward(ALPHA, LIMIT, &dy, &gate, &up, &mut dgate, &mut dup);
+    let (alpha, limit) = (f64::from(ALPHA), f64::from(LIMIT));
+    let (g, u, d) = (wide(&gate), wide(&up), wide(&dy));
+    let sigmoid = |g: f64| 1.0 / (1.0 + (-alpha * g).exp());
+    let swish = |i: usize| g[i].min(limit) * sigmoid(g[i].min(limit));
+    let factor = |i: usize| u[i].clamp(-limit, limit) + 1.0;
+    let slope = |i: usize| {
+        let s = sigmoid(g[i]);
+        if g[i] > limit { 0.0 } else { s * (1.0 + alpha * g[i] * (1.0 - s)) }
+    };
+    let expected = |f: &dyn Fn(usize) -> f64| (0..n).map(f).collect::<Vec<f64>>();
+    let tolerance = rounding::<T>(2e-6);
+    assert_close("y", &y, &expected(&|i| swish(i) * factor(i)), tolerance, 1e-2);
+    assert_close("dgate", &dgate, &expected(&|i| d[i] * factor(i) * slope(i)), tolerance, 0.1);
+    let passed = |i: usize| if u[i].abs() > limit { 0.0 } else { d[i] * swish(i) };
+    assert_close("dup", &dup, &expected(&passed), tolerance, 1e-2);
+    assert!(n < 100 || (0..n).any(|i| g[i] > limit) && (0..n).any(|i| u[i] > limit) && (0..n).any(|i| u[i] < -limit));
+}
+
+#[test]
+fn clamped_gates_and_their_slopes() {
+    for n in [1, 17, 1000, 40_000] {
+        check_clamped::<f32>(n);
+        check_clamped::<bf16>(n);
+        check_clamped::<f16>(n);
     }
 }
 

@@ -5,9 +5,10 @@ use candle_core::{DType, Device, Tensor};
 use super::checks::{Prepared, Run, Size};
 use crate::{
     Activation, AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, LogitsSpec, Reach, Result, RmsNorm,
-    RopeLayout, RopeTable, Rows, Sampler, Sampling, Value, Weight, adamw, add_rms_norm, attention, elementwise,
-    embedding, gated_activation, layer_norm, linear_cross_entropy, logits, no_grad, normal_on_gpu, random, rms_norm,
-    rms_norm_rope, rope, scaled, scaled_rows, write_rows,
+    RopeLayout, RopeTable, Rows, Sampler, Sampling, Value, Weight, adamw, add_rms_norm, attention, combine_rows,
+    elementwise, embedding, gated_activation, gather_rows, join_columns, join_rows, layer_norm, linear_cross_entropy,
+    logits, no_grad, normal_on_gpu, random, rms_norm, rms_norm_rope, rope, scaled, scaled_rows, split_columns,
+    split_rows, write_rows,
 };
 
 fn weight(arena: &Arena, name: &str) -> Result<Weight> {
@@ -105,6 +106,36 @@ pub(super) fn gate(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
 
 pub(super) fn gelu_gate(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     gate_of(Activation::GeluTanh, run, [rows, width])
+}
+
+/// With numbers on both sides of the limit, which is none of sixteen bits.
+pub(super) fn clamped_gate(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    gate_of(Activation::Clamped { alpha: 1.702, limit: 0.7003 }, run, [rows, width])
+}
+
+/// Rows gathered for two experts each, then added up with weights.
+pub(super) fn rows_of_experts(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let wide = if run.is_reference() { DType::F64 } else { DType::F32 };
+    let leaves = [run.columns([rows, width], 1)?, run.tensor_of(&[rows, 2], 2, wide)?].map(Value::variable);
+    let gathered: Vec<u32> = (0..2 * rows).map(|i| (i * i % rows) as u32).collect();
+    let places: Vec<u32> = (0..2 * rows as u32).rev().collect();
+    prepared(leaves.into(), move |v| {
+        let y = gather_rows(&v[0], &gathered)?;
+        let sums = combine_rows(&y, &v[1], &places)?;
+        Ok(vec![y, sums])
+    })
+}
+
+/// A matrix taken apart by columns and by rows, and put together in another order.
+pub(super) fn parts(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let leaves = vec![Value::variable(run.columns([rows, width], 1)?)];
+    prepared(leaves, move |v| {
+        let mut columns = split_columns(&v[0], &[width / 3, width - width / 3])?;
+        columns.reverse();
+        let mut rows_apart = split_rows(&join_columns(&columns)?, &[1, rows - 1])?;
+        rows_apart.reverse();
+        Ok(vec![join_rows(&rows_apart)?])
+    })
 }
 
 fn gate_of(activation: Activation, run: &Run, shape: [usize; 2]) -> Result<Prepared> {
