@@ -6,7 +6,7 @@ use crate::{Element, simd::rows_per_task, simd::simd_fn};
 
 /// `y = x * factors[row]`, `[rows, width]`: multiplied in f32, rounded once. One factor serves all rows.
 pub fn scale_rows<T: Element>(x: &[T], width: usize, factors: &[f32], y: &mut [T]) {
-    let rows = if width == 0 { 0 } else { x.len() / width };
+    let rows = x.len().checked_div(width).unwrap_or(0);
     assert!(y.len() == x.len() && x.len() == rows * width, "scale_rows: {} elements, rows of {width}", x.len());
     assert!(factors.len() == rows || factors.len() == 1, "scale_rows: {} factors of {rows} rows", factors.len());
     let each = rows_per_task(width.max(1));
