@@ -16,7 +16,7 @@ use crate::{
     config::read_object,
     gguf_config,
     names::{EMBEDDING, HEAD, LAYERS},
-    resize_table,
+    override_rope_scaling, resize_table,
     safetensors_folder::SafetensorsFolder,
     spec_of, tensors_of,
 };
@@ -83,7 +83,8 @@ impl Checkpoint {
         let config_path = folder.join(CONFIG);
         let mut config = read_object(&config_path)?;
         let mut spec = spec_of(&config).map_err(|e| e.at(&config_path))?;
-        let Some(weights) = SafetensorsFolder::open(folder)? else { return Err(not_a_model(folder)) };
+        let weights = SafetensorsFolder::open(folder, &config).map_err(|e| e.at(&config_path))?;
+        let Some(weights) = weights else { return Err(not_a_model(folder)) };
         if spec.tie_word_embeddings && has_its_own_head(&weights) {
             spec.tie_word_embeddings = false;
             config["tie_word_embeddings"] = json!(false);
@@ -158,6 +159,16 @@ impl Checkpoint {
         self.resized = Some(Resized { stored_rows: self.stored_rows(), fresh: fresh.to_vec() });
         self.spec.vocab_size = rows;
         self.config["vocab_size"] = json!(rows);
+    }
+
+    /// Gives the model another scaling of rope than its configuration states; see [`crate::override_rope_scaling`].
+    ///
+    /// # Errors
+    /// Where `text` is no scaling, or the architecture has no use for it.
+    pub fn override_rope_scaling(&mut self, text: &str) -> Result<()> {
+        override_rope_scaling(&mut self.config, text)?;
+        self.spec = spec_of(&self.config)?;
+        Ok(())
     }
 
     fn stored_rows(&self) -> usize {

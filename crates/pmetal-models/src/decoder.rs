@@ -47,7 +47,8 @@ impl Decoder {
         let layers = layers.collect::<Result<_>>()?;
         let norm = get(NORM.to_owned(), spec.hidden_size.into())?;
         let head = if spec.tie_word_embeddings { None } else { Some(get(HEAD.to_owned(), table.into())?.packed()?) };
-        let angles = RopeAngles::new(&spec.rope.inv_freq, 1.0, RopeLayout::whole(spec.head_dim));
+        let angles =
+            RopeAngles::new(&spec.rope.inv_freq(0), spec.rope.attention_factor, RopeLayout::whole(spec.head_dim));
         Ok(Self { spec, embedding, layers, angles, norm, head, dtype, device: device.clone() })
     }
 
@@ -139,7 +140,7 @@ impl CausalLMModel for Decoder {
         let [embedding, norm, head] =
             [self.embedding(), &self.norm, self.head()].map(|weight| lying(weight, self.dtype));
         let (Some(embedding), Some(norm), Some(head)) = (embedding, norm, head) else { return Ok(None) };
-        let inv_freq = Tensor::new(spec.rope.inv_freq.as_slice(), &self.device)?;
+        let inv_freq = Tensor::new(&*spec.rope.inv_freq(0), &self.device)?;
         let (eps, attention) = (spec.rms_norm_eps as f32, *first.attention());
         OneToken::new(kernels, Model { embedding, layers, norm, head, eps, attention, inv_freq }).map(Some)
     }

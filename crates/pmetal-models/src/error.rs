@@ -63,6 +63,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A scaling of rope that is asked for in place of the checkpoint's, and is none.
+    #[error("--rope-scaling {text}: {reason}; give yarn:4, linear:2, dynamic:2, none, or a JSON object")]
+    RopeScaling {
+        /// What was asked for.
+        text: String,
+        /// Why it is none.
+        reason: String,
+    },
     /// A weight the configuration asks for is not there.
     #[error(
         "{}: tensor {tensor} is missing, expected {expected:?}; the download is incomplete, or config.json of another model: fetch both again",

@@ -5,9 +5,9 @@ use serde_json::{Value, json};
 use crate::rope_spec::Llama3;
 
 /// The numbers of every released Llama 3.1, 3.2 and 3.3, their factor aside.
-const LOW_FREQ_FACTOR: f64 = 1.0;
-const HIGH_FREQ_FACTOR: f64 = 4.0;
-const ORIGINAL_CONTEXT: f64 = 8192.0;
+const LOW_FREQ_FACTOR: f32 = 1.0;
+const HIGH_FREQ_FACTOR: f32 = 4.0;
+const ORIGINAL_CONTEXT: f32 = 8192.0;
 
 /// A GGUF file states the divisors of rope's frequencies, not the four numbers of `llama3` scaling they came from. Where they are those of
 /// the released models, the configuration says so; otherwise it stays as it is.
@@ -31,15 +31,15 @@ fn llama3_factor(config: &Value) -> Option<f64> {
     // the slowest pairs are divided by all of it
     let factor = factors.iter().copied().fold(1.0, f64::max);
     let bands = Llama3 {
-        factor,
+        factor: factor as f32,
         low_freq_factor: LOW_FREQ_FACTOR,
         high_freq_factor: HIGH_FREQ_FACTOR,
         original: ORIGINAL_CONTEXT,
     };
     let n = factors.len() as f64;
     let fits = factors.iter().enumerate().all(|(i, &stated)| {
-        let frequency = theta.powf(-(i as f64) / n);
-        (frequency / bands.scale(frequency) - stated).abs() <= 1e-4 * stated
+        let frequency = theta.powf(-(i as f64) / n) as f32;
+        (f64::from(frequency / bands.scale(frequency)) - stated).abs() <= 1e-4 * stated
     });
     fits.then_some(factor)
 }
@@ -51,8 +51,8 @@ mod tests {
     #[test]
     fn the_divisors_of_llama_3_2_are_recognised() {
         let bands = Llama3 { factor: 32.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original: 8192.0 };
-        let frequencies: Vec<f64> = (0..32).map(|i| 500_000f64.powf(-f64::from(i) / 32.0)).collect();
-        let factors: Vec<f32> = frequencies.iter().map(|&f| (f / bands.scale(f)) as f32).collect();
+        let frequencies: Vec<f32> = (0..32).map(|i| 500_000f64.powf(-f64::from(i) / 32.0) as f32).collect();
+        let factors: Vec<f32> = frequencies.iter().map(|&f| f / bands.scale(f)).collect();
         let config =
             json!({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "pmetal_factors", "factors": factors}});
         let standard = super::standard(config.clone());

@@ -39,6 +39,11 @@ impl<'a> Keys<'a> {
         self.object.get(key).is_some()
     }
 
+    /// Whether it has no key.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.object.as_object().is_none_or(|object| object.is_empty())
+    }
+
     fn get(&self, key: &str) -> Option<&'a Value> {
         self.object.get(key).filter(|v| !v.is_null())
     }

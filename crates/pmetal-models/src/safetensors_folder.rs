@@ -14,7 +14,10 @@ use pmetal_ops::{MappedFile, MappedWeight, Weight};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::Value;
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    dequantize::{self, Packing, transpose},
+};
 
 const ONE_FILE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -36,13 +39,16 @@ pub(crate) struct Entry {
     pub(crate) shape: Shape,
     /// Its dtype, as the file names it.
     pub(crate) stored: Dtype,
+    /// How its bytes become numbers, where they are quantized.
+    pub(crate) packing: Option<Packing>,
     file: MappedFile,
     range: Range<usize>,
 }
 
 impl SafetensorsFolder {
-    /// Reads the headers of a folder's files. `None` where it has neither `model.safetensors` nor the index of its shards.
-    pub(crate) fn open(folder: &Path) -> Result<Option<Self>> {
+    /// Reads the headers of a folder's files. `None` where it has neither `model.safetensors` nor the index of its shards. What `config`
+    /// says about quantization is how quantized tensors are read.
+    pub(crate) fn open(folder: &Path, config: &Value) -> Result<Option<Self>> {
         let mut found = Self { tensors: HashMap::new() };
         let (one_file, index) = (folder.join(ONE_FILE), folder.join(INDEX));
         if one_file.is_file() {
@@ -52,6 +58,7 @@ impl SafetensorsFolder {
         } else {
             return Ok(None);
         }
+        dequantize::join(&mut found.tensors, config)?;
         Ok(Some(found))
     }
 
@@ -117,6 +124,7 @@ impl SafetensorsFolder {
                 path: path.to_path_buf(),
                 shape: Shape::from(info.shape.as_slice()),
                 stored: info.dtype,
+                packing: None,
                 file: file.clone(),
                 range: data_start + start..data_start + end,
             };
@@ -173,9 +181,10 @@ fn wrong_size(header: &[u8]) -> Option<String> {
 }
 
 impl Entry {
-    /// Its dtype, where it is one that a decoder reads.
+    /// Its dtype, where it is one that a decoder reads; a quantized one is read as bf16.
     pub(crate) fn dtype(&self) -> Option<DType> {
         match self.stored {
+            _ if self.packing.is_some() => Some(DType::BF16),
             Dtype::F32 => Some(DType::F32),
             Dtype::F16 => Some(DType::F16),
             Dtype::BF16 => Some(DType::BF16),
@@ -188,20 +197,78 @@ impl Entry {
         self.file.bytes().get(self.range.clone()).unwrap_or_default()
     }
 
-    /// The weight in place, or copied where the file does not start it on a border of its elements.
+    /// The weight in place, or copied where the file does not start it on a border of its elements, or decoded where it is quantized.
     pub(crate) fn weight(&self, name: &str) -> Result<Weight> {
-        let Some(dtype) = self.dtype() else {
-            let (path, tensor, found) = (self.path.clone(), name.to_owned(), format!("{:?}", self.stored));
-            return Err(Error::TensorDType { path, tensor, found });
+        match &self.packing {
+            Some(packing) => Ok(Weight::Frozen(packing.tensor(self)?)),
+            None => self.part(name, self.range.clone(), self.shape.clone()),
+        }
+    }
+
+    /// Matrix `index` of `[n, d1, d2]`, `[d1, d2]`: in place, as [`Entry::weight`].
+    pub(crate) fn slice(&self, name: &str, index: usize) -> Result<Weight> {
+        let (range, shape) = self.place(name, index)?;
+        match &self.packing {
+            Some(packing) => Ok(Weight::Frozen(packing.matrix(self, index, false)?)),
+            None => self.part(name, range, shape.into()),
+        }
+    }
+
+    /// The transpose of matrix `index` of `[n, d1, d2]`, `[d2, d1]`.
+    pub(crate) fn slice_transposed(&self, name: &str, index: usize) -> Result<Tensor> {
+        let (range, (rows, width)) = self.place(name, index)?;
+        if let Some(packing) = &self.packing {
+            return packing.matrix(self, index, true);
+        }
+        let bytes = self.file.bytes().get(range).unwrap_or_default();
+        let dtype = self.known_dtype(name)?;
+        let turned = match dtype {
+            DType::F32 => transpose(bytes.as_chunks::<4>().0, width).into_flattened(),
+            _ => transpose(bytes.as_chunks::<2>().0, width).into_flattened(),
         };
-        Ok(match MappedWeight::new(&self.file, self.range.clone(), dtype, self.shape.clone()) {
-            Some(mapped) => Weight::Mapped(mapped),
-            None => Weight::Frozen(Tensor::from_raw_buffer(self.bytes(), dtype, self.shape.dims(), &Device::Cpu)?),
+        Ok(Tensor::from_raw_buffer(&turned, dtype, &[width, rows], &Device::Cpu)?)
+    }
+
+    /// Where matrix `index` of `[n, d1, d2]` lies, and its shape.
+    fn place(&self, name: &str, index: usize) -> Result<(Range<usize>, (usize, usize))> {
+        let &[n, rows, width] = self.shape.dims() else {
+            let reason = format!("tensor {name} is {:?}, expected three dimensions", self.shape.dims());
+            return Err(Error::broken(&self.path, reason));
+        };
+        if index >= n {
+            return Err(Error::broken(
+                &self.path,
+                format!("tensor {name} has {n} matrices, {index} is not one of them"),
+            ));
+        }
+        let bytes = self.range.len() / n;
+        let start = self.range.start + index * bytes;
+        Ok((start..start + bytes, (rows, width)))
+    }
+
+    /// The elements in `range` in place, or copied where they do not start on a border of an element.
+    fn part(&self, name: &str, range: Range<usize>, shape: Shape) -> Result<Weight> {
+        let dtype = self.known_dtype(name)?;
+        if let Some(mapped) = MappedWeight::new(&self.file, range.clone(), dtype, shape.clone()) {
+            return Ok(Weight::Mapped(mapped));
+        }
+        let bytes = self.file.bytes().get(range).unwrap_or_default();
+        Ok(Weight::Frozen(Tensor::from_raw_buffer(bytes, dtype, shape.dims(), &Device::Cpu)?))
+    }
+
+    fn known_dtype(&self, name: &str) -> Result<DType> {
+        self.dtype().ok_or_else(|| {
+            let without = if self.stored == Dtype::F8_E4M3 { " without its scales" } else { "" };
+            let (path, tensor, found) = (self.path.clone(), name.to_owned(), format!("{:?}{without}", self.stored));
+            Error::TensorDType { path, tensor, found }
         })
     }
 
     /// Lets go of the pages.
     pub(crate) fn release(&self) {
         self.file.release(self.range.clone());
+        if let Some(packing) = &self.packing {
+            packing.release();
+        }
     }
 }

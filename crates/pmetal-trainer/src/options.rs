@@ -27,6 +27,9 @@ pub struct SftOptions {
     /// Branch, tag or commit of --model on the hub
     #[arg(long, value_name = "REVISION", help_heading = "Input")]
     pub revision: Option<String>,
+    /// Scaling of rope in place of the model's own: yarn:4, linear:2, dynamic:2, none, or a JSON object
+    #[arg(long, value_name = "KIND:FACTOR", help_heading = "Input")]
+    pub rope_scaling: Option<String>,
     /// The rows.
     #[command(flatten)]
     pub data: DataOptions,

@@ -12,8 +12,8 @@ use pmetal_data::{Example, TOKENIZER_FILES, Template, TemplateChoice, Tokenizer}
 use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
-    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, random, read_config, refuse_too_large,
-    save_pretrained, spec_of, tensors_of,
+    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, override_rope_scaling, random, read_config,
+    refuse_too_large, save_pretrained, spec_of, tensors_of,
 };
 use pmetal_ops::{Arena, LOGITS_BYTES, no_grad};
 
@@ -188,12 +188,18 @@ pub(crate) struct Base {
 impl Base {
     fn open(options: &SftOptions, inputs: &Inputs) -> Result<Self> {
         if options.from_scratch {
-            let config = read_config(&inputs.model)?;
+            let mut config = read_config(&inputs.model)?;
+            if let Some(scaling) = &options.rope_scaling {
+                override_rope_scaling(&mut config, scaling)?;
+            }
             let stored_dtype = dtype_of(&config).unwrap_or(DType::BF16);
             let (spec, modules_to_save) = (spec_of(&config)?, ModulesToSave::default());
             return Ok(Self { spec, config, stored_dtype, checkpoint: None, adapter: None, modules_to_save });
         }
-        let checkpoint = Checkpoint::open(&inputs.model)?;
+        let mut checkpoint = Checkpoint::open(&inputs.model)?;
+        if let Some(scaling) = &options.rope_scaling {
+            checkpoint.override_rope_scaling(scaling)?;
+        }
         let (config, mut spec) = (checkpoint.config().clone(), checkpoint.spec().clone());
         let adapter = inputs.lora.as_deref().map(AdapterFile::open).transpose()?;
         if let Some(rows) = adapter.as_ref().and_then(AdapterFile::vocab_rows) {

@@ -92,6 +92,11 @@ impl Failure {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) | Self::Train(trainer::Error::Option { .. }) => 2,
+            Self::Model(e) | Self::Train(trainer::Error::Model(e))
+                if matches!(e, models::Error::RopeScaling { .. }) =>
+            {
+                2
+            }
             Self::Interrupted(_) => 130,
             Self::Hub(e) | Self::Train(trainer::Error::Hub(e)) if is_usage(e) => 2,
             _ => 1,

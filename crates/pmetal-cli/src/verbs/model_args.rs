@@ -6,7 +6,7 @@ use pmetal::{
     data::Tokenizer,
     hub::{Kind, locate},
     lora::AdapterFile,
-    models::{CausalLMModel, Checkpoint, dtype_of, load, random, read_config},
+    models::{CausalLMModel, Checkpoint, dtype_of, load, override_rope_scaling, random, read_config},
     ops::device,
 };
 
@@ -25,6 +25,9 @@ pub struct ModelArgs {
     /// Adapter to use with it: a path, or an id of the hub; several, each with its own --lora, take turns
     #[arg(long, visible_alias = "adapter", value_name = "PATH|ID")]
     lora: Vec<PathBuf>,
+    /// Scaling of rope in place of the model's own: yarn:4, linear:2, dynamic:2, none, or a JSON object
+    #[arg(long, value_name = "KIND:FACTOR")]
+    rope_scaling: Option<String>,
     /// Dtype of activations: auto (the checkpoint's), bf16, f16, f32
     #[arg(long, default_value_t, value_name = "DTYPE")]
     dtype: DTypeChoice,
@@ -37,7 +40,11 @@ impl ModelArgs {
     /// The model's files, checked; no weight is read.
     pub fn checkpoint(&self) -> Result<Checkpoint> {
         let path = locate(Kind::Model, self.name(), self.revision.as_deref(), &TransferBars::downloads())?;
-        Ok(Checkpoint::open(&path)?)
+        let mut checkpoint = Checkpoint::open(&path)?;
+        if let Some(scaling) = &self.rope_scaling {
+            checkpoint.override_rope_scaling(scaling)?;
+        }
+        Ok(checkpoint)
     }
 
     /// The tokenizer beside an adapter where there is one, else the checkpoint's.
@@ -77,7 +84,10 @@ impl ModelArgs {
 
     /// A model of random weights in the shape of a `config.json`, ready to run.
     pub fn random(&self, config: &Path) -> Result<Box<dyn CausalLMModel>> {
-        let config = read_config(config)?;
+        let mut config = read_config(config)?;
+        if let Some(scaling) = &self.rope_scaling {
+            override_rope_scaling(&mut config, scaling)?;
+        }
         let dtype = self.dtype.resolve(dtype_of(&config).unwrap_or(DType::BF16));
         Ok(random(&config, dtype, &device::open(self.device)?, 0, None)?)
     }

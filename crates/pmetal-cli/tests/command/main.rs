@@ -21,6 +21,7 @@ mod malformed_gguf;
 mod malformed_tokenizers;
 mod malformed_weights;
 mod model_errors;
+mod rope_scaling;
 mod terminal;
 mod train;
 mod train_full;

@@ -48,8 +48,8 @@ fn values_that_describe_no_model() {
         ("quantization_config", json!("4bit"), &["quantization_config: expected an object"]),
         (
             "rope_scaling",
-            json!({"rope_type": "yarn", "factor": 4}),
-            &["rope_scaling.rope_type: yarn", "default, linear, llama3"],
+            json!({"rope_type": "mrope", "factor": 4}),
+            &["rope_scaling.rope_type: mrope", "default, dynamic, linear, llama3, longrope, yarn"],
         ),
         ("rope_scaling", json!("linear"), &["rope_scaling: expected an object, found \"linear\""]),
         ("rope_scaling", json!({"type": "linear"}), &["rope_scaling.factor: is missing", "restore"]),

@@ -4,7 +4,7 @@ pub(crate) mod llama;
 pub(crate) mod qwen2;
 pub(crate) mod qwen3;
 
-use crate::{AttentionBias, DecoderSpec, Result, RopeSpec, keys::Keys};
+use crate::{AttentionBias, DecoderSpec, Result, RopeSpec, keys::Keys, rope_spec::RopeDefaults};
 
 /// Wider than the head of any model, and small enough that its frequencies cost nothing.
 const LARGEST_HEAD: usize = 1 << 16;
@@ -46,7 +46,7 @@ fn dense(config: &Keys, defaults: Defaults) -> Result<DecoderSpec> {
         num_key_value_heads: kv_heads,
         head_dim,
         rms_norm_eps: epsilon(config)?,
-        rope: RopeSpec::read(config, head_dim, max_positions)?,
+        rope: RopeSpec::read(config, RopeDefaults::default(), head_dim, max_positions)?,
         attention_bias: AttentionBias::default(),
         mlp_bias: false,
         qk_norm: false,
