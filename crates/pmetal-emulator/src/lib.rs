@@ -23,6 +23,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Tensor};
 use pmetal_metal::{
     AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, HostMarks, Kernel, Marks, Memory, Resting, Result,
+    Statistics,
     kernels::{ALL, METAL_ALL, METAL_TEXTS, TEXTS},
 };
 
@@ -111,8 +112,8 @@ impl Gpu for Emulator {
         out: &Tensor,
         rows: &AttentionRows,
         spec: &AttentionSpec,
-    ) -> Result<Option<Tensor>> {
-        pmetal_metal::attention_forward(self, [q, k, v], out, rows, spec)
+    ) -> Result<Option<Statistics>> {
+        Ok(pmetal_metal::attention_forward(self, [q, k, v], out, rows, spec)?.map(Statistics::Natural))
     }
 
     fn attention_backward(

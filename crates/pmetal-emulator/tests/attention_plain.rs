@@ -1,8 +1,9 @@
-//! `attention_plain.metal` against attention in f64, at any width of a head, with and without a cache, whole and in parts.
+//! `attention_plain.metal` against attention in f64, at any width of a head, with and without a cache, whole and in parts, over windows and
+//! chunks, and with a cap on scores.
 
 use candle_core::{DType, Device, Tensor};
 use pmetal_emulator::Emulator;
-use pmetal_metal::{Grid, empty, kernels};
+use pmetal_metal::{Grid, Reach, empty, kernels, limits};
 
 const SCALE: f32 = 0.3;
 
@@ -17,6 +18,8 @@ struct Case {
     capacity: Option<usize>,
     dtype: DType,
     threads: usize,
+    reach: Reach,
+    softcap: Option<f32>,
 }
 
 impl Case {
@@ -74,13 +77,19 @@ fn want(case: &Case, [q, k, v, dout]: [&Tensor; 4]) -> [Vec<f64>; 5] {
         for (i, head) in (0..queries).flat_map(|i| (0..case.heads).map(move |head| (i, head))) {
             let place = (first_query + i) * case.heads + head;
             let own = place * d..(place + 1) * d;
-            let keys = (0..=keys - queries + i).map(|j| {
+            let position = keys - queries + i;
+            let keys = (case.reach.first(position)..=position).map(|j| {
                 let at = ((first_key + j) * case.kv_heads + head / group) * d;
                 at..at + d
             });
             let keys: Vec<_> = keys.collect();
-            let scores: Vec<f64> =
-                keys.iter().map(|key| f64::from(SCALE) * dot(&q[own.clone()], &k[key.clone()])).collect();
+            let scores = keys.iter().map(|key| f64::from(SCALE) * dot(&q[own.clone()], &k[key.clone()]));
+            // scores and their slopes
+            let capped = scores.map(|score| match case.softcap.map(f64::from) {
+                Some(cap) => (cap * (score / cap).tanh(), 1.0 - (score / cap).tanh().powi(2)),
+                None => (score, 1.0),
+            });
+            let (scores, slopes): (Vec<f64>, Vec<f64>) = capped.unzip();
             lse[place] = scores.iter().map(|score| score.exp()).sum::<f64>().ln();
             let weights: Vec<f64> = scores.iter().map(|score| (score - lse[place]).exp()).collect();
             for (key, &weight) in keys.iter().zip(&weights) {
@@ -89,9 +98,9 @@ fn want(case: &Case, [q, k, v, dout]: [&Tensor; 4]) -> [Vec<f64>; 5] {
             // the backward sees the result as it was stored
             let stored = Tensor::new(&out[own.clone()], &Device::Cpu).unwrap().to_dtype(case.dtype).unwrap();
             let delta = dot(&dout[own.clone()], &wide(&stored));
-            for (key, &weight) in keys.iter().zip(&weights) {
+            for ((key, &weight), slope) in keys.iter().zip(&weights).zip(&slopes) {
                 let dweight = dot(&dout[own.clone()], &v[key.clone()]);
-                let dscore = f64::from(SCALE) * weight * (dweight - delta);
+                let dscore = f64::from(SCALE) * slope * weight * (dweight - delta);
                 add(&mut dv[key.clone()], weight, &dout[own.clone()]);
                 add(&mut dk[key.clone()], dscore, &q[own.clone()]);
                 add(&mut dq[own.clone()], dscore, &k[key.clone()]);
@@ -111,11 +120,15 @@ fn check(case: &Case) {
     let rows = Tensor::from_vec(table, (case.rows.len(), 4), &Device::Cpu).unwrap();
     let (heads, kv_heads, width) = (case.heads as u32, case.kv_heads as u32, d as u32);
     let [q_pitch, kv_pitch] = [q_shape, kv_shape].map(|[_, width]| width as u32);
+    let ([window, chunk], cap) = (limits(case.reach), case.softcap.unwrap_or_default());
     let params = kernels::AttentionParams {
         heads,
         kv_heads,
         d: width,
         scale: SCALE,
+        window,
+        chunk,
+        cap,
         q_pitch,
         k_pitch: kv_pitch,
         v_pitch: kv_pitch,
@@ -154,6 +167,9 @@ fn check(case: &Case) {
             kv_heads,
             d: width,
             scale: SCALE,
+            window,
+            chunk,
+            cap,
             q_pitch,
             k_pitch: kv_pitch,
             v_pitch: kv_pitch,
@@ -183,21 +199,46 @@ fn check(case: &Case) {
     close("dv", &want[4], &dv, rounding);
 }
 
+/// Without a window, a chunk or a cap.
+fn plain(heads: usize, kv_heads: usize, d: usize, rows: &[(usize, usize)], capacity: Option<usize>) -> Case {
+    let (rows, dtype, threads) = (rows.to_vec(), DType::F32, 128);
+    Case { heads, kv_heads, d, rows, capacity, dtype, threads, reach: Reach::All, softcap: None }
+}
+
 #[test]
 fn packed_rows_at_any_width_of_a_head() {
-    let rows = vec![(3, 3), (1, 1), (9, 9)];
     for (d, threads) in [(1, 32), (6, 256), (8, 64), (64, 128), (80, 256), (130, 64), (256, 256)] {
         for dtype in [DType::F32, DType::BF16] {
-            check(&Case { heads: 4, kv_heads: 2, d, rows: rows.clone(), capacity: None, dtype, threads });
+            check(&Case { dtype, threads, ..plain(4, 2, d, &[(3, 3), (1, 1), (9, 9)], None) });
         }
     }
 }
 
 #[test]
 fn rows_that_continue_in_a_cache() {
-    let rows = vec![(2, 5), (1, 37), (4, 4), (1, 40)];
+    let rows = [(2, 5), (1, 37), (4, 4), (1, 40)];
     for (heads, kv_heads, threads) in [(6, 2, 256), (3, 3, 32), (4, 1, 96)] {
-        check(&Case { heads, kv_heads, d: 20, rows: rows.clone(), capacity: Some(41), dtype: DType::F32, threads });
+        check(&Case { threads, ..plain(heads, kv_heads, 20, &rows, Some(41)) });
     }
-    check(&Case { heads: 4, kv_heads: 2, d: 32, rows, capacity: Some(41), dtype: DType::F16, threads: 128 });
+    check(&Case { dtype: DType::F16, ..plain(4, 2, 32, &rows, Some(41)) });
+}
+
+#[test]
+fn windows_and_chunks() {
+    let (packed, cached) = ([(3, 3), (1, 1), (23, 23)], [(2, 5), (1, 37), (4, 4), (9, 40)]);
+    for reach in [1, 4, 7, 36].into_iter().flat_map(|n| [Reach::Window(n), Reach::Chunk(n)]) {
+        check(&Case { reach, ..plain(4, 2, 20, &packed, None) });
+        check(&Case { reach, ..plain(4, 2, 6, &cached, Some(41)) });
+    }
+}
+
+#[test]
+fn caps_on_scores() {
+    let (packed, cached) = ([(3, 3), (1, 1), (23, 23)], [(2, 5), (1, 37), (4, 4), (9, 40)]);
+    for (softcap, reach) in [(0.5, Reach::All), (0.1, Reach::Window(5)), (2.0, Reach::Chunk(6)), (50.0, Reach::All)] {
+        for (d, dtype) in [(20, DType::F32), (130, DType::F32), (7, DType::F16), (64, DType::BF16)] {
+            check(&Case { reach, softcap: Some(softcap), dtype, ..plain(4, 2, d, &packed, None) });
+        }
+        check(&Case { reach, softcap: Some(softcap), ..plain(4, 2, 20, &cached, Some(41)) });
+    }
 }

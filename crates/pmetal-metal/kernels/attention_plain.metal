@@ -1,8 +1,9 @@
 // Attention without matrix units: for decoding, and for any dtype and head's width up to 256.
 //
 // q, out [tokens, heads * d]; k, v [kv_tokens, kv_heads * d], each with a pitch, a multiple of 4 where d is one; rows [rows, 4]: first query,
-// queries, first key, keys. Query i of a row sees its keys 0 ..= keys - queries + i. The running softmax is that of Dao et al.,
-// "FlashAttention", 2022.
+// queries, first key, keys. Query i of a row sees its keys 0 ..= keys - queries + i, of these the last `window` and those of its own chunk of
+// `chunk` keys; where `cap` is not zero, scores become cap * tanh(score / cap). The running softmax is that of Dao et al., "FlashAttention",
+// 2022.
 //
 // A threadgroup of at most 256 threads has one query (or one key, in attention_plain_dkv) of one head. Teams of 8, 16 or 32 lanes share the
 // keys (or the queries): the smallest team whose lanes hold a head with eight elements each, 4 l .. 4 l + 4 and as many behind those of all
@@ -12,11 +13,13 @@
 
 struct AttentionParams {
     uint heads; uint kv_heads; uint d; float scale;
+    uint window; uint chunk; float cap;
     uint q_pitch; uint k_pitch; uint v_pitch; uint out_pitch;
     uint dout_pitch; uint dq_pitch; uint dk_pitch; uint dv_pitch;
 };
 struct SplitParams {
     uint tokens; uint splits; uint heads; uint kv_heads; uint d; float scale;
+    uint window; uint chunk; float cap;
     uint q_pitch; uint k_pitch; uint v_pitch;
 };
 struct MergeParams { uint places; uint heads; uint d; uint splits; uint out_pitch; };
@@ -42,6 +45,29 @@ FUNCTION float team_sum(float x, Team t)
     if (t.lanes > 8) x += simd_shuffle_xor(x, 8);
     if (t.lanes > 16) x += simd_shuffle_xor(x, 16);
     return x;
+}
+
+// The first key that the query at `position` of its row sees.
+FUNCTION uint first_seen(uint position, uint window, uint chunk)
+{
+    return max(position + 1 - min(position + 1, window), position / chunk * chunk);
+}
+
+// From how many positions a key is seen, its own the first.
+FUNCTION uint times_seen(uint key, uint window, uint chunk) { return min(window, chunk - key % chunk); }
+
+// A product of a query and a key as a score. Beyond 16 the tangent is 1, and quick versions of it overflow.
+template <bool CAPPED>
+FUNCTION float score_of(float product, float scale, float cap)
+{
+    return CAPPED ? cap * tanh(fmin(fmax(scale * product / cap, -16.0f), 16.0f)) : scale * product;
+}
+
+// How far a score moves with its product.
+template <bool CAPPED>
+FUNCTION float slope_of(float score, float scale, float cap)
+{
+    return CAPPED ? scale * (1.0f - score / cap * (score / cap)) : scale;
 }
 
 // Where a token's head begins.
@@ -147,9 +173,13 @@ FUNCTION float sum_taken(THREADGROUP_PTR(const float) shares, uint i, Team t)
 // What a team knows of a softmax: its greatest score, the sum of exponentials relative to it, the values so weighted.
 struct Softmax { float top; float sum; Share value; };
 
+// How scores come of products: a factor, and a cap where it is not zero.
+struct Scores { float scale; float cap; };
+
 // The softmax of a team's keys: `first + team`, `first + team + teams` and so on, below `end`; four at a time.
-FUNCTION Softmax attend(Share q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, Keys keys, uint first, uint end, float scale, uint d, Team t,
-                        bool quads)
+template <bool QUADS, bool CAPPED>
+FUNCTION Softmax attend_as(Share q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, Keys keys, uint first, uint end, Scores scores, uint d,
+                           Team t)
 {
     Softmax state;
     state.top = LOWEST;
@@ -158,13 +188,13 @@ FUNCTION Softmax attend(Share q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, K
     for (uint base = first; base < end; base += 4 * t.teams) {
         const uint key = base + t.team, last = end - 1;
         const ulong a = min(key, last), b = min(key + t.teams, last), c = min(key + 2 * t.teams, last), e = min(key + 3 * t.teams, last);
-        const Share k0 = load_other(k, keys.k + a * keys.k_pitch, d, t, quads), k1 = load_other(k, keys.k + b * keys.k_pitch, d, t, quads);
-        const Share k2 = load_other(k, keys.k + c * keys.k_pitch, d, t, quads), k3 = load_other(k, keys.k + e * keys.k_pitch, d, t, quads);
-        const Share v0 = load_other(v, keys.v + a * keys.v_pitch, d, t, quads), v1 = load_other(v, keys.v + b * keys.v_pitch, d, t, quads);
-        const Share v2 = load_other(v, keys.v + c * keys.v_pitch, d, t, quads), v3 = load_other(v, keys.v + e * keys.v_pitch, d, t, quads);
+        const Share k0 = load_other(k, keys.k + a * keys.k_pitch, d, t, QUADS), k1 = load_other(k, keys.k + b * keys.k_pitch, d, t, QUADS);
+        const Share k2 = load_other(k, keys.k + c * keys.k_pitch, d, t, QUADS), k3 = load_other(k, keys.k + e * keys.k_pitch, d, t, QUADS);
+        const Share v0 = load_other(v, keys.v + a * keys.v_pitch, d, t, QUADS), v1 = load_other(v, keys.v + b * keys.v_pitch, d, t, QUADS);
+        const Share v2 = load_other(v, keys.v + c * keys.v_pitch, d, t, QUADS), v3 = load_other(v, keys.v + e * keys.v_pitch, d, t, QUADS);
         // a key that is not there repeats the last one, with no weight
-        const float s0 = scale * team_dot(q, k0, t), s1 = scale * team_dot(q, k1, t);
-        const float s2 = scale * team_dot(q, k2, t), s3 = scale * team_dot(q, k3, t);
+        const float s0 = score_of<CAPPED>(team_dot(q, k0, t), scores.scale, scores.cap), s1 = score_of<CAPPED>(team_dot(q, k1, t), scores.scale, scores.cap);
+        const float s2 = score_of<CAPPED>(team_dot(q, k2, t), scores.scale, scores.cap), s3 = score_of<CAPPED>(team_dot(q, k3, t), scores.scale, scores.cap);
         const float top = fmax(state.top, fmax(fmax(s0, s1), fmax(s2, s3)));
         const float keep = exp(state.top - top);
         const float w0 = key < end ? exp(s0 - top) : 0.0f, w1 = key + t.teams < end ? exp(s1 - top) : 0.0f;
@@ -180,6 +210,16 @@ FUNCTION Softmax attend(Share q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, K
         state.value = value;
     }
     return state;
+}
+
+FUNCTION Softmax attend(Share q, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, Keys keys, uint first, uint end, Scores scores, uint d, Team t)
+{
+    if (scores.cap > 0.0f) {
+        return d % 4 == 0 ? attend_as<true, true>(q, k, v, keys, first, end, scores, d, t)
+                          : attend_as<false, true>(q, k, v, keys, first, end, scores, d, t);
+    }
+    return d % 4 == 0 ? attend_as<true, false>(q, k, v, keys, first, end, scores, d, t)
+                      : attend_as<false, false>(q, k, v, keys, first, end, scores, d, t);
 }
 
 // Shares the softmax of each team with the threadgroup: values, then greatest score and sum.
@@ -225,8 +265,9 @@ KERNEL(attention_plain)(READ_ROWS(T, q, 0), READ_ROWS(T, k, 1), READ_ROWS(T, v, 
     const uint visible = keys - queries + GROUP_X + 1;
     const Team t = team_of(d, LANE, SIMD, SIMDS);
     const Share query = load_own(q, start_of(token, params.q_pitch, GROUP_Y, d), d, t);
-    const Softmax state = d % 4 == 0 ? attend(query, k, v, others, 0, visible, params.scale, d, t, true)
-                                     : attend(query, k, v, others, 0, visible, params.scale, d, t, false);
+    const Scores scores = {params.scale, params.cap};
+    const uint first = first_seen(visible - 1, params.window, params.chunk);
+    const Softmax state = attend(query, k, v, others, first, visible, scores, d, t);
     share_softmax(state, shares, tops, sums, t, LANE, SIMD);
     float top, sum;
     merged(tops, sums, t.teams, top, sum);
@@ -249,12 +290,12 @@ KERNEL(attention_plain_split)(READ_ROWS(T, q, 0), READ_ROWS(T, k, 1), READ_ROWS(
     const uint token = rows[4 * GROUP_Z] + query, kv_head = GROUP_Y / (params.heads / params.kv_heads);
     const Keys others = keys_of(rows[4 * GROUP_Z + 2], params.k_pitch, params.v_pitch, kv_head, d);
     const uint visible = keys - queries + query + 1;
-    const uint part = (visible + params.splits - 1) / params.splits;
-    const uint first = min(part * split, visible), end = min(first + part, visible);
+    const uint seen = first_seen(visible - 1, params.window, params.chunk), part = (visible - seen + params.splits - 1) / params.splits;
+    const uint first = min(seen + part * split, visible), end = min(first + part, visible);
     const Team t = team_of(d, LANE, SIMD, SIMDS);
     const Share own = load_own(q, start_of(token, params.q_pitch, GROUP_Y, d), d, t);
-    const Softmax state = d % 4 == 0 ? attend(own, k, v, others, first, end, params.scale, d, t, true)
-                                     : attend(own, k, v, others, first, end, params.scale, d, t, false);
+    const Scores scores = {params.scale, params.cap};
+    const Softmax state = attend(own, k, v, others, first, end, scores, d, t);
     share_softmax(state, shares, tops, sums, t, LANE, SIMD);
     float top, sum;
     merged(tops, sums, t.teams, top, sum);
@@ -284,6 +325,26 @@ KERNEL(attention_plain_merge)(READ(float, partial, 0), READ(float, partial_lse, 
     if (THREAD == 0) lse[GROUP_X] = top + log(sum);
 }
 
+// A query with what the backward knows of it.
+struct Query { Share query; Share upstream; float lse; float delta; };
+
+// A team's part of the gradient of a query that sees the keys from `first` on, below `end`.
+template <bool CAPPED>
+FUNCTION Share to_query(Query own, DEVICE_PTR(const T) k, DEVICE_PTR(const T) v, Keys keys, uint first, uint end, Scores scores, uint d, Team t)
+{
+    Share sum = no_share();
+    for (uint base = first; base < end; base += t.teams) {
+        const uint key = base + t.team;
+        const ulong at = min(key, end - 1);
+        const Share other = load_other(k, keys.k + at * keys.k_pitch, d, t, d % 4 == 0);
+        const float score = score_of<CAPPED>(team_dot(own.query, other, t), scores.scale, scores.cap);
+        const float dweight = team_dot(own.upstream, load_other(v, keys.v + at * keys.v_pitch, d, t, d % 4 == 0), t);
+        const float slope = slope_of<CAPPED>(score, scores.scale, scores.cap);
+        if (key < end) add(sum, slope * exp(score - own.lse) * (dweight - own.delta), other);
+    }
+    return sum;
+}
+
 /// The gradient of the queries, and `delta [tokens, heads]`, the sums of `dout * out` that `attention_plain_dkv` needs. Grid and threads as
 /// of `attention_plain`.
 KERNEL(attention_plain_dq)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(T, k, 2), READ_ROWS(T, v, 3), READ_ROWS(T, out, 4),
@@ -298,24 +359,49 @@ KERNEL(attention_plain_dq)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS(
     const Keys others = keys_of(rows[4 * GROUP_Z + 2], params.k_pitch, params.v_pitch, kv_head, d);
     const uint visible = keys - queries + GROUP_X + 1;
     const Team t = team_of(d, LANE, SIMD, SIMDS);
-    const Share query = load_own(q, start_of(token, params.q_pitch, GROUP_Y, d), d, t);
-    const Share upstream = load_own(dout, start_of(token, params.dout_pitch, GROUP_Y, d), d, t);
-    const float own_delta = team_dot(upstream, load_own(out, start_of(token, params.out_pitch, GROUP_Y, d), d, t), t);
-    const float own_lse = lse[place];
-    Share sum = no_share();
-    for (uint base = 0; base < visible; base += t.teams) {
-        const uint key = base + t.team;
-        const ulong at = min(key, visible - 1);
-        const Share other = load_other(k, others.k + at * others.k_pitch, d, t, d % 4 == 0);
-        const float weight = exp(params.scale * team_dot(query, other, t) - own_lse);
-        const float dweight = team_dot(upstream, load_other(v, others.v + at * others.v_pitch, d, t, d % 4 == 0), t);
-        if (key < visible) add(sum, params.scale * weight * (dweight - own_delta), other);
-    }
+    Query own;
+    own.query = load_own(q, start_of(token, params.q_pitch, GROUP_Y, d), d, t);
+    own.upstream = load_own(dout, start_of(token, params.dout_pitch, GROUP_Y, d), d, t);
+    own.delta = team_dot(own.upstream, load_own(out, start_of(token, params.out_pitch, GROUP_Y, d), d, t), t);
+    own.lse = lse[place];
+    const Scores scores = {params.scale, params.cap};
+    const uint first = first_seen(visible - 1, params.window, params.chunk);
+    const Share sum = params.cap > 0.0f ? to_query<true>(own, k, v, others, first, visible, scores, d, t)
+                                        : to_query<false>(own, k, v, others, first, visible, scores, d, t);
     put(sum, shares, LANE, SIMD);
     BARRIER();
     const ulong start = start_of(token, params.dq_pitch, GROUP_Y, d);
     for (uint i = THREAD; i < d; i += THREADS) dq[start + i] = T(sum_taken(shares, i, t));
-    if (THREAD == 0) delta[place] = own_delta;
+    if (THREAD == 0) delta[place] = own.delta;
+}
+
+// A key with its value, and a team's part of their gradients.
+struct Pair { Share key; Share value; };
+
+// What the queries of a row give to the gradients of a key: those from `first` on, below `end`, each with all heads that share the key.
+template <bool CAPPED>
+FUNCTION Pair to_key(Pair own, DEVICE_PTR(const T) dout, DEVICE_PTR(const T) q, DEVICE_PTR(const float) lse, DEVICE_PTR(const float) delta,
+                     uint first_query, uint first, uint end, uint kv_head, AttentionParams params, Team t)
+{
+    const uint d = params.d, group = params.heads / params.kv_heads;
+    Pair sum;
+    sum.key = no_share();
+    sum.value = no_share();
+    for (uint base = first * group; base < end * group; base += t.teams) {
+        const uint i = base + t.team, there = min(i, end * group - 1);
+        const uint other = first_query + there / group, head = kv_head * group + there % group;
+        const ulong place = ulong(other) * params.heads + head;
+        const Share query = load_other(q, start_of(other, params.q_pitch, head, d), d, t, d % 4 == 0);
+        const Share upstream = load_other(dout, start_of(other, params.dout_pitch, head, d), d, t, d % 4 == 0);
+        const float score = score_of<CAPPED>(team_dot(query, own.key, t), params.scale, params.cap);
+        const float weight = exp(score - lse[place]);
+        const float dweight = team_dot(upstream, own.value, t);
+        if (i < end * group) {
+            add(sum.value, weight, upstream);
+            add(sum.key, slope_of<CAPPED>(score, params.scale, params.cap) * weight * (dweight - delta[place]), query);
+        }
+    }
+    return sum;
 }
 
 /// The gradients of keys and values; places that belong to no row are left as they are. Grid `[longest row's keys, kv_heads, rows]`, at most
@@ -328,32 +414,21 @@ KERNEL(attention_plain_dkv)(READ_ROWS(T, dout, 0), READ_ROWS(T, q, 1), READ_ROWS
     const uint queries = rows[4 * GROUP_Z + 1], keys = rows[4 * GROUP_Z + 3], d = params.d;
     if (GROUP_X >= keys) return;
     const uint token = rows[4 * GROUP_Z + 2] + GROUP_X;
-    const uint group = params.heads / params.kv_heads;
-    const uint before = keys - queries;
-    const uint first = GROUP_X > before ? GROUP_X - before : 0;
+    const uint before = keys - queries, beyond = GROUP_X + min(times_seen(GROUP_X, params.window, params.chunk), keys - GROUP_X);
+    const uint first = GROUP_X > before ? GROUP_X - before : 0, end = beyond > before ? beyond - before : 0;
     const Team t = team_of(d, LANE, SIMD, SIMDS);
-    const Share key = load_own(k, start_of(token, params.k_pitch, GROUP_Y, d), d, t);
-    const Share value = load_own(v, start_of(token, params.v_pitch, GROUP_Y, d), d, t);
-    Share dkey = no_share(), dvalue = no_share();
-    for (uint base = first * group; base < queries * group; base += t.teams) {
-        const uint i = base + t.team, there = min(i, queries * group - 1);
-        const uint other = rows[4 * GROUP_Z] + there / group, head = GROUP_Y * group + there % group;
-        const ulong place = ulong(other) * params.heads + head;
-        const Share query = load_other(q, start_of(other, params.q_pitch, head, d), d, t, d % 4 == 0);
-        const Share upstream = load_other(dout, start_of(other, params.dout_pitch, head, d), d, t, d % 4 == 0);
-        const float weight = exp(params.scale * team_dot(query, key, t) - lse[place]);
-        const float dweight = team_dot(upstream, value, t);
-        if (i < queries * group) {
-            add(dvalue, weight, upstream);
-            add(dkey, params.scale * weight * (dweight - delta[place]), query);
-        }
-    }
-    put(dkey, shares, LANE, SIMD);
+    Pair own;
+    own.key = load_own(k, start_of(token, params.k_pitch, GROUP_Y, d), d, t);
+    own.value = load_own(v, start_of(token, params.v_pitch, GROUP_Y, d), d, t);
+    const uint first_query = rows[4 * GROUP_Z];
+    const Pair sum = params.cap > 0.0f ? to_key<true>(own, dout, q, lse, delta, first_query, first, end, GROUP_Y, params, t)
+                                       : to_key<false>(own, dout, q, lse, delta, first_query, first, end, GROUP_Y, params, t);
+    put(sum.key, shares, LANE, SIMD);
     BARRIER();
     const ulong dk_start = start_of(token, params.dk_pitch, GROUP_Y, d), dv_start = start_of(token, params.dv_pitch, GROUP_Y, d);
     for (uint i = THREAD; i < d; i += THREADS) dk[dk_start + i] = T(sum_taken(shares, i, t));
     BARRIER();
-    put(dvalue, shares, LANE, SIMD);
+    put(sum.value, shares, LANE, SIMD);
     BARRIER();
     for (uint i = THREAD; i < d; i += THREADS) dv[dv_start + i] = T(sum_taken(shares, i, t));
 }

@@ -24,9 +24,9 @@ pub trait Gpu: Send + Sync {
         low_rank_inputs(self, work)
     }
 
-    /// Attention on matrix units: fills `out` and returns what the backward needs beside it; none where this device has no such kernel
-    /// for the dtype, the rows or what `spec` says. `q` and `out` are `[tokens, heads * head_dim]`, `k` and `v` `[kv_tokens, kv_heads *
-    /// head_dim]`, of contiguous rows ([`pitch`]) that begin at multiples of 8 elements where heads are a multiple of 8 wide.
+    /// Attention on matrix units: fills `out` and returns its statistics, which the backward needs beside it; none where this device has no
+    /// such kernel for the dtype, the rows or what `spec` says. `q` and `out` are `[tokens, heads * head_dim]`, `k` and `v` `[kv_tokens,
+    /// kv_heads * head_dim]`, of contiguous rows ([`pitch`]) that begin at multiples of 8 elements where heads are a multiple of 8 wide.
     fn attention_forward(
         &self,
         q: &Tensor,
@@ -35,9 +35,10 @@ pub trait Gpu: Send + Sync {
         out: &Tensor,
         rows: &AttentionRows,
         spec: &AttentionSpec,
-    ) -> Result<Option<Tensor>>;
+    ) -> Result<Option<Statistics>>;
 
-    /// The backward of [`Gpu::attention_forward`], which returned `stats`: fills `[dq, dk, dv]`, all of the same form.
+    /// The backward of [`Gpu::attention_forward`], which returned `stats` (here in one dimension): fills `[dq, dk, dv]`, all of the same
+    /// form.
     #[allow(clippy::too_many_arguments, reason = "what the formula needs")]
     fn attention_backward(
         &self,
@@ -158,6 +159,15 @@ impl Gemm<'_> {
 fn misfit(buffer: &'static str, expected: String, tensor: &Tensor) -> Error {
     let got = format!("{:?} of {:?}, strides {:?}", tensor.dims(), tensor.dtype(), tensor.stride());
     Error::Buffer { kernel: "gemm", buffer, expected, got }
+}
+
+/// What an attention on matrix units keeps of each query's softmax: the logarithm of the sum of exponentials of its scores, f32.
+#[derive(Clone, Debug)]
+pub enum Statistics {
+    /// The natural one, `[tokens, heads]`.
+    Natural(Tensor),
+    /// That to the base of 2, `[heads, tokens]`.
+    Binary(Tensor),
 }
 
 /// What a query sees of the keys up to its own. Positions count from the row's first key.

@@ -25,7 +25,7 @@ pub use attention::{attention_backward, attention_forward, limits, pitches};
 pub use attention_rows::AttentionRows;
 pub use decoding::{Decoding, Recording, RowAttention, RowProduct, RowStep};
 pub use error::{Error, Result};
-pub use gpu::{AttentionSpec, Facts, Gemm, Gpu, Memory, Reach, empty};
+pub use gpu::{AttentionSpec, Facts, Gemm, Gpu, Memory, Reach, Statistics, empty};
 pub use kernel::{Access, Buffer, Call, Element, Grid, Kernel, launches, pitch};
 pub use low_rank::{
     LowRankBackward, LowRankGradient, LowRankMember, low_rank_forward, low_rank_inputs, low_rank_outputs,

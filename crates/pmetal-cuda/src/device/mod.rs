@@ -34,7 +34,7 @@ use candle_core::{
 };
 use pmetal_metal::{
     AttentionRows, AttentionSpec, Call, Decoding, Error, Facts, Gemm, Gpu, LowRankBackward, Marks, Memory, Part,
-    PartTable, Resting, Result, low_rank_inputs, low_rank_outputs,
+    PartTable, Resting, Result, Statistics, low_rank_inputs, low_rank_outputs,
 };
 
 use self::cudnn::Cudnn;
@@ -242,14 +242,14 @@ impl Gpu for CudaGpu {
         out: &Tensor,
         rows: &AttentionRows,
         spec: &AttentionSpec,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<Statistics>> {
         if Cudnn::pays(q.dim(0)?, rows, spec)
             && let Some(cudnn) = self.cudnn()
             && let Some(stats) = cudnn.forward(self, [q, k, v], out, rows, spec)?
         {
-            return Ok(Some(stats));
+            return Ok(Some(Statistics::Natural(stats)));
         }
-        self.attention.forward(self, [q, k, v], out, rows, spec)
+        Ok(self.attention.forward(self, [q, k, v], out, rows, spec)?.map(Statistics::Binary))
     }
 
     fn attention_backward(

@@ -23,8 +23,8 @@ use candle_metal_kernels::metal::{ComputeCommandEncoder, ComputePipeline, Device
 use objc2_metal::MTLSize;
 
 use crate::{
-    Access, AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, Memory, Result, attention_backward,
-    attention_forward,
+    Access, AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, Memory, Result, Statistics,
+    attention_backward, attention_forward,
 };
 
 pub(crate) use memory::reserve;
@@ -168,7 +168,7 @@ impl Gpu for Metal {
         out: &Tensor,
         rows: &AttentionRows,
         spec: &AttentionSpec,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<Statistics>> {
         if !self.has_matrices {
             return Ok(None);
         }
@@ -176,7 +176,7 @@ impl Gpu for Metal {
         if stats.is_some() {
             self.weigh(operations(rows, spec))?;
         }
-        Ok(stats)
+        Ok(stats.map(Statistics::Natural))
     }
 
     fn attention_backward(

@@ -70,8 +70,12 @@ impl Rows {
     }
 
     /// How many keys all queries together see.
-    fn pairs(&self) -> usize {
-        self.segments().iter().map(|s| s.q_len * s.kv_len - s.q_len * s.q_len.saturating_sub(1) / 2).sum()
+    fn pairs(&self, reach: Reach) -> usize {
+        let of_row = |s: &Segment| match reach {
+            Reach::All => s.q_len * s.kv_len - s.q_len * s.q_len.saturating_sub(1) / 2,
+            _ => (s.kv_len - s.q_len..s.kv_len).map(|position| position + 1 - reach.first(position)).sum(),
+        };
+        self.segments().iter().map(of_row).sum()
     }
 
     /// Keys of the longest row.
@@ -127,7 +131,7 @@ pub fn attention(
     check(q.tensor(), k.tensor(), v.tensor(), sinks, rows, &spec)?;
     let (rows, spec) = (rows.clone(), AttentionSpec { reach: spec.reach.within(rows.longest()), ..spec });
     let place = place(q.tensor(), OP)?;
-    if matches!(place, Place::Reference) || !spec.is_plain() || sinks.is_some() || spec.head_dim > gpu::MAX_WIDTH {
+    if spec.head_dim > widest(&place) {
         let inputs: Vec<&Value> = [q, k, v].into_iter().chain(sinks).collect();
         let formula = move |t: &[Tensor]| Ok(vec![reference(&t[0], &t[1], &t[2], t.get(3), &rows, &spec)?]);
         return Ok(one(composite(&inputs, formula)?));
@@ -137,8 +141,9 @@ pub fn attention(
         _ => Ok(x.tensor().contiguous()?),
     };
     let (q_t, k_t, v_t) = (readable(q)?, readable(k)?, readable(v)?);
+    let sinks_t = sinks.map(|sinks| sinks.tensor().to_dtype(DType::F32)?.contiguous()).transpose()?;
     // a product of every query with the keys it sees: scores and values here, those again and their gradients on the way back
-    let product = 2.0 * (rows.pairs() * spec.heads * spec.head_dim) as f64;
+    let product = 2.0 * (rows.pairs(spec.reach) * spec.heads * spec.head_dim) as f64;
     // queries and results, keys and values; on the way back those and the gradient of each
     let keys = rows.keys() * spec.kv_heads * spec.head_dim;
     let bytes = (2 * (q_t.elem_count() + keys) * q_t.dtype().size_in_bytes()) as f64;
@@ -146,31 +151,57 @@ pub fn attention(
         profile::work(|| 2.0 * product);
         profile::traffic(|| bytes);
         match &place {
-            Place::Gpu(gpu) => gpu::forward(&**gpu, &q_t, &k_t, &v_t, &rows, &spec, spare),
-            _ => cpu::forward(&q_t, &k_t, &v_t, &rows, &spec),
+            Place::Gpu(gpu) => gpu::forward(&**gpu, &q_t, &k_t, &v_t, sinks_t.as_ref(), &rows, &spec, spare),
+            _ => cpu::forward(&q_t, &k_t, &v_t, sinks_t.as_ref(), &rows, &spec),
         }
     };
     let mut results = keep(OP, compute)?.into_iter();
-    let (Some(parent), Some(stats)) = (results.next(), results.next()) else {
+    let (Some(parent), Some(stats), shares) = (results.next(), results.next(), results.next()) else {
         return Err(Error::Lengths { op: OP, reason: "a kept result is missing".into() });
     };
     let out = parent.narrow(1, 0, spec.heads * spec.head_dim)?;
     let saved = out.clone();
     let grad_places = [q, k, v].map(Value::grad_place);
-    let value = one(Value::record(vec![out], &[q, k, v], move |grads| {
+    let inputs: Vec<&Value> = [q, k, v].into_iter().chain(sinks).collect();
+    let sinks = sinks.filter(|sinks| sinks.requires_grad()).map(|sinks| sinks.tensor().dtype());
+    let value = one(Value::record(vec![out], &inputs, move |grads| {
         profile::work(|| 5.0 * product);
         profile::traffic(|| 2.0 * bytes);
         let dout = only(grads, OP)?;
         let qkv = [&q_t, &k_t, &v_t];
+        let dout = if let Place::Gpu(_) = place { gpu::readable(&dout)? } else { dout.contiguous()? };
         let [dq, dk, dv] = match &place {
-            Place::Gpu(gpu) => {
-                gpu::backward(&**gpu, &gpu::readable(&dout)?, qkv, &saved, &stats, &grad_places, &rows, &spec)?
-            }
-            _ => cpu::backward(&dout.contiguous()?, qkv, &saved, &stats, &rows, &spec)?,
+            Place::Gpu(gpu) => gpu::backward(&**gpu, &dout, qkv, &saved, &stats, &grad_places, &rows, &spec)?,
+            _ => cpu::backward(&dout, qkv, &saved, &stats, &rows, &spec)?,
         };
-        Ok(vec![Some(dq), Some(dk), Some(dv)])
+        let mut found = vec![Some(dq), Some(dk), Some(dv)];
+        found.extend(
+            sinks_t
+                .as_ref()
+                .map(|sinks_t| {
+                    let Some(dtype) = sinks else { return Ok(None) };
+                    let dsinks = match (&place, &shares) {
+                        (Place::Gpu(gpu), Some(shares)) => {
+                            gpu::backward_of_sinks(&**gpu, &dout, &saved, shares, &spec)?
+                        }
+                        _ => cpu::backward_of_sinks(sinks_t, &dout, &saved, &stats)?,
+                    };
+                    Ok::<_, Error>(Some(dsinks.to_dtype(dtype)?))
+                })
+                .transpose()?,
+        );
+        Ok(found)
     }));
     Ok(if parent.dims() == value.tensor().dims() { value } else { value.with_spare(parent) })
+}
+
+/// The widest head of a place's kernels: none where there are none.
+fn widest(place: &Place) -> usize {
+    match place {
+        Place::Cpu => pmetal_cpu::MAX_HEAD_DIM,
+        Place::Gpu(_) => gpu::MAX_WIDTH,
+        Place::Reference => 0,
+    }
 }
 
 fn check(q: &Tensor, k: &Tensor, v: &Tensor, sinks: Option<&Value>, rows: &Rows, spec: &AttentionSpec) -> Result<()> {
@@ -282,6 +313,87 @@ mod tests {
             move |t| Ok(vec![reference(&t[0], &t[1], &t[2], None, &reference_rows, &SPEC)?]),
             |v| Ok(vec![attention(&v[0], &v[1], &v[2], None, &rows, SPEC, 5)?]),
         );
+    }
+
+    /// A head's width of 8 goes to matrix units, of 6 to the plain kernels.
+    fn check_variant(head_dim: usize, reach: Reach, softcap: Option<f32>, has_sinks: bool) {
+        let (spec, rows) = (AttentionSpec { head_dim, reach, softcap, ..SPEC }, Rows::packed(&[3, 1, 11]));
+        let widths = [4, 2, 2].map(|heads| heads * head_dim);
+        let mut inputs: Vec<Tensor> = (1..).zip(widths).map(|(seed, width)| random(&[15, width], seed)).collect();
+        if has_sinks {
+            inputs.push((random(&[4], 4) * 2.0).unwrap());
+        }
+        let reference_rows = rows.clone();
+        check_op(
+            &inputs,
+            move |t| Ok(vec![reference(&t[0], &t[1], &t[2], t.get(3), &reference_rows, &spec)?]),
+            |v| Ok(vec![attention(&v[0], &v[1], &v[2], v.get(3), &rows, spec, 3)?]),
+        );
+    }
+
+    #[test]
+    fn windows_and_chunks_and_their_gradients() {
+        for head_dim in [6, 8] {
+            for reach in [Reach::Window(2), Reach::Window(4), Reach::Chunk(4), Reach::Chunk(7), Reach::Window(11)] {
+                check_variant(head_dim, reach, None, false);
+            }
+        }
+    }
+
+    #[test]
+    fn caps_and_sinks_and_their_gradients() {
+        for head_dim in [6, 8] {
+            check_variant(head_dim, Reach::All, Some(0.8), false);
+            check_variant(head_dim, Reach::All, None, true);
+            check_variant(head_dim, Reach::Window(3), Some(2.0), true);
+            check_variant(head_dim, Reach::Chunk(5), Some(0.5), true);
+        }
+    }
+
+    #[test]
+    fn heads_wider_than_any_kernel_go_by_the_formula() {
+        let (spec, rows) = (AttentionSpec { heads: 2, kv_heads: 1, head_dim: 600, ..SPEC }, Rows::packed(&[4]));
+        let [q, k, v] =
+            [(2, 1), (1, 2), (1, 3)].map(|(heads, seed)| random(&[4, heads * 600], seed).to_dtype(DType::F32).unwrap());
+        let want = reference(&q, &k, &v, None, &rows, &spec).unwrap();
+        let [q, k, v] = [q, k, v].map(Value::constant);
+        for got in
+            [attention(&q, &k, &v, None, &rows, spec, 0), emulated(|| attention(&q, &k, &v, None, &rows, spec, 0))]
+        {
+            assert_close(&want, got.unwrap().tensor(), 1e-6, "wide heads");
+        }
+    }
+
+    #[test]
+    fn what_no_softmax_has_is_refused() {
+        let [q, k, v] = [(4, 1), (2, 2), (2, 3)].map(|(h, s)| Value::constant(random(&[5, h * 6], s)));
+        let rows = Rows::packed(&[5]);
+        let sinks = Value::constant(random(&[3], 4));
+        assert!(attention(&q, &k, &v, Some(&sinks), &rows, SPEC, 0).is_err());
+        for reach in [Reach::Window(0), Reach::Chunk(0)] {
+            assert!(attention(&q, &k, &v, None, &rows, AttentionSpec { reach, ..SPEC }, 0).is_err());
+        }
+        for cap in [0.0, -1.0, f32::NAN] {
+            assert!(attention(&q, &k, &v, None, &rows, AttentionSpec { softcap: Some(cap), ..SPEC }, 0).is_err());
+        }
+    }
+
+    #[test]
+    fn cached_rows_see_what_packed_ones_see() {
+        let (capacity, kv_len) = (24, 23);
+        let [k, v] = [2, 3].map(|seed| random(&[3 * capacity, 12], seed).to_dtype(DType::F32).unwrap());
+        let q = random(&[6, 24], 1).to_dtype(DType::F32).unwrap();
+        let sinks = random(&[4], 4).to_dtype(DType::F32).unwrap();
+        let rows = Rows::cached(&[2, 1, 3], &[5, kv_len, 17], capacity);
+        for reach in [Reach::Window(4), Reach::Chunk(5), Reach::Chunk(16), Reach::All] {
+            let spec = AttentionSpec { reach, softcap: Some(3.0), ..SPEC };
+            let want = reference(&q, &k, &v, Some(&sinks), &rows, &spec).unwrap();
+            let [q, k, v, sinks] = [&q, &k, &v, &sinks].map(|t| Value::constant(t.clone()));
+            let run = || attention(&q, &k, &v, Some(&sinks), &rows, spec, 0).unwrap();
+            for got in [run(), emulated(run)] {
+                assert_close(&want, got.tensor(), 1e-5, "cached");
+            }
+        }
     }
 
     #[test]

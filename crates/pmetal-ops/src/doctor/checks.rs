@@ -224,7 +224,17 @@ pub(super) const ALL: &[Operation] = &[
         prepare: prepare::decoding,
         ..PLAIN_ATTENTION
     },
+    Operation { name: "attention, windows and sinks", prepare: prepare::windowed, ..PLAIN_ATTENTION },
+    Operation { name: "attention, chunks in a cache", prepare: prepare::chunked, ..PLAIN_ATTENTION },
+    Operation {
+        name: "attention, decoding in a window",
+        sizes: &[size(600, 64), size(130, 128)],
+        prepare: prepare::windowed_decoding,
+        ..PLAIN_ATTENTION
+    },
     Operation { name: "attention on matrix units", prepare: prepare::packed, ..MATRIX_ATTENTION },
+    Operation { name: "attention on matrix units, windows", prepare: prepare::windowed, ..MATRIX_ATTENTION },
+    Operation { name: "attention on matrix units, chunks", prepare: prepare::chunked, ..MATRIX_ATTENTION },
     Operation { name: "attention on matrix units, cache", prepare: prepare::cached, ..MATRIX_ATTENTION },
     Operation { name: LONG_ROWS, sizes: LONG, prepare: prepare::long, ..MATRIX_ATTENTION },
     Operation { op: "write_rows", name: "write_rows", tolerance: exact, prepare: prepare::write, ..COMMON },

@@ -278,7 +278,14 @@ fn attend(run: &Run, rows: Rows, [queries, keys]: [usize; 2], spec: AttentionSpe
     let AttentionSpec { heads, kv_heads, head_dim, .. } = spec;
     let (q, kv) = ([queries, heads * head_dim], [keys, kv_heads * head_dim]);
     let leaves = [run.columns(q, 1)?, run.columns(kv, 2)?, run.columns(kv, 3)?].map(Value::variable);
-    prepared(leaves.into(), move |v| Ok(vec![attention(&v[0], &v[1], &v[2], None, &rows, spec, SPARE)?]))
+    prepared(leaves.into(), move |v| Ok(vec![attention(&v[0], &v[1], &v[2], v.get(3), &rows, spec, SPARE)?]))
+}
+
+/// [`attend`] with a sink for each head.
+fn attend_with_sinks(run: &Run, rows: Rows, tokens: [usize; 2], spec: AttentionSpec) -> Result<Prepared> {
+    let Prepared { mut leaves, arena, forward } = attend(run, rows, tokens, spec)?;
+    leaves.push(Value::variable(run.tensor(&[spec.heads], 4)?));
+    Ok(Prepared { leaves, arena, forward })
 }
 
 /// Rows of different lengths behind one another, one of them a single token.
@@ -286,6 +293,20 @@ pub(super) fn packed(run: &Run, Size { rows, width }: Size) -> Result<Prepared> 
     let first = rows / 5;
     let lengths = Rows::packed(&[first, 1, rows - first - 1]);
     attend(run, lengths, [rows, rows], attention_spec(rows, width))
+}
+
+/// Windows, a cap on scores and sinks, in packed rows.
+pub(super) fn windowed(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let spec = AttentionSpec { reach: Reach::Window(rows / 3), softcap: Some(0.5), ..attention_spec(rows, width) };
+    attend_with_sinks(run, Rows::packed(&[rows - 3, 3]), [rows, rows], spec)
+}
+
+/// Chunks and sinks, in rows that go on from what a cache holds.
+pub(super) fn chunked(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let spec = AttentionSpec { reach: Reach::Chunk(rows / 2 - 1), ..attention_spec(rows, width) };
+    let queries = [rows / 2, 1];
+    let lengths = Rows::cached(&queries, &[rows, rows / 3], rows + 2);
+    attend_with_sinks(run, lengths, [queries.iter().sum(), 2 * (rows + 2)], spec)
 }
 
 /// Two rows of nearly one length.
@@ -302,8 +323,18 @@ pub(super) fn cached(run: &Run, Size { rows, width }: Size) -> Result<Prepared> 
 }
 
 /// One new token a row, as in generation: without gradients.
-pub(super) fn decoding(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let (lengths, spec) = (Rows::cached(&[1, 1], &[rows, rows / 3], rows), attention_spec(rows, width));
+pub(super) fn decoding(run: &Run, size: Size) -> Result<Prepared> {
+    decode(run, size, attention_spec(size.rows, size.width))
+}
+
+/// The same over a window, with a cap on scores.
+pub(super) fn windowed_decoding(run: &Run, size: Size) -> Result<Prepared> {
+    let reach = Reach::Window(size.rows - 5);
+    decode(run, size, AttentionSpec { reach, softcap: Some(0.5), ..attention_spec(size.rows, size.width) })
+}
+
+fn decode(run: &Run, Size { rows, width }: Size, spec: AttentionSpec) -> Result<Prepared> {
+    let lengths = Rows::cached(&[1, 1], &[rows, rows / 3], rows);
     let kv = |seed| Ok::<_, crate::Error>(Value::constant(run.tensor(&[2 * rows, spec.kv_heads * width], seed)?));
     let (q, k, v) = (Value::constant(run.tensor(&[2, spec.heads * width], 1)?), kv(2)?, kv(3)?);
     prepared(vec![], move |_| Ok(vec![attention(&q, &k, &v, None, &lengths, spec, 0)?]))

@@ -3,7 +3,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use candle_core::{DType, Device, Tensor};
 use pmetal_emulator::Emulator;
 use pmetal_metal::{
-    AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, Grid, Memory, Result, attention_backward,
+    AttentionRows, AttentionSpec, Call, Error, Facts, Gemm, Gpu, Grid, Memory, Result, Statistics, attention_backward,
     attention_forward, kernels, pitch,
 };
 
@@ -69,8 +69,8 @@ impl Gpu for Mac {
         out: &Tensor,
         rows: &AttentionRows,
         spec: &AttentionSpec,
-    ) -> Result<Option<Tensor>> {
-        attention_forward(self, [q, k, v], out, rows, spec)
+    ) -> Result<Option<Statistics>> {
+        Ok(attention_forward(self, [q, k, v], out, rows, spec)?.map(Statistics::Natural))
     }
 
     fn attention_backward(
