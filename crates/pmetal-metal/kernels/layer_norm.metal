@@ -21,11 +21,11 @@ struct LayerNormParams {
 // A thread: its group, where the group begins in its row and its weights, and its columns, four from `c` on of every `step`.
 struct LayerNormThread { uint group; uint row; uint column; uint weights; uint c; uint step; uint lane; uint simd; uint simds; };
 
-FUNCTION LayerNormThread layer_norm_thread(LayerNormParams p, uint group_in_grid, uint thread, uint threads) {
-    const uint simd = thread / 32, simds = threads / 32, lane = thread % 32;
+FUNCTION LayerNormThread layer_norm_thread(LayerNormParams p, uint group_in_grid, uint place, uint threads) {
+    const uint simd = place / 32, simds = threads / 32, lane = place % 32;
     const uint group = p.wide ? group_in_grid : group_in_grid * simds + simd;
     const uint row = group / p.heads, head = group % p.heads;
-    const LayerNormThread t = {group, row, head * p.width, (head % p.parts) * p.width, 4 * (p.wide ? thread : lane),
+    const LayerNormThread t = {group, row, head * p.width, (head % p.parts) * p.width, 4 * (p.wide ? place : lane),
                                4 * (p.wide ? threads : 32), lane, simd, simds};
     return t;
 }

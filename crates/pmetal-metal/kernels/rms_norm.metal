@@ -31,10 +31,10 @@ FUNCTION float4 rms_norm_four(DEVICE_PTR(const E) x, ulong row, uint c, uint wid
 // Which row and elements of it are a thread's: from `c` on, every `step`; and which thread it is.
 struct RmsNormThread { uint row; uint c; uint step; uint lane; uint simd; uint simds; };
 
-FUNCTION RmsNormThread rms_norm_thread(uint wide, uint group, uint thread, uint threads) {
-    const uint simd = thread / 32, simds = threads / 32;
-    const RmsNormThread t = {wide ? group : group * simds + simd, 8 * (wide ? thread : thread % 32),
-                             8 * (wide ? threads : 32),           thread % 32, simd, simds};
+FUNCTION RmsNormThread rms_norm_thread(uint wide, uint group, uint place, uint threads) {
+    const uint simd = place / 32, simds = threads / 32;
+    const RmsNormThread t = {wide ? group : group * simds + simd, 8 * (wide ? place : place % 32),
+                             8 * (wide ? threads : 32),           place % 32, simd, simds};
     return t;
 }
 

@@ -229,7 +229,7 @@ mod tests {
             let table = RopeTable::new(&[0, 1, 2, 0, 1], &inv_freq, 1.3, layout);
             let reference_table = table.clone();
             let x = random(&[5, if head_dim > 100 { 1 } else { 3 } * head_dim], 1);
-            check_columns(&[x.clone()], &[0], |v| Ok(vec![rope(&v[0], &table)?]));
+            check_columns(std::slice::from_ref(&x), &[0], |v| Ok(vec![rope(&v[0], &table)?]));
             check_op(&[x], move |t| Ok(vec![reference(&t[0], &reference_table)?]), |v| Ok(vec![rope(&v[0], &table)?]));
         }
     }
