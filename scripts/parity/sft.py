@@ -157,8 +157,7 @@ def write_all(models, load):
     lines = [json.dumps({"input_ids": ids.tolist(), "labels": labels.tolist()}) for ids, labels in rows]
     (root / "rows.jsonl").write_text("\n".join(lines) + "\n")
     for kind, model, write in jobs():
-        landed = home(model).parent == models
-        folder = (root if landed else root.parent / "fixtures-next") / kind / model
+        folder = root / kind / model
         shutil.rmtree(folder, ignore_errors=True)
         expected = write(folder, home(model), load, rows)
         (folder / "expected.json").write_text(json.dumps(expected, indent=2) + "\n")

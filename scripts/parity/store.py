@@ -18,9 +18,8 @@ EAGER = dict(dtype=torch.float32, attn_implementation="eager")
 
 
 def home(name):
-    """The folder of a checkpoint: among those the tests read, or beside them until its family loads."""
-    landed = LANDED / name
-    return landed if landed.exists() else LANDED.parent / "fixtures-next" / name
+    """The folder of a checkpoint."""
+    return LANDED / name
 
 
 def save_checkpoint(name, seed, folder):

@@ -74,7 +74,7 @@ pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: U
         reason,
         base: if file.base.is_empty() { "an unnamed model".into() } else { file.base.clone() },
     };
-    let targets: Vec<Target> = all_layers(model.spec())
+    let targets: Vec<Target> = all_layers(model.spec())?
         .into_iter()
         .filter(|t| t.names().iter().any(|name| file.tensors.contains_key(name)))
         .collect();
@@ -123,13 +123,13 @@ pub fn attach_file(model: &mut dyn CausalLMModel, file: &AdapterFile, purpose: U
     }
 }
 
-fn all_layers(spec: &DecoderSpec) -> Vec<Target> {
-    let layers = linear_layers(spec).into_iter();
-    layers.map(|(module, [out_features, in_features])| Target { module, in_features, out_features }).collect()
+fn all_layers(spec: &DecoderSpec) -> Result<Vec<Target>> {
+    let layers = linear_layers(spec)?.into_iter();
+    Ok(layers.map(|(module, [out_features, in_features])| Target { module, in_features, out_features }).collect())
 }
 
 fn targets(model: &dyn CausalLMModel, wanted: &TargetModules) -> Result<Vec<Target>> {
-    chosen(all_layers(model.spec()), wanted)
+    chosen(all_layers(model.spec())?, wanted)
 }
 
 /// The parameters that a fresh adapter would have, by the names of its tensors, without a model to put it on.
@@ -138,7 +138,7 @@ fn targets(model: &dyn CausalLMModel, wanted: &TargetModules) -> Result<Vec<Targ
 /// Where the settings are outside their range or name a layer that the model lacks.
 pub fn adapter_tensors(spec: &DecoderSpec, config: &LoraConfig) -> Result<Vec<(String, Shape)>> {
     config.validate()?;
-    let targets = chosen(all_layers(spec), &config.target_modules)?;
+    let targets = chosen(all_layers(spec)?, &config.target_modules)?;
     Ok(targets.iter().flat_map(|target| target.names().into_iter().zip(target.shapes(config.r))).collect())
 }
 

@@ -112,7 +112,7 @@ fn a_fresh_adapter_changes_nothing_and_starts_as_pefts_does() {
     let config = LoraConfig { r: 8, ..LoraConfig::default() };
     let arena = attach(model.as_mut(), &config, 1).unwrap();
     assert_eq!(before, logits(model.as_ref(), &ids));
-    let model_layers = model.spec().num_hidden_layers;
+    let model_layers = model.spec().num_hidden_layers();
     assert_eq!(arena.params().count(), model_layers * 7 * 2);
     for param in arena.params().filter(|p| p.name().ends_with("lora_A.weight")) {
         // uniform in ±1/sqrt(in): mean 0, variance bound²/3
@@ -132,7 +132,7 @@ fn targets_by_name_and_names_that_match_nothing() {
     let names =
         |list: &str| LoraConfig { target_modules: list.parse::<TargetModules>().unwrap(), ..Default::default() };
     let arena = attach(model.as_mut(), &names("q_proj,layers.1.mlp.up_proj"), 1).unwrap();
-    let layers = model.spec().num_hidden_layers;
+    let layers = model.spec().num_hidden_layers();
     assert_eq!(arena.params().count(), (layers + 1) * 2);
     let error = attach(model.as_mut(), &names("q_proj,query"), 1).err().unwrap().to_string();
     assert!(error.contains("called query") && error.contains("gate_proj"), "{error}");

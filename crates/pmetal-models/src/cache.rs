@@ -6,8 +6,10 @@ use crate::{DecoderSpec, Error, Result};
 /// Keys (behind rope) and values of the tokens that were read, for several rows with room for `capacity` tokens each.
 #[derive(Debug)]
 pub struct KvCache {
-    /// `[rows * capacity, kv_heads * head_dim]` for each layer: keys, values.
-    layers: Vec<(Tensor, Tensor)>,
+    /// `[rows * capacity, width]` for each layer: what its attention keeps of a token, as a rule keys and values.
+    layers: Vec<Vec<Tensor>>,
+    /// The tokens of each row.
+    ids: Vec<Vec<u32>>,
     lens: Vec<usize>,
     capacity: usize,
 }
@@ -15,10 +17,10 @@ pub struct KvCache {
 impl KvCache {
     /// An empty cache; `dtype` is the model's.
     pub fn new(spec: &DecoderSpec, rows: usize, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let shape = (rows * capacity, spec.num_key_value_heads * spec.head_dim);
-        let room = || Tensor::zeros(shape, dtype, device);
-        let layers = (0..spec.num_hidden_layers).map(|_| Ok((room()?, room()?))).collect::<Result<_>>()?;
-        Ok(Self { layers, lens: vec![0; rows], capacity })
+        let room = |width| Ok(Tensor::zeros((rows * capacity, width), dtype, device)?);
+        let layers = spec.layers.iter().map(|layer| layer.attention.kept_widths().into_iter().map(room).collect());
+        let layers = layers.collect::<Result<_>>()?;
+        Ok(Self { layers, ids: vec![Vec::new(); rows], lens: vec![0; rows], capacity })
     }
 
     /// Tokens held of each row.
@@ -33,8 +35,9 @@ impl KvCache {
 
     /// Forgets what a row holds beyond its first `len` tokens.
     pub fn truncate(&mut self, row: usize, len: usize) {
-        if let Some(held) = self.lens.get_mut(row) {
+        if let (Some(held), Some(ids)) = (self.lens.get_mut(row), self.ids.get_mut(row)) {
             *held = len.min(*held);
+            ids.truncate(len);
         }
     }
 
@@ -50,7 +53,7 @@ impl KvCache {
             write_rows(&Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?, &new, &held)?;
             Ok::<_, Error>(new)
         };
-        let layers = self.layers.iter().map(|(k, v)| Ok((moved(k)?, moved(v)?))).collect::<Result<_>>()?;
+        let layers = self.layers.iter().map(|kept| kept.iter().map(moved).collect()).collect::<Result<_>>()?;
         (self.layers, self.capacity) = (layers, capacity);
         Ok(())
     }
@@ -68,29 +71,37 @@ impl KvCache {
         }
     }
 
-    /// Writes a layer's keys and values of the new tokens, `[tokens, kv_heads * head_dim]`, behind those held, and returns all of
-    /// the layer's places. The lengths stay until [`KvCache::advance`].
-    pub(crate) fn extend(&self, layer: usize, k: &Tensor, v: &Tensor, q_lens: &[usize]) -> Result<(Tensor, Tensor)> {
-        let Some((keys, values)) = self.layers.get(layer) else {
-            return Err(Error::Input {
-                reason: format!("the cache has {} layers, not {}", self.layers.len(), layer + 1),
-            });
-        };
+    /// Writes what a layer keeps of the new tokens, `[tokens, width]` each, behind what it holds, and returns all of its places. The lengths
+    /// stay until [`KvCache::advance`].
+    pub(crate) fn extend(&self, layer: usize, new: &[&Tensor], q_lens: &[usize]) -> Result<Vec<Tensor>> {
+        let places = self.layer(layer)?;
         let starts = self.lens.iter().enumerate().map(|(row, held)| row * self.capacity + held);
         let runs: Vec<(usize, usize)> = starts.zip(q_lens.iter().copied()).collect();
-        write_rows(k, keys, &runs)?;
-        write_rows(v, values, &runs)?;
-        Ok((keys.clone(), values.clone()))
+        new.iter().zip(places).try_for_each(|(new, places)| write_rows(new, places, &runs))?;
+        Ok(places.to_vec())
     }
 
-    /// A layer's places, keys and values.
-    pub(crate) fn layers(&self) -> &[(Tensor, Tensor)] {
-        &self.layers
+    /// A layer's places.
+    pub(crate) fn layer(&self, layer: usize) -> Result<&[Tensor]> {
+        let found = self.layers.get(layer).map(Vec::as_slice);
+        let layers = self.layers.len();
+        found.ok_or_else(|| Error::Input { reason: format!("the cache has {layers} layers, not {}", layer + 1) })
     }
 
-    /// Counts the tokens that every layer has written.
-    pub(crate) fn advance(&mut self, lens: Vec<usize>) {
-        self.lens = lens;
+    /// Counts the tokens that every layer has written: `q_lens` of `ids` for each row.
+    pub(crate) fn advance(&mut self, ids: &[u32], q_lens: &[usize]) {
+        let mut rest = ids;
+        for ((held, len), &more) in self.ids.iter_mut().zip(&mut self.lens).zip(q_lens) {
+            let (new, behind) = rest.split_at(more.min(rest.len()));
+            held.extend_from_slice(new);
+            *len += more;
+            rest = behind;
+        }
+    }
+
+    /// The tokens of a row.
+    pub(crate) fn ids(&self, row: usize) -> &[u32] {
+        self.ids.get(row).map_or(&[], Vec::as_slice)
     }
 }
 

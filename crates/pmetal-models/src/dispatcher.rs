@@ -1,14 +1,15 @@
+use std::borrow::Cow;
+
 use candle_core::{DType, Device};
 use pmetal_ops::Arena;
 use serde_json::Value;
 
 use crate::{
     CausalLMModel, Checkpoint, DecoderSpec, Error, Result,
-    decoder::Decoder,
+    decoder::{Decoder, tensors_of},
     keys::Keys,
     known_architectures,
     registry::{FAMILIES, Family},
-    tensors_of,
     weights::{FromCheckpoint, FromSeed},
 };
 
@@ -17,7 +18,7 @@ pub(crate) fn family_of(config: &Value) -> Result<&'static Family> {
     let keys = Keys::new(config);
     let (model_type, classes) = (keys.text("model_type")?, keys.texts("architectures")?.unwrap_or_default());
     let found = FAMILIES.iter().find(|family| match model_type {
-        Some(model_type) => family.model_type == model_type,
+        Some(model_type) => family.model_type == model_type || family.holder == Some(model_type),
         None => classes.contains(&family.architecture),
     });
     found.ok_or_else(|| Error::UnknownArchitecture {
@@ -27,13 +28,50 @@ pub(crate) fn family_of(config: &Value) -> Result<&'static Family> {
     })
 }
 
-/// What a `config.json` describes.
+/// The configuration of the text part of a model that has others beside it; any other as it is.
+///
+/// # Errors
+/// Where `text_config` is no object.
+pub fn text_config(config: &Value) -> Result<Cow<'_, Value>> {
+    if Keys::new(config).object("text_config")?.is_none() {
+        return Ok(Cow::Borrowed(config));
+    }
+    let mut text = config["text_config"].clone();
+    for key in OF_THE_WHOLE {
+        if text.get(key).is_none()
+            && let Some(value) = config.get(key)
+        {
+            text[key] = value.clone();
+        }
+    }
+    if let Some(family) =
+        FAMILIES.iter().find(|family| family.holder.is_some_and(|holder| config["model_type"] == holder))
+    {
+        text["model_type"] = family.model_type.into();
+    }
+    Ok(Cow::Owned(text))
+}
+
+/// Keys that stand beside `text_config` and hold for the text part too.
+const OF_THE_WHOLE: [&str; 8] = [
+    "tie_word_embeddings",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "initializer_range",
+];
+
+/// What a `config.json` describes: of a model with several parts, the text part.
 ///
 /// # Errors
 /// Where the family is not known, a key is missing or impossible, or it asks for something that is not supported.
 pub fn spec_of(config: &Value) -> Result<DecoderSpec> {
-    let family = family_of(config)?;
-    Ok(DecoderSpec { model_type: family.model_type.to_owned(), ..(family.spec)(&Keys::new(config))? })
+    let config = text_config(config)?;
+    let family = family_of(&config)?;
+    Ok(DecoderSpec { model_type: family.model_type.to_owned(), ..(family.spec)(&Keys::new(&config))? })
 }
 
 /// Loads a model.
@@ -73,7 +111,7 @@ pub fn random(
 /// [`Error::TooLarge`].
 pub fn refuse_too_large(spec: &DecoderSpec, dtype: DType) -> Result<()> {
     let count = |shape: &candle_core::Shape| shape.dims().iter().map(|&n| n as u128).product::<u128>();
-    let parameters: u128 = tensors_of(spec).iter().map(|(_, shape)| count(shape)).sum();
+    let parameters: u128 = tensors_of(spec)?.iter().map(|(_, shape)| count(shape)).sum();
     let needed = parameters * dtype.size_in_bytes() as u128;
     match pmetal_core::total_memory() {
         Some(memory) if needed > u128::from(memory) => Err(Error::TooLarge { parameters, needed, memory }),

@@ -221,9 +221,9 @@ impl Session {
                 self.one_token = model.one_token(&self.cache)?.map_or(Ready::No, Ready::Yes);
             }
             if let Ready::Yes(one_token) = &mut self.one_token {
-                let lens = self.cache.lens_with(&[1])?;
+                self.cache.lens_with(&[1])?;
                 let logits = one_token.read(id, self.ids.len() as u32)?;
-                self.cache.advance(lens);
+                self.cache.advance(&[id], &[1]);
                 self.ids.push(id);
                 return Ok(logits);
             }

@@ -25,6 +25,15 @@ impl<'a> Keys<'a> {
         Self { object, under: "" }
     }
 
+    /// The object with another key in it.
+    pub(crate) fn with(&self, key: &str, value: Value) -> Value {
+        let mut object = self.object.clone();
+        if let Some(map) = object.as_object_mut() {
+            map.insert(key.to_owned(), value);
+        }
+        object
+    }
+
     /// The object under a key, where there is one.
     pub(crate) fn object(&self, key: &'static str) -> Result<Option<Self>> {
         match self.get(key) {
@@ -107,6 +116,16 @@ impl<'a> Keys<'a> {
         let positive = |v: &Value| v.as_f64().filter(|x| x.is_finite() && *x > 0.0);
         let list = self.typed(key, "numbers above 0", |v| v.as_array()?.iter().map(positive).collect())?;
         self.required(key, list)
+    }
+
+    /// A list of whole numbers.
+    pub(crate) fn wholes(&self, key: &str) -> Result<Option<Vec<u64>>> {
+        self.typed(key, "a list of whole numbers", |v| v.as_array()?.iter().map(Value::as_u64).collect())
+    }
+
+    /// True or false, or a number that is true where it is not 0.
+    pub(crate) fn switch(&self, key: &str) -> Result<Option<bool>> {
+        self.typed(key, "true or false", |v| v.as_bool().or_else(|| v.as_f64().map(|x| x != 0.0)))
     }
 
     /// A list of texts.

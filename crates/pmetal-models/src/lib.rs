@@ -24,7 +24,6 @@
 
 mod cache;
 mod checkpoint;
-mod checkpointing;
 mod config;
 mod decoder;
 mod dequantize;
@@ -35,33 +34,34 @@ mod generation;
 mod generation_config;
 mod gguf_config;
 mod keys;
-mod layer;
 mod model;
 mod names;
-mod one_token;
 mod registry;
 mod rope_spec;
 mod safetensors_folder;
 mod sampling;
 mod save;
 mod spec;
+mod stored;
 mod vocabulary;
 mod weights;
 
 pub use cache::KvCache;
 pub use checkpoint::Checkpoint;
-pub use checkpointing::Checkpointing;
 pub use config::{dtype_of, read_config};
-pub use dispatcher::{load, random, refuse_too_large, spec_of};
+pub use decoder::{Checkpointing, OneToken, linear_layers, parameters_of, tensors_of};
+pub use dispatcher::{load, random, refuse_too_large, spec_of, text_config};
 pub use error::{Error, Result};
 pub use generation::{Event, Generation, Session, StopReason, generate};
 pub use generation_config::GenerationConfig;
 pub use model::{CausalLMModel, Input};
-pub use names::{EMBEDDING, HEAD, linear_layers, tensors_of};
-pub use one_token::OneToken;
+pub use names::{EMBEDDING, ExpertFiles, HEAD, Names};
 pub use registry::{Family, known_architectures, known_families};
 pub use rope_spec::{ByLength, Frequencies, ROPE_SCALING_KINDS, RopeSpec, override_rope_scaling};
 pub use sampling::{Logprobs, Sampler, SamplingParams};
 pub use save::save_pretrained;
-pub use spec::{AttentionBias, DecoderSpec};
+pub use spec::{
+    AttentionBias, AttentionKind, DecoderSpec, ExpertsSpec, GatedSpec, HeadNorm, HeadsSpec, IndexerSpec, LatentSpec,
+    LayerSpec, MlpSpec, NormPlaces, NormSpec, RopeUse, RouterBias, Temperature,
+};
 pub use vocabulary::resize_table;

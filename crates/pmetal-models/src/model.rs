@@ -40,7 +40,16 @@ pub trait CausalLMModel: Send {
     ///
     /// # Errors
     /// Where lengths do not add up, an id is outside the vocabulary, or the cache is full.
-    fn forward(&self, input: &Input, cache: Option<&mut KvCache>) -> Result<Value>;
+    fn forward(&self, input: &Input, cache: Option<&mut KvCache>) -> Result<Value> {
+        Ok(self.forward_with_routers(input, cache)?.0)
+    }
+
+    /// [`CausalLMModel::forward`], and what the router of each layer with experts computed, `[tokens, experts]`: what a loss that balances experts
+    /// is made of.
+    ///
+    /// # Errors
+    /// As for [`CausalLMModel::forward`].
+    fn forward_with_routers(&self, input: &Input, cache: Option<&mut KvCache>) -> Result<(Value, Vec<Value>)>;
 
     /// A way to read one token after another of the only row of `cache`, as fast as the device can; none where [`CausalLMModel::forward`] is
     /// that. It holds for these weights and this cache, as long as neither changes.
@@ -75,7 +84,7 @@ pub trait CausalLMModel: Send {
 
     /// What becomes of the head's products.
     fn logits_spec(&self) -> LogitsSpec {
-        LogitsSpec::default()
+        self.spec().logits
     }
 
     /// The logits of `hidden [n, hidden_size]`, `[n, vocab_size]` f32.

@@ -1,86 +1,84 @@
-//! The names of a decoder's parts, as Hugging Face's Llama has them.
-
-use candle_core::Shape;
-
-use crate::DecoderSpec;
+//! The names of a decoder's parts, and where its tensors lie in files.
 
 /// The embedding, `[vocab_size, hidden_size]`.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
-pub(crate) const NORM: &str = "model.norm.weight";
+pub(crate) const NORM: &str = "model.norm";
 /// The head, `[vocab_size, hidden_size]`, of models where it is not the embedding.
 pub const HEAD: &str = "lm_head.weight";
 /// The prefix of layer names.
 pub(crate) const LAYERS: &str = "model.layers.";
 
-/// A linear layer of a decoder layer: its module's name, its widths, whether it has a bias.
-pub(crate) struct LinearShape {
-    pub(crate) module: &'static str,
-    pub(crate) inputs: usize,
-    pub(crate) outputs: usize,
-    pub(crate) bias: bool,
+/// What a family calls the parts of a layer, and how its files hold experts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    /// Parts that are not called as in Hugging Face's Llama: the part there, and here. A part stands for everything below it; the first that fits counts.
+    pub parts: &'static [(&'static str, &'static str)],
+    /// Parts that files call otherwise than the modules are called: the module's part, the files' part.
+    pub files: &'static [(&'static str, &'static str)],
+    /// How experts lie in files; the first way is the one that is written, the others are read too. Names are those of parts.
+    pub experts: &'static [ExpertFiles],
 }
 
-/// The linear layers of a decoder layer, by what reads the same input: q, k, v; output; gate, up; down.
-pub(crate) fn linear_groups(spec: &DecoderSpec) -> [Vec<LinearShape>; 4] {
-    let (hidden, inner) = (spec.hidden_size, spec.intermediate_size);
-    let (q, kv) = (spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim);
-    let (qkv_bias, output_bias) = (spec.attention_bias.qkv, spec.attention_bias.output);
-    let linear = |module, inputs, outputs, bias| LinearShape { module, inputs, outputs, bias };
-    [
-        vec![
-            linear("self_attn.q_proj", hidden, q, qkv_bias),
-            linear("self_attn.k_proj", hidden, kv, qkv_bias),
-            linear("self_attn.v_proj", hidden, kv, qkv_bias),
-        ],
-        vec![linear("self_attn.o_proj", q, hidden, output_bias)],
-        vec![
-            linear("mlp.gate_proj", hidden, inner, spec.mlp_bias),
-            linear("mlp.up_proj", hidden, inner, spec.mlp_bias),
-        ],
-        vec![linear("mlp.down_proj", inner, hidden, spec.mlp_bias)],
-    ]
+/// How files hold the matrices of a layer's experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpertFiles {
+    /// Each expert's three matrices by themselves: `MODULE.N.GATE.weight` and so on.
+    Each {
+        /// What is before the expert's number.
+        module: &'static str,
+        /// `[intermediate, hidden]`.
+        gate: &'static str,
+        /// `[intermediate, hidden]`.
+        up: &'static str,
+        /// `[hidden, intermediate]`.
+        down: &'static str,
+    },
+    /// All experts' gates and ups in one tensor, all downs in another.
+    Fused {
+        /// `[experts, 2 * intermediate, hidden]`.
+        gate_up: &'static str,
+        /// `[experts, hidden, intermediate]`.
+        down: &'static str,
+        /// Whether the last two dimensions are the other way round.
+        transposed: bool,
+        /// Whether gates and ups take turns, instead of all gates coming first.
+        interleaved: bool,
+    },
+    /// All experts' gates in one tensor, ups in another, downs in a third, as GGUF files have them: `MODULE.GATE.weight` and so on.
+    Stacked {
+        /// What is before the names.
+        module: &'static str,
+        /// `[experts, intermediate, hidden]`.
+        gate: &'static str,
+        /// `[experts, intermediate, hidden]`.
+        up: &'static str,
+        /// `[experts, hidden, intermediate]`.
+        down: &'static str,
+    },
 }
 
-/// The norms before attention and before the MLP.
-pub(crate) const BLOCK_NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
-/// The norms of the heads of q and of k.
-pub(crate) const HEAD_NORMS: [&str; 2] = ["self_attn.q_norm", "self_attn.k_norm"];
-
-/// The norms of a decoder layer and their widths.
-fn norms(spec: &DecoderSpec) -> impl Iterator<Item = (&'static str, usize)> {
-    let heads = HEAD_NORMS.iter().filter(|_| spec.qk_norm).map(|&name| (name, spec.head_dim));
-    BLOCK_NORMS.iter().map(|&name| (name, spec.hidden_size)).chain(heads)
-}
-
-/// Every linear layer of a decoder's attention and MLP: its module's name, `[out, in]` of its weight.
-pub fn linear_layers(spec: &DecoderSpec) -> Vec<(String, [usize; 2])> {
-    let layer = |index: usize| {
-        let linears = linear_groups(spec).into_iter().flatten();
-        linears.map(move |linear| (format!("{LAYERS}{index}.{}", linear.module), [linear.outputs, linear.inputs]))
-    };
-    (0..spec.num_hidden_layers).flat_map(layer).collect()
-}
-
-/// Every tensor of a decoder under its Hugging Face name, with its shape, from the embedding to the head (which a tied decoder
-/// has none of).
-pub fn tensors_of(spec: &DecoderSpec) -> Vec<(String, Shape)> {
-    let table = Shape::from((spec.vocab_size, spec.hidden_size));
-    let mut tensors = vec![(EMBEDDING.to_owned(), table.clone())];
-    for layer in 0..spec.num_hidden_layers {
-        for linear in linear_groups(spec).into_iter().flatten() {
-            let module = format!("{LAYERS}{layer}.{}", linear.module);
-            tensors.push((format!("{module}.weight"), Shape::from((linear.outputs, linear.inputs))));
-            if linear.bias {
-                tensors.push((format!("{module}.bias"), Shape::from(linear.outputs)));
-            }
-        }
-        for (norm, width) in norms(spec) {
-            tensors.push((format!("{LAYERS}{layer}.{norm}.weight"), Shape::from(width)));
-        }
+impl Names {
+    /// The module of a part of a layer.
+    pub(crate) fn of(&self, part: &str) -> String {
+        renamed(self.parts, part).unwrap_or_else(|| part.to_owned())
     }
-    tensors.push((NORM.to_owned(), Shape::from(spec.hidden_size)));
-    if !spec.tie_word_embeddings {
-        tensors.push((HEAD.to_owned(), table));
+
+    /// What files call the tensor `name`, where they call it otherwise.
+    pub(crate) fn in_files(&self, name: &str) -> Option<String> {
+        let (layer, part) = name.strip_prefix(LAYERS)?.split_once('.')?;
+        Some(format!("{LAYERS}{layer}.{}", renamed(self.files, part)?))
     }
-    tensors
+}
+
+/// `part` with its first parts replaced by what stands beside them in the first row that fits.
+fn renamed(table: &[(&str, &str)], part: &str) -> Option<String> {
+    table.iter().find_map(|(from, to)| {
+        let below = part.strip_prefix(from)?;
+        (below.is_empty() || below.starts_with('.')).then(|| format!("{to}{below}"))
+    })
+}
+
+/// Whether a tensor is no parameter but a table of numbers that the model is run with, in f32 whatever the rest is in.
+pub fn stays_f32(name: &str) -> bool {
+    name.ends_with(".e_score_correction_bias")
 }

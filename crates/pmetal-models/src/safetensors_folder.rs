@@ -17,6 +17,7 @@ use serde_json::Value;
 use crate::{
     Error, Result,
     dequantize::{self, Packing, transpose},
+    names::{EMBEDDING, HEAD, LAYERS},
 };
 
 const ONE_FILE: &str = "model.safetensors";
@@ -69,6 +70,14 @@ impl SafetensorsFolder {
 
     pub(crate) fn get(&self, name: &str) -> Option<&Entry> {
         self.tensors.get(name)
+    }
+
+    /// Keeps the tensors of a model's text part, under the names that a model of text alone has; returns how many others there were.
+    pub(crate) fn keep_text_part(&mut self) -> usize {
+        let all = std::mem::take(&mut self.tensors);
+        let found = all.len();
+        self.tensors = all.into_iter().filter_map(|(name, entry)| Some((text_name(&name)?, entry))).collect();
+        found - self.tensors.len()
     }
 
     fn add_shards(&mut self, folder: &Path, index: &Path) -> Result<()> {
@@ -140,6 +149,19 @@ impl SafetensorsFolder {
     }
 }
 
+/// What a model of text alone calls a tensor of a model that has a text part; none of the other parts' tensors.
+fn text_name(name: &str) -> Option<String> {
+    let inner = ["language_model.model.", "model.language_model."].iter().find_map(|prefix| name.strip_prefix(prefix));
+    match inner {
+        Some(rest) => Some(format!("model.{rest}")),
+        None => {
+            let name = name.strip_prefix("language_model.").unwrap_or(name);
+            let is_text = name == HEAD || name == EMBEDDING || name.starts_with(LAYERS) || name == "model.norm.weight";
+            is_text.then(|| name.to_owned())
+        }
+    }
+}
+
 /// The header of a file and where its data starts.
 fn read_header(path: &Path, bytes: &[u8]) -> Result<(Metadata, usize)> {
     let truncated = |expected: u64| Error::Truncated {
@@ -151,11 +173,12 @@ fn read_header(path: &Path, bytes: &[u8]) -> Result<(Metadata, usize)> {
     let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
         return Err(truncated(LENGTH_BYTES as u64));
     };
-    if let Some(kind) = pmetal_core::what_it_is(bytes) {
-        return Err(Error::broken(path, format!("is no safetensors file but {kind}")));
-    }
     let length = u64::from_le_bytes(*length);
     if length > MAX_HEADER {
+        // not before: a short header's length may begin like a pickle
+        if let Some(kind) = pmetal_core::what_it_is(bytes) {
+            return Err(Error::broken(path, format!("is no safetensors file but {kind}")));
+        }
         let reason = format!("is no safetensors file: a header of {length} bytes; fetch the file again");
         return Err(Error::broken(path, reason));
     }
@@ -197,28 +220,30 @@ impl Entry {
         self.file.bytes().get(self.range.clone()).unwrap_or_default()
     }
 
-    /// The weight in place, or copied where the file does not start it on a border of its elements, or decoded where it is quantized.
-    pub(crate) fn weight(&self, name: &str) -> Result<Weight> {
+    /// The weight in place, or copied where the file does not start it on a border of its elements, or decoded where it is quantized: into bf16, or into f32 where
+    /// that is `dtype`.
+    pub(crate) fn weight(&self, name: &str, dtype: DType) -> Result<Weight> {
         match &self.packing {
-            Some(packing) => Ok(Weight::Frozen(packing.tensor(self)?)),
+            Some(packing) => Ok(Weight::Frozen(packing.tensor(self, dtype)?)),
             None => self.part(name, self.range.clone(), self.shape.clone()),
         }
     }
 
-    /// Matrix `index` of `[n, d1, d2]`, `[d1, d2]`: in place, as [`Entry::weight`].
-    pub(crate) fn slice(&self, name: &str, index: usize) -> Result<Weight> {
+    /// Part `index` of `[n, ..]`: in place, as [`Entry::weight`].
+    pub(crate) fn slice(&self, name: &str, index: usize, dtype: DType) -> Result<Weight> {
         let (range, shape) = self.place(name, index)?;
         match &self.packing {
-            Some(packing) => Ok(Weight::Frozen(packing.matrix(self, index, false)?)),
-            None => self.part(name, range, shape.into()),
+            Some(packing) => Ok(Weight::Frozen(packing.matrix(self, index, false, dtype)?)),
+            None => self.part(name, range, shape),
         }
     }
 
     /// The transpose of matrix `index` of `[n, d1, d2]`, `[d2, d1]`.
-    pub(crate) fn slice_transposed(&self, name: &str, index: usize) -> Result<Tensor> {
-        let (range, (rows, width)) = self.place(name, index)?;
+    pub(crate) fn slice_transposed(&self, name: &str, index: usize, dtype: DType) -> Result<Tensor> {
+        let (range, shape) = self.place(name, index)?;
+        let (rows, width) = shape.dims2()?;
         if let Some(packing) = &self.packing {
-            return packing.matrix(self, index, true);
+            return packing.matrix(self, index, true, dtype);
         }
         let bytes = self.file.bytes().get(range).unwrap_or_default();
         let dtype = self.known_dtype(name)?;
@@ -229,21 +254,16 @@ impl Entry {
         Ok(Tensor::from_raw_buffer(&turned, dtype, &[width, rows], &Device::Cpu)?)
     }
 
-    /// Where matrix `index` of `[n, d1, d2]` lies, and its shape.
-    fn place(&self, name: &str, index: usize) -> Result<(Range<usize>, (usize, usize))> {
-        let &[n, rows, width] = self.shape.dims() else {
-            let reason = format!("tensor {name} is {:?}, expected three dimensions", self.shape.dims());
+    /// Where part `index` of `[n, ..]` lies, and its shape.
+    fn place(&self, name: &str, index: usize) -> Result<(Range<usize>, Shape)> {
+        let Some((&n, rest)) = self.shape.dims().split_first().filter(|(n, rest)| index < **n && !rest.is_empty())
+        else {
+            let reason = format!("tensor {name} is {:?}, which has no part {index}", self.shape.dims());
             return Err(Error::broken(&self.path, reason));
         };
-        if index >= n {
-            return Err(Error::broken(
-                &self.path,
-                format!("tensor {name} has {n} matrices, {index} is not one of them"),
-            ));
-        }
         let bytes = self.range.len() / n;
         let start = self.range.start + index * bytes;
-        Ok((start..start + bytes, (rows, width)))
+        Ok((start..start + bytes, Shape::from(rest)))
     }
 
     /// The elements in `range` in place, or copied where they do not start on a border of an element.

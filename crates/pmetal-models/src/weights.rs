@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use pmetal_ops::{Arena, Param, Weight, normal_on_gpu, random};
 use rayon::prelude::*;
 
-use crate::{Checkpoint, Result};
+use crate::{Checkpoint, Result, names::stays_f32};
 
 /// A source of weights by Hugging Face name.
 pub(crate) trait WeightSource {
@@ -43,7 +43,11 @@ impl WeightSource for FromCheckpoint<'_> {
         if (keeps || stored.dtype() == self.dtype) && shape.rank() > 1 && self.device.is_cpu() {
             return Ok(stored);
         }
-        let dtype = if keeps { stored.dtype() } else { self.dtype };
+        let dtype = match keeps {
+            _ if stays_f32(name) => DType::F32,
+            true => stored.dtype(),
+            false => self.dtype,
+        };
         let tensor = pmetal_ops::device::send(&stored.tensor()?.to_dtype(dtype)?, self.device)?;
         self.checkpoint.release(name);
         Ok(Weight::Frozen(tensor))

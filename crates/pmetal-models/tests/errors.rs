@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 
 use candle_core::{DType, Device};
 use common::Fixture;
-use pmetal_models::{Checkpoint, Error, load, spec_of};
+use pmetal_models::{AttentionKind, Checkpoint, DecoderSpec, Error, HeadsSpec, load, spec_of};
 use serde_json::{Value, json};
 
 fn message(path: &Path) -> String {
@@ -70,7 +70,10 @@ fn an_unknown_architecture_is_named_with_those_known() {
     let folder = copy_of("llama");
     edit(&folder.path().join("config.json"), |config| config["model_type"] = json!("mamba"));
     let message = message(folder.path());
-    assert!(message.contains("architecture mamba") && message.contains("llama, qwen2, qwen3"), "{message}");
+    assert!(
+        message.contains("architecture mamba") && message.contains("llama, llama4_text, qwen2, qwen3"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -197,8 +200,7 @@ fn refused(changes: Value) -> String {
 #[test]
 fn what_a_configuration_asks_for_in_vain_is_named() {
     for (changes, named) in [
-        (json!({"use_sliding_window": true, "max_window_layers": 1}), "use_sliding_window"),
-        (json!({"layer_types": ["full_attention", "sliding_attention"]}), "sliding_attention"),
+        (json!({"layer_types": ["full_attention", "linear_attention"]}), "linear_attention"),
         (json!({"hidden_act": "gelu"}), "hidden_act: gelu"),
         (json!({"attention_dropout": 0.1}), "attention_dropout"),
         (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
@@ -225,13 +227,14 @@ fn what_a_family_means_where_a_configuration_is_silent() {
         spec_of(&config).unwrap()
     };
     let (llama, qwen2, qwen3) = (spec("llama", json!({})), spec("qwen2", json!({})), spec("qwen3", json!({})));
-    assert_eq!([llama.head_dim, qwen2.head_dim, qwen3.head_dim], [2, 2, 128]);
+    assert_eq!([&llama, &qwen2, &qwen3].map(|spec| heads(spec).attention.head_dim), [2, 2, 128]);
     assert_eq!(
-        [llama.num_key_value_heads, spec("llama", json!({"num_key_value_heads": null})).num_key_value_heads],
+        [&llama, &spec("llama", json!({"num_key_value_heads": null}))].map(|spec| heads(spec).attention.kv_heads),
         [32, 32]
     );
     assert_eq!([llama.max_position_embeddings, qwen3.max_position_embeddings], [2048, 32768]);
-    assert!(qwen2.attention_bias.qkv && !qwen2.attention_bias.output && !qwen3.attention_bias.qkv && qwen3.qk_norm);
+    let (qwen2, qwen3) = (heads(&qwen2), heads(&qwen3));
+    assert!(qwen2.bias.qkv && !qwen2.bias.output && !qwen3.bias.qkv && qwen3.head_norm.is_some());
     // windows that no layer uses are nothing to refuse
     spec("qwen2", json!({"use_sliding_window": true, "max_window_layers": 2, "sliding_window": 4096}));
     spec("qwen2", json!({"use_sliding_window": false, "sliding_window": 4096, "max_window_layers": 0}));
@@ -240,4 +243,11 @@ fn what_a_family_means_where_a_configuration_is_silent() {
     assert_eq!(spec_of(&by_class).unwrap().model_type, "qwen3");
     by_class["architectures"] = json!(["GPT2LMHeadModel"]);
     assert!(spec_of(&by_class).unwrap_err().to_string().contains("GPT2LMHeadModel"));
+}
+
+fn heads(spec: &DecoderSpec) -> HeadsSpec {
+    match &spec.layers[0].attention {
+        AttentionKind::Heads(heads) => heads.clone(),
+        AttentionKind::Latent(_) => panic!("{spec:?}"),
+    }
 }

@@ -1,6 +1,6 @@
 //! What a step needs of memory beside weights and optimizer, and which results survive its forward pass within a limit.
 
-use pmetal_models::{Checkpointing, DecoderSpec};
+use pmetal_models::{Checkpointing, DecoderSpec, LayerSpec, MlpSpec};
 use pmetal_ops::{DeviceRates, Fate, LOGITS_BYTES as MOST_LOGITS_BYTES, Policy, Saved};
 
 /// The results that can be computed again.
@@ -54,14 +54,29 @@ pub struct MemoryChoice {
 
 impl StepSize<'_> {
     fn layers(&self) -> usize {
-        self.spec.num_hidden_layers
+        self.spec.num_hidden_layers()
     }
 
     /// Widths of the stream, of q, of k, and of the MLP.
     fn widths(&self) -> [u64; 4] {
-        let spec = self.spec;
-        let [q, kv] = [spec.num_attention_heads, spec.num_key_value_heads].map(|heads| (heads * spec.head_dim) as u64);
-        [spec.hidden_size as u64, q, kv, spec.intermediate_size as u64]
+        let widest = |width: fn(&LayerSpec) -> usize| self.spec.layers.iter().map(width).max().unwrap_or(0) as u64;
+        let q = widest(|layer| layer.attention.width());
+        let kv = widest(|layer| layer.attention.kept_widths().into_iter().max().unwrap_or(0));
+        let inner = widest(|layer| match &layer.mlp {
+            MlpSpec::Gated(gated) => gated.intermediate_size,
+            MlpSpec::Experts(experts) => experts.width(),
+        });
+        [self.spec.hidden_size as u64, q, kv, inner]
+    }
+
+    /// The most heads of a layer.
+    fn heads(&self) -> u64 {
+        self.spec.layers.iter().map(|layer| layer.attention.heads() as u64).max().unwrap_or(0)
+    }
+
+    /// Whether heads of q and k are normalised.
+    fn norms_heads(&self) -> bool {
+        self.spec.layers.iter().any(|layer| layer.attention.norms_heads())
     }
 
     /// Bytes of `elements` for each token.
@@ -75,7 +90,7 @@ impl StepSize<'_> {
         match saved {
             Saved::Input | Saved::Middle => self.bytes(hidden),
             Saved::Projections => self.bytes(q + 2 * kv),
-            Saved::Attention => self.bytes(q + self.rank) + 4 * self.tokens * self.spec.num_attention_heads as u64,
+            Saved::Attention => self.bytes(q + self.rank) + 4 * self.tokens * self.heads(),
             Saved::Gates => self.bytes(2 * inner),
         }
     }
@@ -110,9 +125,9 @@ impl StepSize<'_> {
     /// gate, up and their product; f32 statistics and low-rank products.
     fn whole_layer(&self) -> u64 {
         let [hidden, q, kv, inner] = self.widths();
-        let heads = self.spec.num_attention_heads as u64;
-        let normed = if self.spec.qk_norm { q + kv } else { 0 };
-        let statistics = heads + 2 + if self.spec.qk_norm { heads * 2 } else { 0 };
+        let heads = self.heads();
+        let normed = if self.norms_heads() { q + kv } else { 0 };
+        let statistics = heads + 2 + if self.norms_heads() { heads * 2 } else { 0 };
         self.bytes(4 * hidden + 2 * q + 2 * kv + normed + 3 * inner + 7 * self.rank) + 4 * self.tokens * statistics
     }
 

@@ -108,9 +108,9 @@ impl Plan {
         let full = options.fine_tune_type == FineTuneType::Full;
         let (on_cpu, width) = (setup.device.is_cpu(), setup.dtype.size_in_bytes() as u64);
         let copies = if (full || !on_cpu) && setup.dtype != DType::F32 { width } else { 0 };
-        let parameters = tensors_of(spec).iter().map(|(_, shape)| shape.elem_count() as u64).sum();
+        let parameters = tensors_of(spec)?.iter().map(|(_, shape)| shape.elem_count() as u64).sum();
         let (mapped_weights, weights) = match &setup.base.checkpoint {
-            Some(checkpoint) if !full && on_cpu => checkpoint.weight_bytes(setup.dtype),
+            Some(checkpoint) if !full && on_cpu => checkpoint.weight_bytes(setup.dtype)?,
             Some(_) if !full => (0, parameters * width),
             _ => (0, 0),
         };
@@ -132,7 +132,7 @@ impl Plan {
         }
         Ok(Self {
             model_type: spec.model_type.clone(),
-            layers: spec.num_hidden_layers,
+            layers: spec.num_hidden_layers(),
             parameters,
             dtype: setup.dtype.as_str(),
             trained_layers: layers_of(&trained),
@@ -152,7 +152,7 @@ impl Plan {
                 logits,
             },
             choice,
-            checkpointing: choice.line(spec.num_hidden_layers, fixed),
+            checkpointing: choice.line(spec.num_hidden_layers(), fixed),
             memory_limit: options.memory_limit,
             machine_memory,
         })
@@ -213,9 +213,10 @@ fn adapter_config(options: &SftOptions, setup: &Setup) -> LoraConfig {
 /// The trained tensors and their sizes.
 fn trained_tensors(options: &SftOptions, setup: &Setup) -> Result<Vec<(String, u64)>> {
     let spec = &setup.base.spec;
-    let all = || tensors_of(spec).into_iter().map(|(name, shape)| (name, shape.elem_count() as u64));
+    let all: Vec<(String, u64)> =
+        tensors_of(spec)?.into_iter().map(|(name, shape)| (name, shape.elem_count() as u64)).collect();
     if options.fine_tune_type == FineTuneType::Full {
-        return Ok(all().collect());
+        return Ok(all);
     }
     let saved = setup.base.modules_to_save.and(adapter_config(options, setup).modules_to_save);
     let mut trained: Vec<(String, u64)> = match &setup.base.adapter {
@@ -226,7 +227,7 @@ fn trained_tensors(options: &SftOptions, setup: &Setup) -> Result<Vec<(String, u
         }
     };
     let wanted = |name: &str| (name == EMBEDDING && saved.embed_tokens) || (name == HEAD && saved.lm_head);
-    let tables = all().filter(|(name, _)| wanted(name) && trained.iter().all(|(known, _)| known != name));
+    let tables = all.into_iter().filter(|(name, _)| wanted(name) && trained.iter().all(|(known, _)| known != name));
     let tables: Vec<_> = tables.collect();
     trained.extend(tables);
     Ok(trained)

@@ -259,7 +259,7 @@ fn within_memory(
         Some(memory) => (choose_memory(options, setup, memory.live, Some(memory.total))?, memory.live),
         None => (plan.choice, plan.memory.fixed()),
     };
-    if let Some(line) = choice.line(setup.base.spec.num_hidden_layers, fixed) {
+    if let Some(line) = choice.line(setup.base.spec.num_hidden_layers(), fixed) {
         observer.note(&line);
     }
     let mut settings = loop_settings(options);
@@ -277,12 +277,12 @@ fn prepare(
 ) -> Result<(Box<dyn CausalLMModel>, Trained)> {
     let Some(checkpoint) = &base.checkpoint else {
         refuse_too_large(&base.spec, dtype)?;
-        let arena = Arena::new(&tensors_of(&base.spec), dtype, device)?;
+        let arena = Arena::new(&tensors_of(&base.spec)?, dtype, device)?;
         let model = random(&base.config, dtype, device, options.seed, Some(&arena))?;
         return Ok((model, Trained::Everything(arena)));
     };
     if options.fine_tune_type == FineTuneType::Full {
-        let arena = Arena::new(&checkpoint.tensors(), dtype, device)?;
+        let arena = Arena::new(&checkpoint.tensors()?, dtype, device)?;
         return Ok((load(checkpoint, dtype, device, Some(&arena))?, Trained::Everything(arena)));
     }
     let mut model = load(checkpoint, dtype, device, None)?;

@@ -4,7 +4,8 @@ use candle_core::{DType, Tensor};
 use pmetal_data::Example;
 use pmetal_models::{CausalLMModel, Checkpointing, Input};
 use pmetal_ops::{
-    AdamW, Arena, StepOutcome, adamw, backward, linear_cross_entropy, linear_cross_entropy_within, no_grad, random,
+    AdamW, Arena, StepOutcome, Value, adamw, backward, gradients, linear_cross_entropy, linear_cross_entropy_within,
+    no_grad, random, router_loss,
 };
 
 use crate::Result;
@@ -61,6 +62,8 @@ pub struct StartedStep {
     outcome: StepOutcome,
     /// Of each micro-batch, those of its supervised tokens.
     token_losses: Vec<Tensor>,
+    /// Of each micro-batch, its share of what balances the experts, where the model asks for that.
+    router_losses: Vec<Tensor>,
     tokens: u64,
     supervised_tokens: u64,
 }
@@ -71,7 +74,8 @@ impl StartedStep {
         let (grad_norm, applied) = self.outcome.read()?;
         let sum = self.token_losses.iter().map(sum_of).sum::<Result<f64>>()?;
         let (tokens, supervised_tokens) = (self.tokens, self.supervised_tokens);
-        let loss = sum / supervised_tokens.max(1) as f64;
+        let balance = self.router_losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?)));
+        let loss = sum / supervised_tokens.max(1) as f64 + balance.sum::<Result<f64>>()?;
         Ok(StepResult { loss, grad_norm, tokens, supervised_tokens, applied })
     }
 }
@@ -90,20 +94,30 @@ pub fn start_step(
     let supervised: usize = rows().map(|row| row.supervised_tokens()).sum();
     let tokens: usize = rows().map(|row| row.input_ids.len()).sum();
     let scale = 1.0 / supervised.max(1) as f32;
-    let mut token_losses = Vec::with_capacity(micro_batches.len());
+    let (mut token_losses, mut router_losses) = (Vec::with_capacity(micro_batches.len()), Vec::new());
     let mut loss = Tensor::zeros((), DType::F32, &model.device())?;
     arena.clear_grads();
     for (i, rows) in micro_batches.iter().enumerate() {
         let noise = random::mix(settings.seed, &[step as u64, i as u64]);
         let packed = Packed::new(rows);
         let input = Input { noise: Some(noise), checkpointing: settings.checkpointing, ..packed.input() };
-        let hidden = model.forward(&input, None)?;
+        let (hidden, routers) = model.forward_with_routers(&input, None)?;
         let (head, spec) = (model.head(), model.logits_spec());
         let entropy = linear_cross_entropy_within(settings.logits_bytes, &hidden, head, &packed.targets, scale, spec)?;
         drop(hidden);
         loss = (loss + entropy.loss.tensor())?;
         token_losses.push(entropy.token_losses);
-        backward(entropy.loss)?;
+        let Some(balance) = router_balance(model, &routers)? else {
+            backward(entropy.loss)?;
+            continue;
+        };
+        let share = balance.coefficient / micro_batches.len() as f64;
+        let weight = (balance.loss.tensor().ones_like()? * share)?;
+        let weighted = (balance.loss.tensor() * share)?;
+        loss = (loss + &weighted)?;
+        router_losses.push(weighted);
+        let one = entropy.loss.tensor().ones_like()?;
+        gradients(vec![(entropy.loss, one), (balance.loss, weight)], &[])?;
     }
     let config = AdamW {
         learning_rate: learning_rate as f32,
@@ -114,7 +128,26 @@ pub fn start_step(
         step: optimizer_step,
     };
     let outcome = adamw(arena, &config, settings.max_grad_norm, &loss)?;
-    Ok(StartedStep { outcome, token_losses, tokens: tokens as u64, supervised_tokens: supervised as u64 })
+    Ok(StartedStep {
+        outcome,
+        token_losses,
+        router_losses,
+        tokens: tokens as u64,
+        supervised_tokens: supervised as u64,
+    })
+}
+
+/// What keeps tokens from crowding at few experts, and its factor in the loss.
+struct Balance {
+    loss: Value,
+    coefficient: f64,
+}
+
+/// None where the model does not ask for it.
+fn router_balance(model: &dyn CausalLMModel, routers: &[Value]) -> Result<Option<Balance>> {
+    let spec = model.spec();
+    let (Some(coefficient), Some(router)) = (spec.router_loss, spec.router()) else { return Ok(None) };
+    Ok(Some(Balance { loss: router_loss(routers, router)?, coefficient }))
 }
 
 fn sum_of(losses: &Tensor) -> Result<f64> {

@@ -38,7 +38,7 @@ fn nothing_runs_again_where_memory_suffices() {
 fn more_memory_means_less_is_computed_again_and_the_limit_holds() {
     for file in ["llama-3.1-8b", "qwen3-0.6b"] {
         let spec = spec(file);
-        let (size, layers) = (size(&spec), spec.num_hidden_layers);
+        let (size, layers) = (size(&spec), spec.num_hidden_layers());
         for rates in [Some(RATES), None] {
             let least = size.choose(None, true, rates);
             assert!(!size.choose(Some(least.bytes / 2), false, rates).fits, "{file}");

@@ -193,7 +193,7 @@ fn full_run(model_name: &str) {
     let end = safetensors::load(folder.join("linear.safetensors"), &Device::Cpu).unwrap();
     for variant in [Variant::default(), Variant { checkpointing: Some(Checkpointing::INPUTS), one_by_one: true }] {
         let checkpoint = checkpoint(model_name);
-        let arena = Arena::new(&tensors_of(checkpoint.spec()), DType::F32, &Device::Cpu).unwrap();
+        let arena = Arena::new(&tensors_of(checkpoint.spec()).unwrap(), DType::F32, &Device::Cpu).unwrap();
         let model = load(&checkpoint, DType::F32, &Device::Cpu, Some(&arena)).unwrap();
         let log = run(model.as_ref(), &arena, &expected["settings"], variant);
         expect_log(&log, expected, model_name);

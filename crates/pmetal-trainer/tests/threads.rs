@@ -51,7 +51,7 @@ fn lora(dtype: DType) -> (Vec<[u64; 2]>, Vec<u32>) {
 
 fn full(dtype: DType) -> (Vec<[u64; 2]>, Vec<u32>) {
     let spec = spec_of(&config()).unwrap();
-    let arena = Arena::new(&tensors_of(&spec), dtype, &Device::Cpu).unwrap();
+    let arena = Arena::new(&tensors_of(&spec).unwrap(), dtype, &Device::Cpu).unwrap();
     let model = random(&config(), dtype, &Device::Cpu, 1, Some(&arena)).unwrap();
     run(model.as_ref(), &arena, None)
 }

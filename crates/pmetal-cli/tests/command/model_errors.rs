@@ -92,7 +92,7 @@ fn configurations_that_say_no_model() {
     };
     says(
         &with("model_type", json!("mamba")),
-        &["architecture mamba is not supported", "known are llama, qwen2, qwen3"],
+        &["architecture mamba is not supported", "known are llama, llama4_text, qwen2, qwen3"],
     );
     says(&with("vocab_size", json!(null)), &["config.json: vocab_size"]);
     says(&with("hidden_size", json!(1e30)), &["config.json: hidden_size"]);

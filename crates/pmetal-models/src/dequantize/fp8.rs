@@ -2,7 +2,6 @@
 //!
 //! Sources: Micikevicius et al., "FP8 Formats for Deep Learning", 2022; DeepSeek-V3's report for the scales of blocks.
 
-use half::bf16;
 use rayon::prelude::*;
 
 /// What each byte stands for.
@@ -29,15 +28,21 @@ const fn number(byte: u32) -> f32 {
 
 /// A matrix whose rows have `width` numbers: each times the scale of its block, rounded once. `scales` are in rows too, one for each block of
 /// a row of blocks.
-pub(super) fn decode(bytes: &[u8], scales: &[f32], width: usize, [block_rows, block_width]: [usize; 2]) -> Vec<bf16> {
-    let mut numbers = vec![bf16::ZERO; bytes.len()];
+pub(super) fn decode<T: Copy + Default + Send>(
+    bytes: &[u8],
+    scales: &[f32],
+    width: usize,
+    [block_rows, block_width]: [usize; 2],
+    rounded: impl Fn(f32) -> T + Sync,
+) -> Vec<T> {
+    let mut numbers = vec![T::default(); bytes.len()];
     let (width, blocks) = (width.max(1), width.div_ceil(block_width));
     let rows = numbers.par_chunks_mut(width).zip(bytes.par_chunks(width)).enumerate();
     rows.for_each(|(row, (numbers, bytes))| {
         let scales = scales.chunks(blocks.max(1)).nth(row / block_rows).unwrap_or_default();
         for ((numbers, bytes), scale) in numbers.chunks_mut(block_width).zip(bytes.chunks(block_width)).zip(scales) {
             for (number, &byte) in numbers.iter_mut().zip(bytes) {
-                *number = bf16::from_f32(NUMBERS[usize::from(byte)] * scale);
+                *number = rounded(NUMBERS[usize::from(byte)] * scale);
             }
         }
     });

@@ -1,6 +1,6 @@
 //! Quantized tensors of safetensors files: numbers of 8 or 4 bits, and the scales of their blocks beside them.
 //!
-//! Both kinds are presented as the bf16 tensor they stand for, under its name, and decoded when they are read, a matrix at a time.
+//! Both kinds are presented as the tensor they stand for, under its name, and decoded when they are read, a matrix at a time.
 
 mod fp8;
 mod mxfp4;
@@ -9,7 +9,7 @@ mod tests;
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
@@ -36,56 +36,57 @@ enum Kind {
     Mxfp4,
 }
 
-/// A matrix as it is stored.
-struct Matrix {
-    numbers: Vec<bf16>,
-    rows: usize,
-    width: usize,
-}
-
 impl Packing {
     /// Lets go of the pages of the scales.
     pub(crate) fn release(&self) {
         self.scales.release();
     }
 
-    /// Matrix `index` of `entry [n, d1, d2]`, or the one there is of `[d1, d2]`: `[d1, d2]`, or `[d2, d1]` where `transposed`.
-    pub(crate) fn matrix(&self, entry: &Entry, index: usize, transposed: bool) -> Result<Tensor> {
+    /// Matrix `index` of `entry [n, d1, d2]`, or the one there is of `[d1, d2]`: `[d1, d2]`, or `[d2, d1]` where `transposed`; in bf16, or in f32
+    /// where that is `dtype`.
+    pub(crate) fn matrix(&self, entry: &Entry, index: usize, transposed: bool, dtype: DType) -> Result<Tensor> {
         let matrices = if let &[n, _, _] = entry.shape.dims() { n } else { 1 };
         let bytes = nth(entry.bytes(), index, matrices);
         let (Some(&[d1, d2]), Some(bytes)) = (entry.shape.dims().last_chunk(), bytes) else {
             return Err(Error::Input { reason: format!("matrix {index} of a tensor {:?}", entry.shape.dims()) });
         };
-        let (matrix, stored_transposed) = match self.kind {
+        match self.kind {
             Kind::Fp8 { block } => {
                 let scales = floats(&self.scales);
                 let scales = nth(&scales, index, matrices).unwrap_or_default();
-                (Matrix { numbers: fp8::decode(bytes, scales, d2, block), rows: d1, width: d2 }, false)
+                match dtype {
+                    DType::F32 => arranged(fp8::decode(bytes, scales, d2, block, |x| x), d1, d2, transposed),
+                    _ => arranged(fp8::decode(bytes, scales, d2, block, bf16::from_f32), d1, d2, transposed),
+                }
             }
+            // no bit is lost in bf16
             Kind::Mxfp4 => {
                 let scales = nth(self.scales.bytes(), index, matrices).unwrap_or_default();
-                (Matrix { numbers: mxfp4::decode(bytes, scales), rows: d2, width: d1 }, true)
+                arranged(mxfp4::decode(bytes, scales), d2, d1, !transposed)
             }
-        };
-        let Matrix { numbers, rows, width } = matrix;
-        if transposed == stored_transposed {
-            return Ok(Tensor::from_vec(numbers, (rows, width), &Device::Cpu)?);
         }
-        Ok(Tensor::from_vec(transpose(&numbers, width), (width, rows), &Device::Cpu)?)
     }
 
     /// All of `entry`, a matrix at a time.
-    pub(crate) fn tensor(&self, entry: &Entry) -> Result<Tensor> {
+    pub(crate) fn tensor(&self, entry: &Entry, dtype: DType) -> Result<Tensor> {
         let &[matrices, ..] = entry.shape.dims() else {
             return Ok(Tensor::zeros(&entry.shape, DType::BF16, &Device::Cpu)?);
         };
         if entry.shape.rank() == 2 {
-            return self.matrix(entry, 0, false);
+            return self.matrix(entry, 0, false, dtype);
         }
         let matrices: Vec<Tensor> =
-            (0..matrices).map(|index| self.matrix(entry, index, false)).collect::<Result<_>>()?;
+            (0..matrices).map(|index| self.matrix(entry, index, false, dtype)).collect::<Result<_>>()?;
         Ok(Tensor::stack(&matrices, 0)?)
     }
+}
+
+/// `numbers [rows, width]` as a tensor, or their transpose.
+fn arranged<T: WithDType + Default>(numbers: Vec<T>, rows: usize, width: usize, turned: bool) -> Result<Tensor> {
+    Ok(match turned {
+        false => Tensor::from_vec(numbers, (rows, width), &Device::Cpu)?,
+        true => Tensor::from_vec(transpose(&numbers, width), (width, rows), &Device::Cpu)?,
+    })
 }
 
 /// Part `index` of `n` equal ones.

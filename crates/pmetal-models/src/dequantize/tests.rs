@@ -45,7 +45,7 @@ fn tensors_are_those_that_transformers_decodes() {
     for name in &NAMES[1..] {
         let (entry, want) = (folder.get(name).unwrap(), &expected[*name]);
         assert_eq!((entry.dtype(), entry.shape.dims()), (Some(DType::BF16), want.dims()), "{name}");
-        let whole = entry.weight(name).unwrap().tensor().unwrap();
+        let whole = entry.weight(name, DType::BF16).unwrap().tensor().unwrap();
         assert_eq!((whole.dims(), bits(&whole)), (want.dims(), bits(want)), "{name}");
     }
 }
@@ -57,14 +57,17 @@ fn matrices_are_read_one_by_one() {
         let entry = folder.get(name).unwrap();
         for index in 0..2 {
             let want = expected[name].get(index).unwrap();
-            let (slice, turned) = (entry.slice(name, index).unwrap(), entry.slice_transposed(name, index).unwrap());
+            let (slice, turned) = (
+                entry.slice(name, index, DType::BF16).unwrap(),
+                entry.slice_transposed(name, index, DType::BF16).unwrap(),
+            );
             assert_eq!((slice.shape().dims(), bits(&slice.tensor().unwrap())), (want.dims(), bits(&want)), "{name}");
             let want = want.t().unwrap().contiguous().unwrap();
             assert_eq!((turned.dims(), bits(&turned)), (want.dims(), bits(&want)), "{name}, transposed");
         }
-        assert!(entry.slice(name, 2).is_err() && entry.slice_transposed(name, 2).is_err());
+        assert!(entry.slice(name, 2, DType::BF16).is_err() && entry.slice_transposed(name, 2, DType::BF16).is_err());
     }
-    assert!(folder.get("fp8.weight").unwrap().slice("fp8.weight", 0).is_err());
+    assert!(folder.get("fp8.weight").unwrap().slice("fp8.weight", 1 << 20, DType::BF16).is_err());
 }
 
 #[test]
@@ -91,7 +94,9 @@ fn refusal(config: &Value, tensors: &[(&str, &str, &[usize])]) -> String {
     file.resize(file.len() + end, 0);
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("model.safetensors"), file).unwrap();
-    let read = |folder: SafetensorsFolder| folder.iter().try_for_each(|(name, entry)| entry.weight(name).map(drop));
+    let read = |folder: SafetensorsFolder| {
+        folder.iter().try_for_each(|(name, entry)| entry.weight(name, DType::BF16).map(drop))
+    };
     SafetensorsFolder::open(folder.path(), config).and_then(|folder| read(folder.unwrap())).unwrap_err().to_string()
 }
 

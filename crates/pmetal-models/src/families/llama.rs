@@ -1,14 +1,17 @@
-//! Llama 2, 3, 3.1, 3.2, 3.3, and what took over its layout: optional biases everywhere, `llama3` rope scaling.
+//! Llama 2, 3, 3.1, 3.2, 3.3, and what took over its layout: optional biases everywhere.
 
-use super::{Defaults, dense};
-use crate::{AttentionBias, DecoderSpec, Result, keys::Keys};
+use super::{Base, Defaults};
+use crate::{
+    AttentionBias, AttentionKind::Heads, DecoderSpec, GatedSpec, HeadsSpec, LayerSpec, MlpSpec, Result, keys::Keys,
+};
 
 pub(crate) fn spec(config: &Keys) -> Result<DecoderSpec> {
-    let defaults = Defaults { num_key_value_heads: None, head_dim: None, max_position_embeddings: 2048 };
+    let base = Base::read(config, Defaults::default())?;
     let bias = config.boolean("attention_bias")?.unwrap_or(false);
-    Ok(DecoderSpec {
-        attention_bias: AttentionBias { qkv: bias, output: bias },
-        mlp_bias: config.boolean("mlp_bias")?.unwrap_or(false),
-        ..dense(config, defaults)?
-    })
+    let mlp_bias = config.boolean("mlp_bias")?.unwrap_or(false);
+    Ok(base.decoder(base.layers(|_| LayerSpec {
+        attention: Heads(HeadsSpec { bias: AttentionBias { qkv: bias, output: bias }, ..base.heads() }),
+        mlp: MlpSpec::Gated(GatedSpec { bias: mlp_bias, ..base.gated() }),
+        ..base.layer()
+    })))
 }

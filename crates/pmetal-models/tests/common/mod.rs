@@ -27,6 +27,15 @@ impl Fixture {
         Self { name: name.into(), path, expected }
     }
 
+    /// Those whose adapter is a pair of matrices for each linear layer, under the layer's name. Adapters of experts, and of text parts, are pmetal-lora's.
+    pub fn with_plain_adapters() -> Vec<Self> {
+        let plain = |fixture: &Self| {
+            let adapter = tensors(&fixture.path.join("adapter/adapter_model.safetensors"));
+            adapter.keys().all(|name| !name.contains(".experts.") && !name.contains("language_model"))
+        };
+        Self::all().into_iter().filter(plain).collect()
+    }
+
     /// All of them.
     pub fn all() -> Vec<Self> {
         let mut names: Vec<String> =

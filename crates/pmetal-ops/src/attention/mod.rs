@@ -65,7 +65,8 @@ impl Rows {
         Self(Arc::new(Places { segments, sent: OnceLock::new() }))
     }
 
-    fn segments(&self) -> &[Segment] {
+    /// Where each row lies.
+    pub fn segments(&self) -> &[Segment] {
         &self.0.segments
     }
 

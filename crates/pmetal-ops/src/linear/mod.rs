@@ -111,6 +111,19 @@ impl LinearGroup {
         self.join()
     }
 
+    /// The weight `[out, in]` of member `place` with what its adapter adds, in the weight's dtype. No gradient is recorded.
+    ///
+    /// # Errors
+    /// Where there is no such member.
+    pub fn merged(&self, place: usize) -> Result<Tensor> {
+        let member = self.members.get(place).ok_or_else(|| Error::operand(OP, "member", self.members.len(), place))?;
+        let weight = member.weight.tensor()?;
+        let Some(Adapter { a, b, scale, .. }) = &member.adapter else { return Ok(weight) };
+        let [a, b] = [a.tensor_in(DType::F32)?, b.tensor_in(DType::F32)?];
+        let sum = (weight.to_dtype(DType::F32)? + (b.matmul(&a)? * f64::from(*scale))?)?;
+        Ok(sum.to_dtype(weight.dtype())?)
+    }
+
     fn join(&mut self) -> Result<()> {
         self.joint = None;
         self.joint = gpu::Joint::of(&mut self.members)?.map(Arc::new);

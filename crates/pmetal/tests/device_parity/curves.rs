@@ -48,7 +48,7 @@ fn wide(config: &Value) -> PathBuf {
             false => named(name, dims, BOUND),
         };
         let weights: HashMap<String, Tensor> =
-            tensors_of(&spec).into_iter().map(|(name, shape)| (name.clone(), weight(&name, shape.dims()))).collect();
+            tensors_of(&spec).unwrap().into_iter().map(|(name, shape)| (name.clone(), weight(&name, shape.dims()))).collect();
         candle_core::safetensors::save(&weights, folder.join("model.safetensors")).unwrap();
         folder
     });

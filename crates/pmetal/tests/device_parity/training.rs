@@ -57,7 +57,7 @@ fn gradients_of_all_weights_are_those_of_torch() {
     on_device(|device| {
         for fixture in Fixture::all().into_iter().filter(|f| f.expected.contains_key("full_loss")) {
             let spec = Checkpoint::open(&fixture.path).unwrap().spec().clone();
-            let arena = Arena::new(&tensors_of(&spec), DType::F32, device).unwrap();
+            let arena = Arena::new(&tensors_of(&spec).unwrap(), DType::F32, device).unwrap();
             let model = fixture.model_on(device, DType::F32, Some(&arena));
             check_gradients(&*model, &arena, &fixture, "full_loss", "full_grad");
         }

@@ -139,7 +139,7 @@ fn choose_memory(args: &Args, spec: &DecoderSpec, dtype: DType, device: &Device)
     let again = args.gradient_checkpointing;
     let rates = if again || args.memory_limit.is_some() { ops::rates(device)? } else { None };
     let choice = size.choose(args.memory_limit.map(|limit| limit.saturating_sub(fixed)), again, rates);
-    if let Some(line) = choice.line(spec.num_hidden_layers, fixed) {
+    if let Some(line) = choice.line(spec.num_hidden_layers(), fixed) {
         tell(line);
     }
     if !choice.fits {

@@ -1,7 +1,10 @@
 //! A model on disk.
 
+mod tensors;
+
 use std::{
-    collections::HashMap,
+    borrow::Cow,
+    collections::{HashMap, HashSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -11,6 +14,7 @@ use pmetal_gguf::{GgufFile, gguf_files_in};
 use pmetal_ops::Weight;
 use serde_json::{Value, json};
 
+use self::tensors::{Found, Weights};
 use crate::{
     DecoderSpec, Error, GenerationConfig, Result,
     config::read_object,
@@ -18,7 +22,7 @@ use crate::{
     names::{EMBEDDING, HEAD, LAYERS},
     override_rope_scaling, resize_table,
     safetensors_folder::SafetensorsFolder,
-    spec_of, tensors_of,
+    spec_of, tensors_of, text_config,
 };
 
 const CONFIG: &str = "config.json";
@@ -41,17 +45,6 @@ struct Resized {
     stored_rows: usize,
     /// Ids whose rows start anew.
     fresh: Vec<u32>,
-}
-
-enum Weights {
-    Folder(SafetensorsFolder),
-    Gguf { file: Box<GgufFile>, path: PathBuf },
-}
-
-/// A tensor's place, as strictness needs it.
-struct Found<'a> {
-    path: &'a Path,
-    dims: &'a [usize],
 }
 
 impl Checkpoint {
@@ -81,10 +74,15 @@ impl Checkpoint {
 
     fn open_folder(folder: &Path) -> Result<Self> {
         let config_path = folder.join(CONFIG);
-        let mut config = read_object(&config_path)?;
-        let mut spec = spec_of(&config).map_err(|e| e.at(&config_path))?;
-        let weights = SafetensorsFolder::open(folder, &config).map_err(|e| e.at(&config_path))?;
-        let Some(weights) = weights else { return Err(not_a_model(folder)) };
+        let whole = read_object(&config_path)?;
+        let text = text_config(&whole).map_err(|e| e.at(&config_path))?;
+        let mut spec = spec_of(&text).map_err(|e| e.at(&config_path))?;
+        let Some(mut weights) = SafetensorsFolder::open(folder, &text)? else { return Err(not_a_model(folder)) };
+        if let Cow::Owned(_) = text {
+            let left_out = weights.keep_text_part();
+            tracing::warn!(path = %folder.display(), "the text part alone is used: {left_out} tensors of other parts stay out");
+        }
+        let mut config = text.into_owned();
         if spec.tie_word_embeddings && has_its_own_head(&weights) {
             spec.tie_word_embeddings = false;
             config["tie_word_embeddings"] = json!(false);
@@ -114,7 +112,8 @@ impl Checkpoint {
         if !ends.is_empty() {
             generation.eos_token_ids = ends;
         }
-        let weights = Weights::Gguf { file: Box::new(gguf), path: file.to_path_buf() };
+        let names = gguf.hf_tensors()?.into_iter().map(|(name, _)| name).collect();
+        let weights = Weights::Gguf { file: Box::new(gguf), path: file.to_path_buf(), names };
         let checkpoint = Self { path: path.to_path_buf(), config, spec, generation, weights, resized: None };
         checkpoint.check_tensors()?;
         Ok(checkpoint)
@@ -149,7 +148,10 @@ impl Checkpoint {
     }
 
     /// Every tensor of the decoder by its Hugging Face name, in the order of [`tensors_of`].
-    pub fn tensors(&self) -> Vec<(String, Shape)> {
+    ///
+    /// # Errors
+    /// As for [`tensors_of`].
+    pub fn tensors(&self) -> Result<Vec<(String, Shape)>> {
         tensors_of(&self.spec)
     }
 
@@ -197,13 +199,20 @@ impl Checkpoint {
 
     /// Bytes of the weights computed with in `dtype` on the CPU: of those that stay in their mapped files, and of those that are copied, as
     /// matrices of bf16 are when they are packed.
-    pub fn weight_bytes(&self, dtype: DType) -> (u64, u64) {
+    ///
+    /// # Errors
+    /// As for [`tensors_of`].
+    pub fn weight_bytes(&self, dtype: DType) -> Result<(u64, u64)> {
         let half = self.common_dtype().filter(|&stored| stored != DType::F32);
         let (mut mapped, mut copied) = (0, 0);
-        for (name, shape) in self.tensors() {
+        for (name, shape) in self.tensors()? {
             let numbers = shape.elem_count() as u64;
             let stored = match &self.weights {
-                Weights::Folder(folder) => folder.get(&name).and_then(|entry| entry.dtype()),
+                Weights::Folder(folder) => {
+                    let way = self.weights.way(&self.spec, &name);
+                    let piece = way.as_ref().and_then(|stored| stored.pieces.first());
+                    piece.and_then(|piece| folder.get(&piece.name)?.dtype())
+                }
                 Weights::Gguf { .. } => None,
             };
             let stays = |stored| matches!(stored, DType::BF16 | DType::F16) || stored == dtype;
@@ -213,7 +222,7 @@ impl Checkpoint {
                 None => copied += numbers * half.unwrap_or(dtype).size_in_bytes() as u64,
             }
         }
-        (mapped, copied)
+        Ok((mapped, copied))
     }
 
     /// A weight as it is stored, but for a vocabulary that was resized; a quantized one decoded into `dtype`.
@@ -228,66 +237,52 @@ impl Checkpoint {
     }
 
     fn stored_weight(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Weight> {
+        let half = self.gguf().and_then(|_| self.common_dtype()).filter(|&stored| stored != DType::F32);
         let missing = || Error::MissingTensor {
             path: self.path.clone(),
             tensor: name.to_owned(),
             expected: shape.dims().to_vec(),
         };
-        match &self.weights {
-            Weights::Folder(folder) => folder.get(name).ok_or_else(missing)?.weight(name),
-            Weights::Gguf { file, .. } => {
-                let half = self.common_dtype().filter(|&stored| stored != DType::F32);
-                Ok(Weight::Frozen(file.hf_tensor(name, half.unwrap_or(dtype))?))
-            }
-        }
+        let stored = self.weights.way(&self.spec, name).ok_or_else(missing)?;
+        self.weights.read(&stored, half.unwrap_or(dtype))
     }
 
     /// Lets go of a weight's pages in the file, once it has been copied.
     pub(crate) fn release(&self, name: &str) {
-        // a GGUF file lets go by itself when it decodes
-        if let Weights::Folder(folder) = &self.weights
-            && let Some(entry) = folder.get(name)
-        {
-            entry.release();
+        if let Some(stored) = self.weights.way(&self.spec, name) {
+            self.weights.release(&stored);
         }
-    }
-
-    fn found(&self) -> Result<Vec<(String, Found<'_>)>> {
-        Ok(match &self.weights {
-            Weights::Folder(folder) => folder
-                .iter()
-                .map(|(name, entry)| (name.to_owned(), Found { path: &entry.path, dims: entry.shape.dims() }))
-                .collect(),
-            Weights::Gguf { file, path } => {
-                file.hf_tensors()?.into_iter().map(|(name, dims)| (name, Found { path, dims })).collect()
-            }
-        })
     }
 
     /// Every tensor of the decoder is there in its shape, and no other is.
     fn check_tensors(&self) -> Result<()> {
-        let mut found: HashMap<String, Found> = self.found()?.into_iter().collect();
+        let found: HashMap<String, Found> = self.weights.found()?.into_iter().collect();
         let (family, layers, dtype) =
-            (&self.spec.model_type, self.spec.num_hidden_layers, self.stored_dtype().as_str());
+            (&self.spec.model_type, self.spec.num_hidden_layers(), self.stored_dtype().as_str());
         tracing::debug!(path = %self.path.display(), family, layers, dtype, tensors = found.len(), "opened model");
-        for (tensor, shape) in self.tensors() {
-            let expected = shape.dims().to_vec();
-            match found.remove(&tensor) {
-                None => return Err(Error::MissingTensor { path: self.path.clone(), tensor, expected }),
-                Some(f) if f.dims != expected => {
-                    if let (true, [rows, width]) = (is_table(&tensor), f.dims)
-                        && expected.ends_with(&[*width])
-                    {
-                        return Err(self.other_vocabulary(&tensor, *rows));
-                    }
-                    return Err(Error::TensorShape { path: f.path.into(), tensor, expected, found: f.dims.to_vec() });
+        let mut used = HashSet::new();
+        for (tensor, shape) in self.tensors()? {
+            let Some(stored) = self.weights.way(&self.spec, &tensor) else {
+                let expected = shape.dims().to_vec();
+                return Err(Error::MissingTensor { path: self.path.clone(), tensor, expected });
+            };
+            for (piece, expected) in stored.shapes(shape.dims()) {
+                let Some(f) = found.get(&piece.name) else { continue };
+                used.insert(piece.name.clone());
+                if f.dims == expected {
+                    continue;
                 }
-                Some(_) => {}
+                if let (true, [rows, width]) = (is_table(&tensor), f.dims)
+                    && expected.ends_with(&[*width])
+                {
+                    return Err(self.other_vocabulary(&tensor, *rows));
+                }
+                let (path, tensor, found) = (f.path.into(), piece.name.clone(), f.dims.to_vec());
+                return Err(Error::TensorShape { path, tensor, expected, found });
             }
         }
-        let mut extra: Vec<_> = found.into_iter().filter(|(name, _)| !self.is_ignored(name)).collect();
-        extra.sort_by(|a, b| a.0.cmp(&b.0));
-        match extra.into_iter().next() {
+        let extra = found.into_iter().filter(|(name, _)| !used.contains(name) && !self.is_ignored(name));
+        match extra.min_by(|a, b| a.0.cmp(&b.0)) {
             None => Ok(()),
             Some((tensor, f)) => {
                 Err(Error::ExtraTensor { path: f.path.into(), tensor, model_type: self.spec.model_type.clone() })
@@ -310,7 +305,7 @@ impl Checkpoint {
     fn is_ignored(&self, name: &str) -> bool {
         let layer = name.strip_prefix(LAYERS).and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
         name.ends_with("rotary_emb.inv_freq")
-            || layer.is_some_and(|layer| layer >= self.spec.num_hidden_layers)
+            || layer.is_some_and(|layer| layer >= self.spec.num_hidden_layers())
             || (name == HEAD && self.spec.tie_word_embeddings)
     }
 }

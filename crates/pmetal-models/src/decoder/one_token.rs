@@ -2,15 +2,15 @@
 //!
 //! Each layer is five steps, which are recorded once and asked for with every token: the token and its place stand in device memory.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use candle_core::{DType, Tensor};
 use pmetal_ops::{
-    LinearGroup, LinearMember, Weight,
+    Activation, LinearGroup, LinearMember, LogitsSpec, Reach, RopeLayout, Weight,
     decoding::{AttentionSpec, Decoding, Recording, RowAttention, RowProduct, RowStep},
 };
 
-use crate::Result;
+use crate::{AttentionKind, DecoderSpec, HeadNorm, MlpSpec, NormPlaces, NormSpec, Result};
 
 /// What reads one token after another of the only row of a cache, as long as neither the cache grows nor the model changes.
 pub struct OneToken {
@@ -24,37 +24,40 @@ pub struct OneToken {
 }
 
 /// A model as its tokens meet it.
-pub(crate) struct Model {
-    pub(crate) embedding: Tensor,
-    pub(crate) layers: Vec<LayerRows>,
-    pub(crate) norm: Tensor,
-    pub(crate) head: Tensor,
-    pub(crate) eps: f32,
-    pub(crate) attention: AttentionSpec,
+pub(super) struct Model {
+    pub(super) embedding: Tensor,
+    pub(super) layers: Vec<LayerRows>,
+    pub(super) norm: Tensor,
+    pub(super) head: Tensor,
+    pub(super) eps: f32,
+    pub(super) attention: AttentionSpec,
     /// `[head_dim / 2]` f32: the angle of each pair of a head at place 1.
-    pub(crate) inv_freq: Tensor,
+    pub(super) inv_freq: Tensor,
 }
 
+/// Attention's two groups, and the norms of the heads of q and k.
+pub(super) type HeadRows = ([Projections; 2], Option<[Tensor; 2]>);
+
 /// A layer's weights, and its keys and values in the cache.
-pub(crate) struct LayerRows {
-    pub(crate) block_norms: [Tensor; 2],
-    pub(crate) head_norms: Option<[Tensor; 2]>,
-    pub(crate) qkv: Projections,
-    pub(crate) output: Projections,
-    pub(crate) gate_up: Projections,
-    pub(crate) down: Projections,
-    pub(crate) cache: (Tensor, Tensor),
+pub(super) struct LayerRows {
+    block_norms: [Tensor; 2],
+    head_norms: Option<[Tensor; 2]>,
+    qkv: Projections,
+    output: Projections,
+    gate_up: Projections,
+    down: Projections,
+    cache: [Tensor; 2],
 }
 
 /// Projections of one row.
-pub(crate) struct Projections {
+pub(super) struct Projections {
     weights: Vec<Tensor>,
     bias: Option<Tensor>,
 }
 
 impl Projections {
     /// Those of a group as they lie on the device; none where one has an adapter, or another dtype than the activations.
-    pub(crate) fn of(group: &LinearGroup, dtype: DType) -> Result<Option<Self>> {
+    pub(super) fn of(group: &LinearGroup, dtype: DType) -> Result<Option<Self>> {
         let members = group.members();
         if members.iter().any(|member| member.adapter.is_some()) {
             return Ok(None);
@@ -88,7 +91,7 @@ fn bias_of(member: &LinearMember, like: &Tensor) -> Result<Tensor> {
 }
 
 /// A weight where it lies on its device; none where it is not there in `dtype`.
-pub(crate) fn lying(weight: &Weight, dtype: DType) -> Option<Tensor> {
+pub(super) fn lying(weight: &Weight, dtype: DType) -> Option<Tensor> {
     let tensor = match weight {
         Weight::Frozen(tensor) => tensor,
         Weight::Trainable(param) => param.value(),
@@ -123,7 +126,7 @@ impl Rows {
 }
 
 impl OneToken {
-    pub(crate) fn new(kernels: Decoding, model: Model) -> Result<Self> {
+    pub(super) fn new(kernels: Decoding, model: Model) -> Result<Self> {
         let state = Tensor::zeros(2, DType::U32, model.norm.device())?;
         let rows = Rows::new(&model)?;
         let position = state.narrow(0, 1, 1)?;
@@ -150,6 +153,24 @@ impl OneToken {
 }
 
 impl LayerRows {
+    /// A layer of these weights, with its places in the cache; none where a weight does not lie on the device in `dtype`, or has an adapter.
+    pub(super) fn new(
+        block_norms: [&Weight; 2],
+        (attention, head_norms): HeadRows,
+        mlp: [&LinearGroup; 2],
+        cache: [Tensor; 2],
+        dtype: DType,
+    ) -> Result<Option<Self>> {
+        let [Some(before_attention), Some(before_mlp)] = block_norms.map(|norm| lying(norm, dtype)) else {
+            return Ok(None);
+        };
+        let [Some(gate_up), Some(down)] = [Projections::of(mlp[0], dtype)?, Projections::of(mlp[1], dtype)?] else {
+            return Ok(None);
+        };
+        let ([qkv, output], block_norms) = (attention, [before_attention, before_mlp]);
+        Ok(Some(Self { block_norms, head_norms, qkv, output, gate_up, down, cache }))
+    }
+
     fn steps<'a>(&'a self, model: &'a Model, rows: &'a Rows, position: &'a Tensor) -> [RowStep<'a>; 5] {
         let Rows { stream, qkv, attended, gated, .. } = rows;
         let [before_attention, before_mlp] = self.block_norms.each_ref().map(|norm| Some((norm, model.eps)));
@@ -159,8 +180,8 @@ impl LayerRows {
             eps: model.eps,
             inv_freq: &model.inv_freq,
             position,
-            keys: &self.cache.0,
-            values: &self.cache.1,
+            keys: &self.cache[0],
+            values: &self.cache[1],
             out: attended,
             spec: model.attention,
         };
@@ -177,6 +198,45 @@ impl LayerRows {
 /// A product and nothing else.
 fn plain<'a>(weights: Vec<&'a Tensor>, x: &'a Tensor, y: &'a Tensor) -> RowProduct<'a> {
     RowProduct { weights, x, norm: None, bias: None, residual: None, gated: false, y }
+}
+
+/// What kernels for one token at a time must know of a decoder whose layers are all alike and plain.
+pub(super) struct Plain<'a> {
+    pub(super) attention: AttentionSpec,
+    pub(super) intermediate_size: usize,
+    pub(super) eps: f32,
+    pub(super) inv_freq: Cow<'a, [f32]>,
+}
+
+/// None where a layer has what those kernels do not.
+pub(super) fn plain_layers(spec: &DecoderSpec) -> Option<Plain<'_>> {
+    let (first, [used]) = (spec.layers.first()?, spec.ropes.as_slice()) else { return None };
+    let (NormSpec::Rms(norm), AttentionKind::Heads(heads), MlpSpec::Gated(mlp)) =
+        (spec.norm, &first.attention, &first.mlp)
+    else {
+        return None;
+    };
+    let layout = RopeLayout::whole(heads.attention.head_dim);
+    let rope_is_plain = used.layout == layout
+        && used.rope.rotary_dim == layout.head_dim
+        && used.rope.attention_factor == 1.0
+        && !used.rope.depends_on_length();
+    let is_plain = rope_is_plain
+        && norm.weight_offset == 0.0
+        && heads.head_norm.is_none_or(|head_norm| head_norm == HeadNorm::Rms(norm))
+        && heads.rope == Some(0)
+        && !heads.sinks
+        && heads.temperature.is_none()
+        && heads.attention.reach == Reach::All
+        && heads.attention.softcap.is_none()
+        && mlp.activation == Activation::Silu
+        && first.norms == NormPlaces::Before
+        && first.residual_multiplier == 1.0
+        && spec.embedding_multiplier == 1.0
+        && spec.logits == LogitsSpec::default()
+        && spec.layers.iter().all(|layer| layer == first);
+    let (attention, intermediate_size) = (heads.attention, mlp.intermediate_size);
+    is_plain.then(|| Plain { attention, intermediate_size, eps: norm.eps as f32, inv_freq: used.rope.inv_freq(1) })
 }
 
 impl fmt::Debug for OneToken {

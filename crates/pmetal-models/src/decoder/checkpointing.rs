@@ -4,10 +4,8 @@ use std::sync::{Mutex, PoisonError};
 
 use pmetal_ops::{Fate, Policy, Saved, Value, checkpoint, no_grad};
 
-use crate::{
-    Error, Result,
-    layer::{Norm, take},
-};
+use super::{layer::Passed, norm::Norm, parts::take};
+use crate::{Error, Result};
 
 /// Which layers run again in backward, and what of them survives the first run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,14 +50,14 @@ impl Checkpointing {
 }
 
 /// A part of a layer that adds something to the residual stream, run again in backward. `f` goes from the stream and its norm to the two parts
-/// of the next stream; returns that and its norm behind `next`. `normed` is the norm of `stream`, through which no gradient flows: it is formed again.
-pub(crate) fn residual(
+/// of the next stream and what a router computed; returns the stream, its norm behind `next`, and the latter. `normed` is the norm of `stream`, through which no gradient flows: it is formed again.
+pub(super) fn residual(
     policy: Policy,
     [norm, next]: [Norm; 2],
     stream: &Value,
     normed: Value,
-    f: impl Fn(Value, &Value) -> Result<[Value; 2]> + Send + 'static,
-) -> Result<(Value, Value)> {
+    f: impl Fn(Value, &Value) -> Result<(Value, Value, Option<Value>)> + Send + 'static,
+) -> Result<Passed> {
     let formed = Mutex::new(Some(normed));
     let parts = checkpoint(policy, &[stream], move |inputs| {
         let formed = formed.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -67,16 +65,19 @@ pub(crate) fn residual(
             Some(normed) => (inputs[0].clone(), normed),
             None => norm.of(&inputs[0]).map_err(into_ops)?,
         };
-        Ok(f(stream, &normed).map_err(into_ops)?.into())
+        let (stream, added, router) = f(stream, &normed).map_err(into_ops)?;
+        Ok([stream, added].into_iter().chain(router).collect())
     })?;
-    let [stream, added] = take(parts)?;
+    let mut parts = parts.into_iter();
+    let [stream, added] = take(parts.by_ref().take(2).collect())?;
+    let router = parts.next();
     let (sum, normed) = no_grad(|| next.of_sum(&added, &stream))?;
     let sum = Value::record(vec![sum.tensor().clone()], &[&stream, &added], |grads| {
         let dsum = grads.into_iter().next().flatten();
         Ok(vec![dsum.clone(), dsum])
     });
     let [sum] = take(sum)?;
-    Ok((sum, normed))
+    Ok((sum, normed, router))
 }
 
 /// An error inside a function that [`checkpoint`] runs.
