@@ -1,6 +1,6 @@
 """One checkpoint through llama.cpp's own converter, without a vocabulary: the tests read weights and numbers only.
 
-Run by families.py with llama.cpp's sources on the path: python convert.py CHECKPOINT FILE.gguf
+Run by families.py with llama.cpp's sources on the path: python convert.py CHECKPOINT FILE.gguf [ARCHITECTURE]
 """
 
 import json
@@ -12,12 +12,12 @@ from conversion import get_model_class
 
 
 def main():
-    checkpoint, path = map(Path, sys.argv[1:])
+    checkpoint, path = map(Path, sys.argv[1:3])
     config = json.loads((checkpoint / "config.json").read_text())
     converter = get_model_class(config["architectures"][0])
 
     class WithoutVocabulary(converter):
-        model_arch = converter.model_arch
+        model_arch = gguf.MODEL_ARCH[sys.argv[3]] if len(sys.argv) > 3 else converter.model_arch
 
         def set_vocab(self):
             pass

@@ -10,10 +10,18 @@ from pathlib import Path
 
 CONVERT = Path(__file__).parent / "convert.py"
 NAMES = [
-    "llama-yarn-factor-hub", "mixtral-hub", "llama4-text-hub", "llama4-text", "qwen3-moe", "deepseek-v3",
+    "llama-yarn-factor-hub", "mistral-window-hub", "mixtral-hub", "llama4-text-hub", "llama4-text", "qwen3-moe", "deepseek-v3",
     "deepseek-v32", "gemma2", "gemma3-text-hub", "phi3-longrope-partial-hub", "phi3-window-hub", "gpt-oss", "gpt-oss-mxfp4-hub",
     "granite-tied-hub", "granitemoe-tied-hub", "cohere", "cohere2-hub",
 ]
+# As the text part of Mistral Small 3.1 is converted.
+ARCHITECTURES = {"mistral-window-hub": ["MISTRAL3"]}
+# Keys of the hub's files that the converter reads and transformers' own files lack.
+HUB_KEYS = {
+    "cohere2": {"rotary_pct": 1.0},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+    "deepseek_v32": {"scoring_func": "sigmoid"},
+}
 
 
 def write(folder, checkpoints, llama_cpp):
@@ -23,14 +31,6 @@ def write(folder, checkpoints, llama_cpp):
             shutil.copytree(checkpoints / name, checkpoint, ignore=shutil.ignore_patterns("adapter", "expected*"))
             prepare(checkpoint)
             convert(checkpoint, folder / f"{name}.gguf", llama_cpp)
-
-
-# Keys of the hub's files that the converter reads and transformers' own files lack.
-HUB_KEYS = {
-    "cohere2": {"rotary_pct": 1.0},
-    "deepseek_v3": {"scoring_func": "sigmoid"},
-    "deepseek_v32": {"scoring_func": "sigmoid"},
-}
 
 
 def prepare(checkpoint):
@@ -44,5 +44,6 @@ def prepare(checkpoint):
 
 def convert(checkpoint, path, llama_cpp):
     sources = os.pathsep.join([str(llama_cpp / "gguf-py"), str(llama_cpp)])
-    subprocess.run([sys.executable, "-P", CONVERT, checkpoint, path], check=True, env={**os.environ, "PYTHONPATH": sources})
+    command = [sys.executable, "-P", CONVERT, checkpoint, path, *ARCHITECTURES.get(path.stem, [])]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": sources})
     print(f"{path.name}: {path.stat().st_size} bytes")

@@ -33,6 +33,7 @@ fn ask_everything(file: &GgufFile) {
     }
     for (name, _) in file.hf_tensors().unwrap_or_default() {
         let _ = file.hf_tensor(&name, DType::BF16);
+        let _ = file.hf_slice(&name, 1, DType::BF16);
     }
 }
 
@@ -108,6 +109,10 @@ fn flipped_bits_never_panic() {
         ("blocks.gguf", 900),
         ("tokenizer-llama-bpe.gguf", 16_500),
         ("tokenizer-llama.gguf", 18_800),
+        ("deepseek-v32.gguf", 4700),
+        ("gpt-oss-mxfp4-hub.gguf", 3600),
+        ("phi3-longrope-partial-hub.gguf", 1700),
+        ("gemma2.gguf", 2800),
     ] {
         let bytes = fixture(name);
         for _ in 0..300 {
@@ -188,6 +193,23 @@ fn unknown_kinds_are_named_with_those_known() {
     assert!(version.contains("GGUF version 1 is not known"), "{version}");
     let error = open(&fixture("llama.gguf")).unwrap().tokenizer().unwrap_err().to_string();
     assert!(error.contains("metadata key 'tokenizer.ggml.tokens' is missing; download"), "{error}");
+}
+
+#[test]
+fn what_a_family_has_no_place_for_is_named() {
+    let bytes = fixture("deepseek-v3.gguf");
+    let foreign = open(&patched(&bytes, b"blk.1.ffn_down_shexp", b"blk.1.ffn_some_shexp")).unwrap();
+    let error = foreign.hf_tensors().unwrap_err().to_string();
+    assert!(error.contains("tensor 'blk.1.ffn_some_shexp.weight' in architecture 'deepseek2'"), "{error}");
+    let half = open(&patched(&bytes, b"blk.1.attn_k_b", b"blk.1.attn_x_b")).unwrap();
+    assert!(half.hf_tensors().unwrap_err().to_string().contains("'blk.1.attn_"));
+    let [sigmoid, softmax] = [2_u32, 1].map(|function| {
+        [string("deepseek2.expert_gating_func"), 4_u32.to_le_bytes().to_vec(), function.to_le_bytes().to_vec()].concat()
+    });
+    let error = open(&patched(&bytes, &sigmoid, &softmax)).unwrap().hf_config().unwrap_err().to_string();
+    assert!(error.contains("routing by a softmax"), "{error}");
+    let dense = open(&patched(&fixture("granite-tied-hub.gguf"), &string("granite"), &string("qwen2xx"))).unwrap();
+    assert!(dense.hf_config().unwrap_err().to_string().contains("architecture 'qwen2xx' is not known"));
 }
 
 /// The vocabulary of three tokens, its merges, scores and types, as a file with these and no tensors.

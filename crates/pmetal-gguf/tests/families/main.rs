@@ -12,8 +12,9 @@ use pmetal_gguf::GgufFile;
 use serde_json::{Value, json};
 
 /// The file's name, and keys of the configuration that llama.cpp's metadata cannot hold as they are there.
-const FILES: [(&str, &[&str]); 17] = [
+const FILES: [(&str, &[&str]); 18] = [
     ("llama-yarn-factor-hub", &[]),
+    ("mistral-window-hub", &["sliding_window"]),
     ("mixtral-hub", &["sliding_window"]),
     ("llama4-text-hub", &["use_qk_norm"]),
     ("llama4-text", &[]),
