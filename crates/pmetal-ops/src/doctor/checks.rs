@@ -116,6 +116,7 @@ const HEADS: &[Size] = &[size(41, 64), size(36, 128), size(40, 256)];
 /// Many tiles of whatever kernel a device has.
 const LONG: &[Size] = &[size(800, 64), size(800, 128), size(500, 256)];
 pub(super) const LONG_ROWS: &str = "attention on matrix units, long";
+pub(super) const LONG_WINDOWS: &str = "attention on matrix units, long windows";
 /// 2,048 tokens of width 1,024.
 const TIMED: Size = size(2048, 1024);
 
@@ -237,6 +238,7 @@ pub(super) const ALL: &[Operation] = &[
     Operation { name: "attention on matrix units, chunks", prepare: prepare::chunked, ..MATRIX_ATTENTION },
     Operation { name: "attention on matrix units, cache", prepare: prepare::cached, ..MATRIX_ATTENTION },
     Operation { name: LONG_ROWS, sizes: LONG, prepare: prepare::long, ..MATRIX_ATTENTION },
+    Operation { name: LONG_WINDOWS, sizes: LONG, prepare: prepare::long_windowed, ..MATRIX_ATTENTION },
     Operation { op: "write_rows", name: "write_rows", tolerance: exact, prepare: prepare::write, ..COMMON },
     Operation { op: "elementwise", name: "sums", prepare: prepare::sums, ..COMMON },
     Operation { op: "elementwise", name: "conversions", prepare: prepare::conversions, ..COMMON },

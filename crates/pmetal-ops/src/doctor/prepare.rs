@@ -315,6 +315,13 @@ pub(super) fn long(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     attend(run, Rows::packed(&[rows, rows - 1]), [tokens, tokens], attention_spec(rows, width))
 }
 
+/// The same over windows that leave tiles of keys out.
+pub(super) fn long_windowed(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
+    let spec = AttentionSpec { reach: Reach::Window(rows / 3), ..attention_spec(rows, width) };
+    let tokens = 2 * rows - 1;
+    attend(run, Rows::packed(&[rows, rows - 1]), [tokens, tokens], spec)
+}
+
 /// Rows that go on from what a cache holds.
 pub(super) fn cached(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let queries = [rows / 4, 1, rows / 3];
