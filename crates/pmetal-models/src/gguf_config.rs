@@ -4,44 +4,47 @@ use serde_json::{Value, json};
 
 use crate::rope_spec::Llama3;
 
-/// The numbers of every released Llama 3.1, 3.2 and 3.3, their factor aside.
+/// The numbers of every released Llama 3.1, 3.2 and 3.3, their factor aside; [`HIGH_FREQ_FACTORS`] has their other one.
 const LOW_FREQ_FACTOR: f32 = 1.0;
-const HIGH_FREQ_FACTOR: f32 = 4.0;
 const ORIGINAL_CONTEXT: f32 = 8192.0;
+/// Llama 3's, and that of Llama 4, which leaves no band between fast and slow pairs.
+const HIGH_FREQ_FACTORS: [f32; 2] = [4.0, 1.0];
 
 /// A GGUF file states the divisors of rope's frequencies, not the four numbers of `llama3` scaling they came from. Where they are those of
 /// the released models, the configuration says so; otherwise it stays as it is.
 pub(crate) fn standard(mut config: Value) -> Value {
-    if let Some(factor) = llama3_factor(&config) {
+    if let Some((factor, high_freq_factor)) = llama3_factors(&config) {
         config["rope_scaling"] = json!({
             "rope_type": "llama3",
             "factor": factor,
             "low_freq_factor": LOW_FREQ_FACTOR,
-            "high_freq_factor": HIGH_FREQ_FACTOR,
+            "high_freq_factor": high_freq_factor,
             "original_max_position_embeddings": ORIGINAL_CONTEXT as u64,
         });
     }
     config
 }
 
-fn llama3_factor(config: &Value) -> Option<f64> {
+fn llama3_factors(config: &Value) -> Option<(f64, f32)> {
     let factors: Vec<f64> =
         config["rope_scaling"]["factors"].as_array()?.iter().map(Value::as_f64).collect::<Option<_>>()?;
     let theta = config["rope_theta"].as_f64()?;
     // the slowest pairs are divided by all of it
     let factor = factors.iter().copied().fold(1.0, f64::max);
-    let bands = Llama3 {
-        factor: factor as f32,
-        low_freq_factor: LOW_FREQ_FACTOR,
-        high_freq_factor: HIGH_FREQ_FACTOR,
-        original: ORIGINAL_CONTEXT,
-    };
     let n = factors.len() as f64;
-    let fits = factors.iter().enumerate().all(|(i, &stated)| {
-        let frequency = theta.powf(-(i as f64) / n) as f32;
-        (f64::from(frequency / bands.scale(frequency)) - stated).abs() <= 1e-4 * stated
-    });
-    fits.then_some(factor)
+    let fits = |high_freq_factor: &f32| {
+        let bands = Llama3 {
+            factor: factor as f32,
+            low_freq_factor: LOW_FREQ_FACTOR,
+            high_freq_factor: *high_freq_factor,
+            original: ORIGINAL_CONTEXT,
+        };
+        factors.iter().enumerate().all(|(i, &stated)| {
+            let frequency = theta.powf(-(i as f64) / n) as f32;
+            (f64::from(frequency / bands.scale(frequency)) - stated).abs() <= 1e-4 * stated
+        })
+    };
+    Some((factor, HIGH_FREQ_FACTORS.into_iter().find(fits)?))
 }
 
 #[cfg(test)]
@@ -62,5 +65,17 @@ mod tests {
         let mut other = config;
         other["rope_scaling"]["factors"][20] = json!(17.0);
         assert_eq!(super::standard(other.clone()), other);
+    }
+
+    #[test]
+    fn the_divisors_of_llama_4_scout_are_recognised() {
+        let factors: Vec<f64> = (0..64)
+            .map(|i| std::f64::consts::TAU * 500_000f64.powf(f64::from(i) / 64.0))
+            .map(|wavelength| if wavelength > 8192.0 { 16.0 } else { 1.0 })
+            .collect();
+        let config =
+            json!({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "pmetal_factors", "factors": factors}});
+        let scaling = &standard(config)["rope_scaling"];
+        assert_eq!((&scaling["factor"], &scaling["high_freq_factor"]), (&json!(16.0), &json!(1.0)));
     }
 }

@@ -14,9 +14,22 @@ fn gguf(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../pmetal-gguf/tests/fixtures").join(format!("{name}.gguf"))
 }
 
+/// Those of the further families whose every number llama.cpp's metadata hold.
+const FAMILIES: [&str; 9] = [
+    "llama-yarn-factor-hub",
+    "qwen3-moe",
+    "phi3-longrope-partial-hub",
+    "phi3-window-hub",
+    "gpt-oss-mxfp4-hub",
+    "granite-tied-hub",
+    "granitemoe-tied-hub",
+    "cohere",
+    "cohere2-hub",
+];
+
 #[test]
 fn twins_give_the_same_logits() {
-    for name in TWINS {
+    for name in TWINS.into_iter().chain(FAMILIES) {
         let (fixture, checkpoint) = (Fixture::open(name), Checkpoint::open(&gguf(name)).unwrap());
         let model = load(&checkpoint, DType::F32, &Device::Cpu, None).unwrap();
         for (i, got) in packed_logits(&*model, &fixture.rows(), None).iter().enumerate() {

@@ -116,9 +116,7 @@ impl Checkpoint {
 }
 
 fn folder(name: &str) -> PathBuf {
-    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../pmetal-models/tests");
-    let next = tests.join("fixtures-next").join(name);
-    if next.exists() { next } else { tests.join("fixtures").join(name) }
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../pmetal-models/tests/fixtures").join(name)
 }
 
 /// Gate's or up's half of the rows.
