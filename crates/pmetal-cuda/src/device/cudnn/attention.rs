@@ -1,8 +1,9 @@
 //! Attention over packed rows as graphs of primitive operations: what cuDNN recognises as one fused kernel.
 //!
-//! Each row `b` has `q`, `k`, `v` of shape `[heads, length_b, d]`, somewhere in tensors of tokens, whose rows may have a pitch. With `s = scale · q·kᵀ`, causal:
-//! `stats = log Σ exp s`, `p = exp(s − stats)`, `out = p·v`; backward `dv = pᵀ·dout`, `ds = p · (dout·vᵀ − Σ dout·out) · scale`,
-//! `dq = ds·k`, `dk = dsᵀ·q`. A key head's gradients are the sums over the query heads that share it.
+//! Each row `b` has `q`, `k`, `v` of shape `[heads, length_b, d]`, somewhere in tensors of tokens, whose rows may have a pitch. With
+//! `s = scale · q·kᵀ`, causal, where there is a window of its keys alone: `stats = log Σ exp s`, `p = exp(s − stats)`, `out = p·v`; backward
+//! `dv = pᵀ·dout`, `ds = p · (dout·vᵀ − Σ dout·out) · scale`, `dq = ds·k`, `dk = dsᵀ·q`. Where scores have a cap,
+//! `s = cap · t` with `t = tanh(scale · q·kᵀ / cap)`, and `ds` is times `1 − t²`. A key head's gradients are the sums over the query heads that share it.
 
 use std::{ffi::c_void, sync::Arc};
 
@@ -27,6 +28,10 @@ pub(super) struct Shape {
     pub(super) number: Number,
     /// Whether the backward adds up in a fixed order.
     pub(super) deterministic: bool,
+    /// Whether a query sees no more than a window of keys.
+    pub(super) windowed: bool,
+    /// Whether scores have a cap.
+    pub(super) capped: bool,
     pub(super) pitches: Pitches,
 }
 
@@ -68,6 +73,8 @@ pub(super) enum Slot {
     Scale,
     MinusInfinity,
     One,
+    Window,
+    Cap,
 }
 
 /// A plan and what it wants.
@@ -103,8 +110,10 @@ impl Attention {
         let scores = graph.hidden(Number::F32, shape.scores())?;
         graph.matmul(q, k, scores, [Some(queries), Some(keys), None])?;
         let scores = draft.scaled(scores)?;
+        let (scores, _) = draft.capped(scores)?;
         let scores = draft.masked_to_lengths(scores)?;
         let scores = draft.masked_causally(scores)?;
+        let scores = draft.masked_to_window(scores)?;
         let graph = &mut draft.graph;
 
         let most = graph.hidden(Number::F32, column)?;
@@ -136,9 +145,11 @@ impl Attention {
         let scores = draft.graph.hidden(Number::F32, shape.scores())?;
         draft.graph.matmul(q, k, scores, [Some(queries), Some(keys), None])?;
         let scores = draft.scaled(scores)?;
+        let (scores, tangents) = draft.capped(scores)?;
         let scores = draft.graph.pointwise(Pointwise::Sub, Number::F32, &[scores, stats])?;
         let scores = draft.masked_to_lengths(scores)?;
         let scores = draft.masked_causally(scores)?;
+        let scores = draft.masked_to_window(scores)?;
         let p = draft.graph.pointwise(Pointwise::Exp, Number::F32, &[scores])?;
         draft.key_gradient(p, dout, Slot::Dv, Slot::DvHeads)?;
 
@@ -146,6 +157,7 @@ impl Attention {
         draft.graph.matmul(dout, v, dp, [Some(queries), Some(keys), None])?;
         let centred = draft.graph.pointwise(Pointwise::Sub, Number::F32, &[dp, row_sum])?;
         let ds = draft.graph.pointwise(Pointwise::Mul, Number::F32, &[centred, p])?;
+        let ds = draft.uncapped(ds, tangents)?;
         let ds = draft.scaled(ds)?;
         draft.key_gradient(ds, q, Slot::Dk, Slot::DkHeads)?;
         draft.query_gradient(ds, k)?;
@@ -261,6 +273,25 @@ impl Draft {
         self.graph.pointwise(Pointwise::Mul, Number::F32, &[x, scale])
     }
 
+    /// Where scores have a cap: what they become, and the tangents that the cap was multiplied with.
+    fn capped(&mut self, scores: Node) -> Result<(Node, Option<Node>)> {
+        if !self.shape.capped {
+            return Ok((scores, None));
+        }
+        let cap = self.scalar(Slot::Cap)?;
+        let inner = self.graph.pointwise(Pointwise::Div, Number::F32, &[scores, cap])?;
+        let tangents = self.graph.pointwise(Pointwise::Tanh, Number::F32, &[inner])?;
+        Ok((self.graph.pointwise(Pointwise::Mul, Number::F32, &[tangents, cap])?, Some(tangents)))
+    }
+
+    /// Gradients of scores with a cap become those of scores without: `ds − ds · t²`.
+    fn uncapped(&mut self, ds: Node, tangents: Option<Node>) -> Result<Node> {
+        let Some(tangents) = tangents else { return Ok(ds) };
+        let squares = self.graph.pointwise(Pointwise::Mul, Number::F32, &[tangents, tangents])?;
+        let lost = self.graph.pointwise(Pointwise::Mul, Number::F32, &[ds, squares])?;
+        self.graph.pointwise(Pointwise::Sub, Number::F32, &[ds, lost])
+    }
+
     /// Minus infinity beyond a row's length.
     fn masked_to_lengths(&mut self, scores: Node) -> Result<Node> {
         let query = self.graph.index(scores, Number::I32, 2)?;
@@ -277,6 +308,19 @@ impl Draft {
         let key = self.graph.index(scores, Number::F32, 3)?;
         let past = self.graph.compare(Pointwise::GreaterOrEqual, query, key)?;
         self.selected(scores, past)
+    }
+
+    /// Minus infinity where the key comes a window or more before the query. In f32 throughout, as the library's pattern has it.
+    fn masked_to_window(&mut self, scores: Node) -> Result<Node> {
+        if !self.shape.windowed {
+            return Ok(scores);
+        }
+        let query = self.graph.index_kept(scores, Number::F32, 2)?;
+        let key = self.graph.index_kept(scores, Number::F32, 3)?;
+        let window = self.scalar(Slot::Window)?;
+        let end = self.graph.pointwise(Pointwise::Add, Number::F32, &[key, window])?;
+        let near = self.graph.compare(Pointwise::Greater, end, query)?;
+        self.selected(scores, near)
     }
 
     fn selected(&mut self, scores: Node, kept: Node) -> Result<Node> {

@@ -29,6 +29,8 @@ pub(super) enum Pointwise {
     Exp = 13,
     Log = 15,
     Identity = 21,
+    Tanh = 101,
+    Greater = 302,
     GreaterOrEqual = 303,
     Less = 304,
     And = 400,
@@ -170,6 +172,13 @@ impl Graph {
     /// The index along `axis`, laid out as `like` and computed in `number`.
     pub(super) fn index(&mut self, like: Node, number: Number, axis: i64) -> Result<Node> {
         let output = self.hidden(Number::I32, self.tensors[like.0].layout)?;
+        self.pointwise_into(Pointwise::Index, number, Some(axis), &[like], output)?;
+        Ok(output)
+    }
+
+    /// The same, computed and kept in `number`.
+    pub(super) fn index_kept(&mut self, like: Node, number: Number, axis: i64) -> Result<Node> {
+        let output = self.hidden(number, self.tensors[like.0].layout)?;
         self.pointwise_into(Pointwise::Index, number, Some(axis), &[like], output)?;
         Ok(output)
     }

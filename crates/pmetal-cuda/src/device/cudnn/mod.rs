@@ -1,4 +1,4 @@
-//! Attention by cuDNN where the machine has it: packed rows, causal, heads sharing keys, bf16 and f16.
+//! Attention by cuDNN where the machine has it: packed rows, causal, windows, caps on scores, heads sharing keys, bf16 and f16.
 //!
 //! The library is loaded at run time; without it, or where it has no kernel, our own kernels serve.
 
@@ -20,7 +20,7 @@ use candle_core::{
     DType, Tensor,
     cuda_backend::{WrapErr, cudarc::driver::sys},
 };
-use pmetal_metal::{AttentionRows, AttentionSpec, Result, empty, pitch};
+use pmetal_metal::{AttentionRows, AttentionSpec, Reach, Result, empty, limits, pitch};
 
 use self::{
     attention::{Attention, Pitches, Shape, Slot},
@@ -73,8 +73,9 @@ impl Cudnn {
     /// Whether it is worth asking: where heads are wider than our kernels take, and where rows are long on average. Forward and backward
     /// together on an H200 (ours, then cuDNN's in PyTorch 2.11), 16 heads of 128 over 8 of keys: 0.55 and 0.70 ms at 4 rows of 2,048, 2.09
     /// and 1.93 at 1 of 8,192, 33.0 and 28.2 at 1 of 32,768; ours is the faster for heads of 64.
+    /// Where there are windows or caps, ours serve what they take: there the two were not measured against each other.
     pub(super) const fn pays(tokens: usize, rows: &AttentionRows, spec: &AttentionSpec) -> bool {
-        spec.head_dim > super::attention::WIDEST || tokens >= 16_384 * rows.rows
+        spec.head_dim > super::attention::WIDEST || (spec.is_plain() && tokens >= 16_384 * rows.rows)
     }
 
     /// Fills `out` and returns the statistics, f32 `[tokens, heads]`; none where cuDNN does not serve. Tokens in no row stay as they
@@ -174,7 +175,7 @@ impl Cudnn {
             _ => return None,
         };
         let served = rows.packed
-            && spec.is_plain()
+            && !matches!(spec.reach, Reach::Chunk(_))
             && rows.rows > 0
             && rows.max_q_len > 0
             && spec.head_dim.is_multiple_of(16)
@@ -189,6 +190,8 @@ impl Cudnn {
             head_dim: spec.head_dim,
             number,
             deterministic: self.deterministic,
+            windowed: spec.reach != Reach::All,
+            capped: spec.softcap.is_some(),
             pitches,
         })
     }
@@ -268,11 +271,14 @@ fn run(
         places.push((slot, gpu.address(tensor)?));
     }
     let (scale, minus_infinity, one) = (spec.scale, f32::NEG_INFINITY, 1f32);
+    let ([window, _], cap) = (limits(spec.reach).map(|keys| keys as f32), spec.softcap.unwrap_or_default());
     let host = |number: &f32| ptr::from_ref(number).cast_mut().cast::<c_void>();
     let address = |slot| match slot {
         Slot::Scale => host(&scale),
         Slot::MinusInfinity => host(&minus_infinity),
         Slot::One => host(&one),
+        Slot::Window => host(&window),
+        Slot::Cap => host(&cap),
         other => match places.iter().find(|&&(slot, _)| slot == other) {
             Some(&(_, at)) => at as *mut c_void,
             None => ptr::null_mut(),

@@ -3,7 +3,7 @@
 use std::{path::Path, sync::Arc};
 
 use candle_core::{DType, Device};
-use pmetal_metal::{Result, empty};
+use pmetal_metal::{Reach, Result, empty};
 
 use super::{
     super::{
@@ -66,6 +66,32 @@ fn packed_rows_are_those_of_the_formula() -> Result<()> {
     Ok(())
 }
 
+/// In rows shorter and longer than the windows.
+#[test]
+fn windows_and_caps_are_those_of_the_formula() -> Result<()> {
+    for deterministic in [false, true] {
+        let Some((device, gpu, cudnn)) = cudnn(deterministic) else { return Ok(()) };
+        for (heads, reach, softcap) in [
+            ([4, 2, 128], Reach::Window(50), None),
+            ([2, 1, 256], Reach::Window(50), None),
+            ([2, 2, 256], Reach::Window(128), None),
+            ([4, 2, 128], Reach::All, Some(1.5)),
+            ([2, 1, 256], Reach::All, Some(30.0)),
+            ([2, 1, 256], Reach::Window(50), Some(1.5)),
+        ] {
+            let mut case = Case::new(&[130, 1, 0, 64, 257], heads, DType::BF16, &device)?;
+            (case.spec.reach, case.spec.softcap) = (reach, softcap);
+            assert!(run(&case, &gpu, &cudnn)?, "{:?}: cuDNN {} does not serve", case.spec, cudnn.version());
+            for ((name, got), expected) in ["out", "dq", "dk", "dv"].into_iter().zip(&case.outputs).zip(case.expected())
+            {
+                let error = error(&host(got)?, &expected);
+                assert!(error < 4e-3, "{name} of {:?}: {error:e}, {deterministic}", case.spec);
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn a_deterministic_backward_gives_the_same_bits() -> Result<()> {
     let Some((device, gpu, cudnn)) = cudnn(true) else { return Ok(()) };
@@ -106,7 +132,9 @@ fn what_is_not_served_is_told_by_both() -> Result<()> {
     unpacked.rows.packed = false;
     let single = Case::new(&[5, 9], [2, 1, 64], DType::F32, &device)?;
     let odd = Case::new(&[5, 9], [2, 1, 20], DType::BF16, &device)?;
-    for case in [unpacked, single, odd] {
+    let mut chunked = Case::new(&[5, 9], [2, 1, 256], DType::BF16, &device)?;
+    chunked.spec.reach = Reach::Chunk(4);
+    for case in [unpacked, single, odd, chunked] {
         let ([q, k, v, dout], [out, dq, dk, dv]) = (&case.inputs, &case.outputs);
         assert!(!run(&case, &gpu, &cudnn)?);
         let stats = empty(1, DType::F32, &device)?;
