@@ -42,3 +42,9 @@ pub fn dtype_of(config: &Value) -> Option<DType> {
         _ => None,
     }
 }
+
+/// Dropout of the model itself that a configuration asks for in training, by key: there is none here, but for that of adapters.
+pub fn unused_dropout(config: &Value) -> Vec<(&'static str, f64)> {
+    let stated = ["attention_dropout", "resid_pdrop", "embd_pdrop"].into_iter().map(|key| (key, config[key].as_f64()));
+    stated.filter_map(|(key, p)| Some((key, p.filter(|&p| p != 0.0)?))).collect()
+}

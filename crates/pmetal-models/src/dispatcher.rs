@@ -5,7 +5,7 @@ use pmetal_ops::Arena;
 use serde_json::Value;
 
 use crate::{
-    CausalLMModel, Checkpoint, DecoderSpec, Error, Result,
+    CausalLMModel, Checkpoint, DecoderSpec, Error, NormSpec, Result,
     decoder::{Decoder, tensors_of},
     keys::Keys,
     known_architectures,
@@ -101,7 +101,12 @@ pub fn random(
 ) -> Result<Box<dyn CausalLMModel>> {
     let spec = spec_of(config)?;
     refuse_too_large(&spec, dtype)?;
-    let source = FromSeed { seed, std: spec.initializer_range, dtype, device };
+    // a norm that adds to its weights starts as one that multiplies by one
+    let norm = match spec.norm {
+        NormSpec::Rms(norm) => 1.0 - norm.weight_offset,
+        NormSpec::Layer { .. } => 1.0,
+    };
+    let source = FromSeed { seed, std: spec.initializer_range, norm, dtype, device };
     Ok(Box::new(Decoder::new(spec, &source, trainable, dtype, device)?))
 }
 

@@ -48,7 +48,7 @@ mod weights;
 
 pub use cache::KvCache;
 pub use checkpoint::Checkpoint;
-pub use config::{dtype_of, read_config};
+pub use config::{dtype_of, read_config, unused_dropout};
 pub use decoder::{Checkpointing, OneToken, linear_layers, parameters_of, tensors_of};
 pub use dispatcher::{load, random, refuse_too_large, spec_of, text_config};
 pub use error::{Error, Result};

@@ -65,13 +65,15 @@ impl WeightSource for FromCheckpoint<'_> {
 pub(crate) struct FromSeed<'a> {
     pub(crate) seed: u64,
     pub(crate) std: f64,
+    /// What a norm's weights start as.
+    pub(crate) norm: f32,
     pub(crate) dtype: DType,
     pub(crate) device: &'a Device,
 }
 
 impl WeightSource for FromSeed<'_> {
     fn frozen(&self, name: &str, shape: &Shape) -> Result<Weight> {
-        if shape.rank() > 1
+        if self.constant(name).is_none()
             && let Some(made) = normal_on_gpu(shape, self.stream(name), self.std as f32, self.dtype, self.device)?
         {
             return Ok(Weight::Frozen(made));
@@ -90,12 +92,19 @@ impl FromSeed<'_> {
         random::mix(self.seed, &name.bytes().map(u64::from).collect::<Vec<_>>())
     }
 
-    fn fresh(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Tensor> {
-        if shape.rank() > 1 {
-            return self.normal(name, shape, dtype);
+    /// The number that all of a bias's or a norm's start as.
+    fn constant(&self, name: &str) -> Option<f32> {
+        if name.ends_with("bias") {
+            return Some(0.0);
         }
-        let constant = if name.ends_with(".bias") { Tensor::zeros } else { Tensor::ones };
-        Ok(constant(shape, dtype, &Device::Cpu)?)
+        name.contains("norm").then_some(self.norm)
+    }
+
+    fn fresh(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Tensor> {
+        match self.constant(name) {
+            Some(constant) => Ok(Tensor::full(constant, shape, &Device::Cpu)?.to_dtype(dtype)?),
+            None => self.normal(name, shape, dtype),
+        }
     }
 
     fn normal(&self, name: &str, shape: &Shape, dtype: DType) -> Result<Tensor> {

@@ -202,7 +202,6 @@ fn what_a_configuration_asks_for_in_vain_is_named() {
     for (changes, named) in [
         (json!({"layer_types": ["full_attention", "linear_attention"]}), "linear_attention"),
         (json!({"hidden_act": "gelu"}), "hidden_act: gelu"),
-        (json!({"attention_dropout": 0.1}), "attention_dropout"),
         (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
         (json!({"rope_scaling": {"type": "mrope", "factor": 4.0}}), "mrope"),
         (json!({"hidden_size": "many"}), r#"hidden_size: expected a whole number from 1 to 67108864, found "many""#),

@@ -12,8 +12,8 @@ use pmetal_data::{Example, TOKENIZER_FILES, Template, TemplateChoice, Tokenizer}
 use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
-    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, override_rope_scaling, random, read_config,
-    refuse_too_large, save_pretrained, spec_of, tensors_of,
+    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, override_rope_scaling, parameters_of, random,
+    read_config, refuse_too_large, save_pretrained, spec_of, text_config, unused_dropout,
 };
 use pmetal_ops::{Arena, LOGITS_BYTES, no_grad};
 
@@ -112,6 +112,11 @@ pub fn sft(options: &SftOptions, observer: &mut dyn Observer, stop: &AtomicBool)
     let total: usize = model.named_weights().iter().map(|(_, w)| w.shape().elem_count()).sum();
     let dtype = setup.dtype.as_str();
     let device = pmetal_ops::device::name(&setup.device);
+    for (key, p) in unused_dropout(&setup.base.config) {
+        observer.note(&format!(
+            "{key} is {p} in config.json; dropout of the model itself is not applied, see --lora-dropout"
+        ));
+    }
     observer.note(&format!("training {} parameters of a model of {total} in {dtype} on {device}", arena.len()));
 
     let settings = within_memory(options, &setup, &plan, observer)?;
@@ -188,7 +193,7 @@ pub(crate) struct Base {
 impl Base {
     fn open(options: &SftOptions, inputs: &Inputs) -> Result<Self> {
         if options.from_scratch {
-            let mut config = read_config(&inputs.model)?;
+            let mut config = text_config(&read_config(&inputs.model)?)?.into_owned();
             if let Some(scaling) = &options.rope_scaling {
                 override_rope_scaling(&mut config, scaling)?;
             }
@@ -277,12 +282,12 @@ fn prepare(
 ) -> Result<(Box<dyn CausalLMModel>, Trained)> {
     let Some(checkpoint) = &base.checkpoint else {
         refuse_too_large(&base.spec, dtype)?;
-        let arena = Arena::new(&tensors_of(&base.spec)?, dtype, device)?;
+        let arena = Arena::new(&parameters_of(&base.spec)?, dtype, device)?;
         let model = random(&base.config, dtype, device, options.seed, Some(&arena))?;
         return Ok((model, Trained::Everything(arena)));
     };
     if options.fine_tune_type == FineTuneType::Full {
-        let arena = Arena::new(&checkpoint.tensors()?, dtype, device)?;
+        let arena = Arena::new(&parameters_of(checkpoint.spec())?, dtype, device)?;
         return Ok((load(checkpoint, dtype, device, Some(&arena))?, Trained::Everything(arena)));
     }
     let mut model = load(checkpoint, dtype, device, None)?;

@@ -80,7 +80,9 @@ impl Checkpoint {
         let Some(mut weights) = SafetensorsFolder::open(folder, &text)? else { return Err(not_a_model(folder)) };
         if let Cow::Owned(_) = text {
             let left_out = weights.keep_text_part();
-            tracing::warn!(path = %folder.display(), "the text part alone is used: {left_out} tensors of other parts stay out");
+            if left_out > 0 {
+                tracing::warn!(path = %folder.display(), "the text part alone is used: {left_out} tensors of other parts stay out");
+            }
         }
         let mut config = text.into_owned();
         if spec.tie_word_embeddings && has_its_own_head(&weights) {

@@ -6,7 +6,7 @@ use std::{borrow::Cow, fmt};
 
 use candle_core::{DType, Tensor};
 use pmetal_ops::{
-    Activation, LinearGroup, LinearMember, LogitsSpec, Reach, RopeLayout, Weight,
+    Activation, LinearGroup, LinearMember, LogitsSpec, RopeLayout, Weight,
     decoding::{AttentionSpec, Decoding, Recording, RowAttention, RowProduct, RowStep},
 };
 
@@ -227,7 +227,6 @@ pub(super) fn plain_layers(spec: &DecoderSpec) -> Option<Plain<'_>> {
         && heads.rope == Some(0)
         && !heads.sinks
         && heads.temperature.is_none()
-        && heads.attention.reach == Reach::All
         && heads.attention.softcap.is_none()
         && mlp.activation == Activation::Silu
         && first.norms == NormPlaces::Before

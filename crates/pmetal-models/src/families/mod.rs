@@ -319,9 +319,6 @@ fn refuse_unsupported(config: &Keys, activation: &'static str, wanted: &str) -> 
     if let Some(found) = config.text(activation)?.filter(|&found| found != wanted) {
         return Err(config.refuse(activation, format!("{found} is not supported, only {wanted}; choose another model")));
     }
-    if config.number("attention_dropout")?.is_some_and(|p| p != 0.0) {
-        return Err(config.refuse("attention_dropout", "is not supported, set it to 0"));
-    }
     let Some(quantization) = config.object("quantization_config")? else { return Ok(()) };
     match quantization.text("quant_method")? {
         Some("fp8" | "mxfp4") => Ok(()),

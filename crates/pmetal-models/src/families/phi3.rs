@@ -13,11 +13,6 @@ pub(crate) fn spec(config: &Keys) -> Result<DecoderSpec> {
         ..Defaults::default()
     };
     let base = Base::read(config, defaults)?;
-    for key in ["resid_pdrop", "embd_pdrop"] {
-        if config.number(key)?.is_some_and(|p| p != 0.0) {
-            return Err(config.refuse(key, "is not supported, set it to 0"));
-        }
-    }
     let reach = config.size("sliding_window")?.map_or(Reach::All, Reach::Window);
     Ok(base.decoder(base.layers(|_| {
         let heads = base.heads();
