@@ -89,7 +89,7 @@ enum Ready {
     /// It was not asked since the cache or the model changed.
     Unasked,
     No,
-    Yes(OneToken),
+    Yes(Box<OneToken>),
 }
 
 impl Session {
@@ -218,7 +218,8 @@ impl Session {
             && (id as usize) < model.spec().vocab_size
         {
             if let Ready::Unasked = self.one_token {
-                self.one_token = model.one_token(&self.cache)?.map_or(Ready::No, Ready::Yes);
+                self.one_token =
+                    model.one_token(&self.cache)?.map_or(Ready::No, |one_token| Ready::Yes(Box::new(one_token)));
             }
             if let Ready::Yes(one_token) = &mut self.one_token {
                 self.cache.lens_with(&[1])?;

@@ -33,14 +33,14 @@ pub(super) struct Layer {
 
 #[derive(Clone)]
 enum Attention {
-    Heads(Heads),
-    Latent(Latent),
+    Heads(Box<Heads>),
+    Latent(Box<Latent>),
 }
 
 #[derive(Clone)]
 enum Mlp {
-    Gated(Gated),
-    Experts(Experts),
+    Gated(Box<Gated>),
+    Experts(Box<Experts>),
 }
 
 /// What a layer hands on: the stream, its norm before the next reader, and the products of its router, where it has one.
@@ -56,12 +56,14 @@ impl Layer {
         let LayerSpec { attention, mlp, norms, residual_multiplier } = &spec.layers[index];
         let (hidden, mut parts) = (spec.hidden_size, Parts::new(&spec.names, index, get));
         let attention = match attention {
-            AttentionKind::Heads(heads) => Attention::Heads(Heads::new(heads, hidden, index, &mut parts)?),
-            AttentionKind::Latent(latent) => Attention::Latent(Latent::new(latent, hidden, index, &mut parts)?),
+            AttentionKind::Heads(heads) => Attention::Heads(Box::new(Heads::new(heads, hidden, index, &mut parts)?)),
+            AttentionKind::Latent(latent) => {
+                Attention::Latent(Box::new(Latent::new(latent, hidden, index, &mut parts)?))
+            }
         };
         let mlp = match mlp {
-            MlpSpec::Gated(gated) => Mlp::Gated(Gated::new(gated, hidden, "mlp", &mut parts)?),
-            MlpSpec::Experts(experts) => Mlp::Experts(Experts::new(experts, hidden, &mut parts)?),
+            MlpSpec::Gated(gated) => Mlp::Gated(Box::new(Gated::new(gated, hidden, "mlp", &mut parts)?)),
+            MlpSpec::Experts(experts) => Mlp::Experts(Box::new(Experts::new(experts, hidden, &mut parts)?)),
         };
         let mut norm = |part: &str| {
             let weight = parts.weight(&format!("{part}.weight"), hidden)?;
