@@ -2,8 +2,8 @@
 
 mod common;
 
-use candle_core::{DType, Tensor};
-use common::{Fixture, adapt, assert_close, labels, pack};
+use candle_core::DType;
+use common::{Fixture, adapt, assert_close, full_gradient, labels, pack};
 use pmetal_models::{CausalLMModel, Checkpoint, Checkpointing, Input, parameters_of};
 use pmetal_ops::{Arena, backward, linear_cross_entropy};
 
@@ -63,7 +63,7 @@ fn gradients_of_all_weights() {
             let (want, got) = (expected_loss(&fixture, "full_loss"), loss(&*model, &fixture, checkpointing));
             assert!((want - got).abs() <= 1e-5 * want, "{}: loss {got}, wanted {want}", fixture.name);
             for param in arena.params() {
-                let want = wanted(&fixture, param.name());
+                let want = full_gradient(&fixture, param.name());
                 let what = format!("{} {} {checkpointing:?}", fixture.name, param.name());
                 assert_close(&want, &param.grad().unwrap(), 1e-4, &what);
             }
@@ -92,28 +92,4 @@ fn dropout_is_the_same_when_layers_run_again() {
         assert_eq!(loss, want_loss);
         assert_close(&want, &got, 1e-6, "gradients");
     }
-}
-
-/// The gradient of a weight; that of an expert is a part of transformers' for all of them.
-fn wanted(fixture: &Fixture, name: &str) -> Tensor {
-    let Some((layer, part)) = name.split_once(".experts.") else {
-        return fixture.expected[&format!("full_grad.{name}")].clone();
-    };
-    let [expert, matrix, kind] = part.split('.').collect::<Vec<_>>()[..] else { panic!("{name}") };
-    let bias = if kind == "bias" { "_bias" } else { "" };
-    let all = &fixture.expected[&format!("full_grad.{layer}.experts.{matrix}{bias}")];
-    let one = all.get(expert.parse().unwrap()).unwrap();
-    if !fixture.name.starts_with("gpt-oss") {
-        return one;
-    }
-    // there gates and ups take turns along the last dimension
-    let one = if kind == "bias" { one } else { one.t().unwrap().contiguous().unwrap() };
-    if matrix == "down_proj" {
-        return one;
-    }
-    let halves = |start: u32| {
-        let rows: Vec<u32> = (start..one.dim(0).unwrap() as u32).step_by(2).collect();
-        one.index_select(&Tensor::new(rows, one.device()).unwrap(), 0).unwrap()
-    };
-    Tensor::cat(&[halves(0), halves(1)], 0).unwrap()
 }

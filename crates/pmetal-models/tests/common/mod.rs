@@ -27,13 +27,15 @@ impl Fixture {
         Self { name: name.into(), path, expected }
     }
 
-    /// Those whose adapter is a pair of matrices for each linear layer, under the layer's name. Adapters of experts, and of text parts, are pmetal-lora's.
+    /// Those with plain adapters.
     pub fn with_plain_adapters() -> Vec<Self> {
-        let plain = |fixture: &Self| {
-            let adapter = tensors(&fixture.path.join("adapter/adapter_model.safetensors"));
-            adapter.keys().all(|name| !name.contains(".experts.") && !name.contains("language_model"))
-        };
-        Self::all().into_iter().filter(plain).collect()
+        Self::all().into_iter().filter(Self::has_plain_adapter).collect()
+    }
+
+    /// Whether the adapter is a pair of matrices for each linear layer, under the layer's name. Adapters of experts, and of text parts, are pmetal-lora's.
+    pub fn has_plain_adapter(&self) -> bool {
+        let adapter = tensors(&self.path.join("adapter/adapter_model.safetensors"));
+        adapter.keys().all(|name| !name.contains(".experts.") && !name.contains("language_model"))
     }
 
     /// All of them.
@@ -153,4 +155,28 @@ pub fn relative_error(want: &Tensor, got: &Tensor) -> f64 {
 pub fn assert_close(want: &Tensor, got: &Tensor, tolerance: f64, what: &str) {
     let error = relative_error(want, got);
     assert!(error <= tolerance, "{what}: relative error {error:e}, allowed {tolerance:e}");
+}
+
+/// torch's gradient of a weight; that of an expert is a part of transformers' for all of them.
+pub fn full_gradient(fixture: &Fixture, name: &str) -> Tensor {
+    let Some((layer, part)) = name.split_once(".experts.") else {
+        return fixture.expected[&format!("full_grad.{name}")].clone();
+    };
+    let [expert, matrix, kind] = part.split('.').collect::<Vec<_>>()[..] else { panic!("{name}") };
+    let bias = if kind == "bias" { "_bias" } else { "" };
+    let all = &fixture.expected[&format!("full_grad.{layer}.experts.{matrix}{bias}")];
+    let one = all.get(expert.parse().unwrap()).unwrap();
+    if !fixture.name.starts_with("gpt-oss") {
+        return one;
+    }
+    // there gates and ups take turns along the last dimension
+    let one = if kind == "bias" { one } else { one.t().unwrap().contiguous().unwrap() };
+    if matrix == "down_proj" {
+        return one;
+    }
+    let halves = |start: u32| {
+        let rows: Vec<u32> = (start..one.dim(0).unwrap() as u32).step_by(2).collect();
+        one.index_select(&Tensor::new(rows, one.device()).unwrap(), 0).unwrap()
+    };
+    Tensor::cat(&[halves(0), halves(1)], 0).unwrap()
 }

@@ -24,7 +24,9 @@ fn ways() -> Vec<Checkpointing> {
 #[test]
 fn losses_and_gradients_are_the_same_bits_however_layers_run_again() {
     on_device(|device| {
-        for (name, dtype) in [("llama", DType::F32), ("qwen3", DType::BF16)] {
+        let exact = ["llama", "deepseek-v3", "qwen3-moe"].map(|name| (name, DType::F32));
+        let rounded = ["qwen3", "gemma2", "cohere", "gpt-oss", "phi3-window-hub"].map(|name| (name, DType::BF16));
+        for (name, dtype) in exact.into_iter().chain(rounded) {
             let fixture = Fixture::open(name);
             let mut model = fixture.model_on(device, dtype, None);
             let arena = attach(&mut *model, &LoraConfig { lora_dropout: 0.1, ..LoraConfig::default() }, 1).unwrap();

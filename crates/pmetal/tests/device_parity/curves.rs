@@ -27,7 +27,7 @@ const BOUND: f64 = 0.08;
 const F32_LOSSES: f64 = 1e-5;
 
 /// What the formula makes of a name.
-fn named(name: &str, dims: &[usize], bound: f64) -> Tensor {
+pub fn named(name: &str, dims: &[usize], bound: f64) -> Tensor {
     let seed =
         name.bytes().fold(0xcbf29ce484222325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100000001b3));
     let count = dims.iter().product::<usize>() as u64;
@@ -47,8 +47,11 @@ fn wide(config: &Value) -> PathBuf {
             true => Tensor::ones(dims, DType::F32, &Device::Cpu).unwrap(),
             false => named(name, dims, BOUND),
         };
-        let weights: HashMap<String, Tensor> =
-            tensors_of(&spec).unwrap().into_iter().map(|(name, shape)| (name.clone(), weight(&name, shape.dims()))).collect();
+        let weights: HashMap<String, Tensor> = tensors_of(&spec)
+            .unwrap()
+            .into_iter()
+            .map(|(name, shape)| (name.clone(), weight(&name, shape.dims())))
+            .collect();
         candle_core::safetensors::save(&weights, folder.join("model.safetensors")).unwrap();
         folder
     });

@@ -1,5 +1,6 @@
 use std::{
     env, fs,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
@@ -8,7 +9,7 @@ use candle_core::Device;
 use include_dir::{Dir, include_dir};
 use pmetal_emulator::Emulator;
 
-use crate::common::UNPACKED;
+use crate::common::{Fixture, UNPACKED};
 
 static MODELS: Dir = include_dir!("$CARGO_MANIFEST_DIR/../pmetal-models/tests/fixtures");
 /// Rows to train on.
@@ -17,6 +18,21 @@ pub static ROWS: &str = include_str!("../../../pmetal-trainer/tests/fixtures/row
 /// Whether a GPU was named.
 pub fn is_real() -> bool {
     env::var_os("PMETAL_TEST_DEVICE").is_some()
+}
+
+/// Runs `check` on every fixture that `wanted` takes, and says at the end which failed.
+pub fn on_each(wanted: impl Fn(&Fixture) -> bool, check: impl Fn(&Device, &Fixture)) {
+    on_device(|device| {
+        let mut failed = Vec::new();
+        for fixture in Fixture::all().into_iter().filter(wanted) {
+            let agrees = catch_unwind(AssertUnwindSafe(|| check(device, &fixture))).is_ok();
+            eprintln!("{}: {}", fixture.name, if agrees { "agrees" } else { "FAILED" });
+            if !agrees {
+                failed.push(fixture.name);
+            }
+        }
+        assert!(failed.is_empty(), "{failed:?}");
+    });
 }
 
 /// Runs a test on the device that was named, else with the emulator in the place of the CPU. One at a time: a stream that is captured

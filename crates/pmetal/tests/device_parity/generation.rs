@@ -1,11 +1,12 @@
 use std::ops::ControlFlow;
 
 use candle_core::{DType, Device};
-use pmetal_models::{CausalLMModel, SamplingParams, generate};
+use pmetal_models::{CausalLMModel, Event, SamplingParams, Session, generate};
 
 use crate::{
-    common::Fixture,
-    device::{on_cpu, on_device},
+    common::{Fixture, packed_logits},
+    device::{on_cpu, on_device, on_each},
+    logits::{picks, turns_by_length},
 };
 
 fn tokens(model: &dyn CausalLMModel, prompt: &[u32], params: &SamplingParams) -> Vec<u32> {
@@ -14,14 +15,44 @@ fn tokens(model: &dyn CausalLMModel, prompt: &[u32], params: &SamplingParams) ->
 
 #[test]
 fn greedy_continuations_are_those_of_transformers() {
-    on_device(|device| {
-        for fixture in Fixture::all() {
+    on_each(
+        |_| true,
+        |device, fixture| {
             let want = fixture.ids("greedy.0");
             let params = SamplingParams { max_tokens: want.len(), ..SamplingParams::default() };
             let model = fixture.model_on(device, DType::F32, None);
             assert_eq!(tokens(&*model, &fixture.rows()[0], &params), want, "{}", fixture.name);
-        }
-    });
+        },
+    );
+}
+
+/// Single tokens have kernels of their own on some devices, in bf16: what they say of the tokens they draw is what one forward says of them.
+#[test]
+fn tokens_in_bf16_are_as_likely_as_in_one_forward() {
+    on_each(
+        |fixture| !picks(fixture) && !turns_by_length(fixture),
+        |device, fixture| {
+            let (model, prompt) = (fixture.model_on(device, DType::BF16, None), &fixture.rows()[0]);
+            let params =
+                SamplingParams { max_tokens: 8, temperature: 0.0, logprobs: Some(0), ..SamplingParams::default() };
+            let (mut ids, mut got) = (prompt.clone(), Vec::new());
+            let mut on_event = |event| {
+                if let Event::Token { id, logprobs } = event {
+                    ids.push(id);
+                    got.push(logprobs.unwrap().logprob);
+                }
+                ControlFlow::Continue(())
+            };
+            Session::new(&*model).unwrap().generate(&*model, prompt, &params, &[], &mut on_event).unwrap();
+            let logits = packed_logits(&*model, &[ids.clone()], None).remove(0).to_vec2::<f32>().unwrap();
+            assert_eq!(got.len(), 8);
+            for ((got, &id), logits) in got.iter().zip(&ids[prompt.len()..]).zip(&logits[prompt.len() - 1..]) {
+                let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+                let want = f64::from(logits[id as usize]) - sum.ln();
+                assert!((want - got).abs() < 0.05, "{}: token {id} has {got}, in one forward {want}", fixture.name);
+            }
+        },
+    );
 }
 
 #[test]
