@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{
     compare::{random, rounding},
-    prepare,
+    prepare::{self, attention, losses},
 };
 use crate::{Arena, Result, Value, place::gpu_of};
 
@@ -187,58 +187,52 @@ pub(super) const ALL: &[Operation] = &[
         ..COMMON
     },
     Operation { op: "linear", name: "linear", sizes: FEW, prepare: prepare::trained_linear, ..COMMON },
-    Operation {
-        op: "linear_cross_entropy",
-        name: "linear_cross_entropy",
-        sizes: FEW,
-        prepare: prepare::loss,
-        ..COMMON
-    },
+    Operation { op: "linear_cross_entropy", name: "linear_cross_entropy", sizes: FEW, prepare: losses::loss, ..COMMON },
     Operation {
         op: "linear_cross_entropy",
         name: "linear_cross_entropy, evaluation",
         sizes: FEW,
-        prepare: prepare::losses,
+        prepare: losses::losses,
         ..COMMON
     },
     Operation {
         op: "linear_cross_entropy",
         name: "linear_cross_entropy, capped",
         sizes: FEW,
-        prepare: prepare::capped_loss,
+        prepare: losses::capped_loss,
         ..COMMON
     },
     Operation {
         op: "linear_cross_entropy",
         name: "linear_cross_entropy, capped, evaluation",
         sizes: FEW,
-        prepare: prepare::capped_losses,
+        prepare: losses::capped_losses,
         ..COMMON
     },
     Operation { op: "scaled", name: "scaled", prepare: prepare::factors, ..COMMON },
-    Operation { op: "logits", name: "logits", sizes: FEW, tolerance: of_f32, prepare: prepare::head, ..COMMON },
-    Operation { prepare: prepare::packed, ..PLAIN_ATTENTION },
-    Operation { name: "attention, rows in a cache", prepare: prepare::cached, ..PLAIN_ATTENTION },
+    Operation { op: "logits", name: "logits", sizes: FEW, tolerance: of_f32, prepare: losses::head, ..COMMON },
+    Operation { prepare: attention::packed, ..PLAIN_ATTENTION },
+    Operation { name: "attention, rows in a cache", prepare: attention::cached, ..PLAIN_ATTENTION },
     Operation {
         name: "attention, decoding",
         sizes: &[size(600, 64), size(130, 128)],
-        prepare: prepare::decoding,
+        prepare: attention::decoding,
         ..PLAIN_ATTENTION
     },
-    Operation { name: "attention, windows and sinks", prepare: prepare::windowed, ..PLAIN_ATTENTION },
-    Operation { name: "attention, chunks in a cache", prepare: prepare::chunked, ..PLAIN_ATTENTION },
+    Operation { name: "attention, windows and sinks", prepare: attention::windowed, ..PLAIN_ATTENTION },
+    Operation { name: "attention, chunks in a cache", prepare: attention::chunked, ..PLAIN_ATTENTION },
     Operation {
         name: "attention, decoding in a window",
         sizes: &[size(600, 64), size(130, 128)],
-        prepare: prepare::windowed_decoding,
+        prepare: attention::windowed_decoding,
         ..PLAIN_ATTENTION
     },
-    Operation { name: "attention on matrix units", prepare: prepare::packed, ..MATRIX_ATTENTION },
-    Operation { name: "attention on matrix units, windows", prepare: prepare::windowed, ..MATRIX_ATTENTION },
-    Operation { name: "attention on matrix units, chunks", prepare: prepare::chunked, ..MATRIX_ATTENTION },
-    Operation { name: "attention on matrix units, cache", prepare: prepare::cached, ..MATRIX_ATTENTION },
-    Operation { name: LONG_ROWS, sizes: LONG, prepare: prepare::long, ..MATRIX_ATTENTION },
-    Operation { name: LONG_WINDOWS, sizes: LONG, prepare: prepare::long_windowed, ..MATRIX_ATTENTION },
+    Operation { name: "attention on matrix units", prepare: attention::packed, ..MATRIX_ATTENTION },
+    Operation { name: "attention on matrix units, windows", prepare: attention::windowed, ..MATRIX_ATTENTION },
+    Operation { name: "attention on matrix units, chunks", prepare: attention::chunked, ..MATRIX_ATTENTION },
+    Operation { name: "attention on matrix units, cache", prepare: attention::cached, ..MATRIX_ATTENTION },
+    Operation { name: LONG_ROWS, sizes: LONG, prepare: attention::long, ..MATRIX_ATTENTION },
+    Operation { name: LONG_WINDOWS, sizes: LONG, prepare: attention::long_windowed, ..MATRIX_ATTENTION },
     Operation { op: "write_rows", name: "write_rows", tolerance: exact, prepare: prepare::write, ..COMMON },
     Operation { op: "elementwise", name: "sums", prepare: prepare::sums, ..COMMON },
     Operation { op: "elementwise", name: "conversions", prepare: prepare::conversions, ..COMMON },

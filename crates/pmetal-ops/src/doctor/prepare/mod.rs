@@ -1,14 +1,16 @@
 //! How each check makes its operation ready: inputs in place, gradients wanted or not.
 
+pub(super) mod attention;
+pub(super) mod losses;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::checks::{Prepared, Run, Size};
 use crate::{
-    Activation, AdamW, Adapter, Arena, AttentionSpec, LinearGroup, LinearMember, LogitsSpec, Reach, Result, RmsNorm,
-    RopeLayout, RopeTable, Rows, Sampler, Sampling, Value, Weight, adamw, add_rms_norm, attention, combine_rows,
-    elementwise, embedding, gated_activation, gather_rows, join_columns, join_rows, layer_norm, linear_cross_entropy,
-    logits, no_grad, normal_on_gpu, random, rms_norm, rms_norm_rope, rope, scaled, scaled_rows, split_columns,
-    split_rows, write_rows,
+    Activation, AdamW, Adapter, Arena, LinearGroup, LinearMember, Result, RmsNorm, RopeLayout, RopeTable, Sampler,
+    Sampling, Value, Weight, adamw, add_rms_norm, combine_rows, elementwise, embedding, gated_activation, gather_rows,
+    join_columns, join_rows, layer_norm, normal_on_gpu, random, rms_norm, rms_norm_rope, rope, scaled, scaled_rows,
+    split_columns, split_rows, write_rows,
 };
 
 fn weight(arena: &Arena, name: &str) -> Result<Weight> {
@@ -198,153 +200,11 @@ pub(super) fn trained_linear(run: &Run, Size { rows, width }: Size) -> Result<Pr
     Ok(Prepared { leaves, arena: Some(arena), forward: Box::new(move |v| group.forward(&v[0], None)) })
 }
 
-/// The vocabulary of checks of the loss.
-fn vocabulary(rows: usize) -> usize {
-    (2 * rows).max(37)
-}
-
-/// A label for each token; of an odd number of tokens some are not counted.
-fn labels(rows: usize) -> Vec<i64> {
-    let vocab = vocabulary(rows);
-    (0..rows).map(|t| if rows % 2 == 1 && t % 3 == 1 { -100 } else { (t * 7 % vocab) as i64 }).collect()
-}
-
-/// Logits with a factor and a cap.
-const CAPPED: LogitsSpec = LogitsSpec { scale: 1.5, softcap: Some(2.0) };
-
-pub(super) fn loss(run: &Run, size: Size) -> Result<Prepared> {
-    loss_of(LogitsSpec::default(), run, size)
-}
-
-pub(super) fn capped_loss(run: &Run, size: Size) -> Result<Prepared> {
-    loss_of(CAPPED, run, size)
-}
-
-fn loss_of(spec: LogitsSpec, run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let arena = run.arena(&[("head", &[vocabulary(rows), width])])?;
-    let (head, labels) = (weight(&arena, "head")?, labels(rows));
-    let forward = move |v: &[Value]| {
-        let found = linear_cross_entropy(&v[0], &head, &labels, 1.0 / labels.len() as f32, spec)?;
-        Ok(vec![found.loss, Value::constant(found.token_losses)])
-    };
-    Ok(Prepared { leaves: run.variables(&[&[rows, width]])?, arena: Some(arena), forward: Box::new(forward) })
-}
-
-pub(super) fn losses(run: &Run, size: Size) -> Result<Prepared> {
-    losses_of(LogitsSpec::default(), run, size)
-}
-
-pub(super) fn capped_losses(run: &Run, size: Size) -> Result<Prepared> {
-    losses_of(CAPPED, run, size)
-}
-
-fn losses_of(spec: LogitsSpec, run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let head = Weight::Frozen(run.tensor(&[vocabulary(rows), width], 2)?);
-    let (hidden, labels) = (Value::constant(run.tensor(&[rows, width], 1)?), labels(rows));
-    prepared(vec![], move |_| {
-        let found = no_grad(|| linear_cross_entropy(&hidden, &head, &labels, 1.0 / labels.len() as f32, spec))?;
-        Ok(vec![found.loss, Value::constant(found.token_losses)])
-    })
-}
-
 /// All rows times one factor, and each times its own.
 pub(super) fn factors(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
     let leaves = vec![Value::variable(run.columns([rows, width], 1)?)];
     let factors: Vec<f32> = (0..rows).map(|row| 0.3 * row as f32 - 1.0).collect();
     prepared(leaves, move |v| Ok(vec![scaled(&v[0], 0.22)?, scaled_rows(&v[0], &factors)?]))
-}
-
-pub(super) fn head(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let (hidden, head) = (run.tensor(&[rows, width], 1)?, run.tensor(&[vocabulary(rows), width], 2)?);
-    let is_reference = run.is_reference();
-    prepared(vec![], move |_| {
-        let y = if is_reference {
-            hidden.matmul(&head.t()?)?
-        } else {
-            logits(&hidden, &Weight::Frozen(head.clone()), LogitsSpec::default())?
-        };
-        Ok(vec![Value::constant(y)])
-    })
-}
-
-/// Two query heads share a key head.
-fn attention_spec(rows: usize, width: usize) -> AttentionSpec {
-    let heads = if rows < 1024 { 2 } else { 16 };
-    let scale = 1.0 / (width as f32).sqrt();
-    AttentionSpec { heads, kv_heads: heads / 2, head_dim: width, scale, reach: Reach::All, softcap: None }
-}
-
-fn attend(run: &Run, rows: Rows, [queries, keys]: [usize; 2], spec: AttentionSpec) -> Result<Prepared> {
-    let AttentionSpec { heads, kv_heads, head_dim, .. } = spec;
-    let (q, kv) = ([queries, heads * head_dim], [keys, kv_heads * head_dim]);
-    let leaves = [run.columns(q, 1)?, run.columns(kv, 2)?, run.columns(kv, 3)?].map(Value::variable);
-    prepared(leaves.into(), move |v| Ok(vec![attention(&v[0], &v[1], &v[2], v.get(3), &rows, spec, SPARE)?]))
-}
-
-/// [`attend`] with a sink for each head.
-fn attend_with_sinks(run: &Run, rows: Rows, tokens: [usize; 2], spec: AttentionSpec) -> Result<Prepared> {
-    let Prepared { mut leaves, arena, forward } = attend(run, rows, tokens, spec)?;
-    leaves.push(Value::variable(run.tensor(&[spec.heads], 4)?));
-    Ok(Prepared { leaves, arena, forward })
-}
-
-/// Rows of different lengths behind one another, one of them a single token.
-pub(super) fn packed(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let first = rows / 5;
-    let lengths = Rows::packed(&[first, 1, rows - first - 1]);
-    attend(run, lengths, [rows, rows], attention_spec(rows, width))
-}
-
-/// Windows, a cap on scores and sinks, in packed rows.
-pub(super) fn windowed(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let spec = AttentionSpec { reach: Reach::Window(rows / 3), softcap: Some(0.5), ..attention_spec(rows, width) };
-    attend_with_sinks(run, Rows::packed(&[rows - 3, 3]), [rows, rows], spec)
-}
-
-/// Chunks and sinks, in rows that go on from what a cache holds.
-pub(super) fn chunked(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let spec = AttentionSpec { reach: Reach::Chunk(rows / 2 - 1), ..attention_spec(rows, width) };
-    let queries = [rows / 2, 1];
-    let lengths = Rows::cached(&queries, &[rows, rows / 3], rows + 2);
-    attend_with_sinks(run, lengths, [queries.iter().sum(), 2 * (rows + 2)], spec)
-}
-
-/// Two rows of nearly one length.
-pub(super) fn long(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let tokens = 2 * rows - 1;
-    attend(run, Rows::packed(&[rows, rows - 1]), [tokens, tokens], attention_spec(rows, width))
-}
-
-/// The same over windows that leave tiles of keys out.
-pub(super) fn long_windowed(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let spec = AttentionSpec { reach: Reach::Window(rows / 3), ..attention_spec(rows, width) };
-    let tokens = 2 * rows - 1;
-    attend(run, Rows::packed(&[rows, rows - 1]), [tokens, tokens], spec)
-}
-
-/// Rows that go on from what a cache holds.
-pub(super) fn cached(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
-    let queries = [rows / 4, 1, rows / 3];
-    let lengths = Rows::cached(&queries, &[rows, rows / 2, rows / 3], rows + 2);
-    attend(run, lengths, [queries.iter().sum(), 3 * (rows + 2)], attention_spec(rows, width))
-}
-
-/// One new token a row, as in generation: without gradients.
-pub(super) fn decoding(run: &Run, size: Size) -> Result<Prepared> {
-    decode(run, size, attention_spec(size.rows, size.width))
-}
-
-/// The same over a window, with a cap on scores.
-pub(super) fn windowed_decoding(run: &Run, size: Size) -> Result<Prepared> {
-    let reach = Reach::Window(size.rows - 5);
-    decode(run, size, AttentionSpec { reach, softcap: Some(0.5), ..attention_spec(size.rows, size.width) })
-}
-
-fn decode(run: &Run, Size { rows, width }: Size, spec: AttentionSpec) -> Result<Prepared> {
-    let lengths = Rows::cached(&[1, 1], &[rows, rows / 3], rows);
-    let kv = |seed| Ok::<_, crate::Error>(Value::constant(run.tensor(&[2 * rows, spec.kv_heads * width], seed)?));
-    let (q, k, v) = (Value::constant(run.tensor(&[2, spec.heads * width], 1)?), kv(2)?, kv(3)?);
-    prepared(vec![], move |_| Ok(vec![attention(&q, &k, &v, None, &lengths, spec, 0)?]))
 }
 
 pub(super) fn write(run: &Run, Size { rows, width }: Size) -> Result<Prepared> {
