@@ -1,6 +1,6 @@
 //! The settings of an adapter, in PEFT's words.
 
-use std::{path::Path, str::FromStr};
+use std::{collections::BTreeMap, path::Path, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -11,21 +11,12 @@ use crate::{Error, ModulesToSave, Result};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum TargetModules {
-    /// Every linear layer of attention and MLP; not the head.
+    /// Every linear layer of attention, MLP and experts that a gradient reaches; not the router, not the head.
     #[default]
     AllLinear,
-    /// Layers whose dotted name is one of these or ends in `.` and one of these: `q_proj`, `layers.3.mlp.up_proj`.
+    /// Layers whose dotted name is one of these or ends in `.` and one of these: `q_proj`, `layers.3.mlp.up_proj`. Where experts once were modules of
+    /// their own, the names of their projections, `gate_proj` and so on, stand for the experts alone, as in PEFT.
     Names(Vec<String>),
-}
-
-impl TargetModules {
-    /// Whether the layer of this dotted name is meant.
-    pub fn matches(&self, module: &str) -> bool {
-        match self {
-            Self::AllLinear => true,
-            Self::Names(names) => names.iter().any(|n| names_module(n, module)),
-        }
-    }
 }
 
 /// Whether `target` names the layer, as PEFT compares them.
@@ -84,6 +75,12 @@ pub struct LoraConfig {
     /// Which tables are trained in full beside it.
     #[serde(default)]
     pub modules_to_save: ModulesToSave,
+    /// Other ranks, of the layers whose names end so.
+    #[serde(default)]
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Other numerators, likewise.
+    #[serde(default)]
+    pub alpha_pattern: BTreeMap<String, f64>,
 }
 
 impl Default for LoraConfig {
@@ -95,25 +92,46 @@ impl Default for LoraConfig {
             target_modules: TargetModules::default(),
             use_rslora: false,
             modules_to_save: ModulesToSave::default(),
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
         }
     }
 }
 
 impl LoraConfig {
-    /// The factor on the low-rank product.
+    /// The factor on the low-rank product of layers that no pattern names.
     pub fn scale(&self) -> f32 {
-        let r = self.r as f64;
-        (self.lora_alpha / if self.use_rslora { r.sqrt() } else { r }) as f32
+        self.scale_of(self.r, self.lora_alpha)
+    }
+
+    /// The factor on a product of rank `r`.
+    pub(crate) fn scale_of(&self, r: usize, alpha: f64) -> f32 {
+        let r = r as f64;
+        (alpha / if self.use_rslora { r.sqrt() } else { r }) as f32
+    }
+
+    /// Rank and numerator of a layer; `joined` doubles what no pattern names, for a matrix that was two.
+    pub(crate) fn rank_and_alpha(&self, layer: &str, joined: bool) -> (usize, f64) {
+        let times = if joined { 2 } else { 1 };
+        let r = by_pattern(&self.rank_pattern, layer).unwrap_or(self.r * times);
+        (r, by_pattern(&self.alpha_pattern, layer).unwrap_or(self.lora_alpha * times as f64))
     }
 
     /// Refuses settings outside their range.
     pub fn validate(&self) -> Result<()> {
         let refuse = |key, got: String, expected| Err(Error::Setting { key, got, expected });
+        let is_alpha = |alpha: f64| alpha.is_finite() && alpha > 0.0;
         if !(1..=MAX_RANK).contains(&self.r) {
             return refuse("lora_r", self.r.to_string(), "from 1 to 65536");
         }
-        if !(self.lora_alpha.is_finite() && self.lora_alpha > 0.0) {
+        if !is_alpha(self.lora_alpha) {
             return refuse("lora_alpha", self.lora_alpha.to_string(), "a positive number");
+        }
+        if let Some((name, r)) = self.rank_pattern.iter().find(|(_, r)| !(1..=MAX_RANK).contains(*r)) {
+            return refuse("rank_pattern", format!("{r} for {name}"), "from 1 to 65536");
+        }
+        if let Some((name, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !is_alpha(**alpha)) {
+            return refuse("alpha_pattern", format!("{alpha} for {name}"), "positive numbers");
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return refuse("lora_dropout", self.lora_dropout.to_string(), "at least 0 and below 1");
@@ -121,30 +139,23 @@ impl LoraConfig {
         Ok(())
     }
 
-    /// The content of `adapter_config.json`, for the layers `modules` of the model the user named `base`.
-    pub fn to_peft(&self, base: &str, modules: &[String]) -> Value {
-        let targets: Vec<&str> = match &self.target_modules {
-            TargetModules::AllLinear => last_parts(modules),
-            TargetModules::Names(names) if modules.iter().all(|m| self.target_modules.matches(m)) => {
-                names.iter().map(String::as_str).collect()
-            }
-            // what PEFT matched as a regular expression: the layers themselves
-            TargetModules::Names(_) => modules.iter().map(String::as_str).collect(),
-        };
-        let alpha = if self.lora_alpha.fract() == 0.0 {
-            Value::from(self.lora_alpha as i64)
-        } else {
-            Value::from(self.lora_alpha)
-        };
+    /// The content of `adapter_config.json`, for modules and parameters that PEFT knows by these names in the model the user named `base`.
+    pub fn to_peft(&self, base: &str, modules: &[String], parameters: &[String]) -> Value {
+        let whole = |x: f64| if x.fract() == 0.0 { Value::from(x as i64) } else { Value::from(x) };
+        let alphas = self.alpha_pattern.iter().map(|(name, &alpha)| (as_pattern(name), whole(alpha)));
+        let ranks = self.rank_pattern.iter().map(|(name, &r)| (as_pattern(name), Value::from(r)));
         serde_json::json!({
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
             "r": self.r,
-            "lora_alpha": alpha,
+            "lora_alpha": whole(self.lora_alpha),
             "lora_dropout": self.lora_dropout,
             "use_rslora": self.use_rslora,
-            "target_modules": targets,
+            "target_modules": modules,
+            "target_parameters": if parameters.is_empty() { None } else { Some(parameters) },
+            "rank_pattern": ranks.collect::<serde_json::Map<_, _>>(),
+            "alpha_pattern": alphas.collect::<serde_json::Map<_, _>>(),
             "bias": "none",
             "fan_in_fan_out": false,
             "inference_mode": true,
@@ -174,6 +185,8 @@ impl LoraConfig {
             Some(Value::Array(names)) => {
                 TargetModules::Names(names.iter().filter_map(Value::as_str).map(str::to_owned).collect())
             }
+            // experts are parameters, which the tensors themselves name
+            None if get("target_parameters").is_some() => TargetModules::Names(Vec::new()),
             other => return Err(broken(format!("target_modules is {}, expected a list of names", shown(other)))),
         };
         let config = Self {
@@ -186,6 +199,8 @@ impl LoraConfig {
                 Some(v) => v.as_bool().ok_or_else(|| broken(format!("use_rslora is {v}, expected true or false")))?,
             },
             modules_to_save: modules_to_save(get("modules_to_save"), path)?,
+            rank_pattern: patterns("rank_pattern", json, path, |v| v.as_u64().map(|r| r as usize))?,
+            alpha_pattern: patterns("alpha_pattern", json, path, Value::as_f64)?,
         };
         config.validate().map_err(|e| broken(e.to_string()))?;
         Ok(config)
@@ -225,11 +240,8 @@ fn refuse_unsupported(json: &Value, path: &Path) -> Result<()> {
         "use_dora",
         "use_qalora",
         "exclude_modules",
-        "rank_pattern",
-        "alpha_pattern",
         "lora_bias",
         "layer_replication",
-        "target_parameters",
         "trainable_token_indices",
         "alora_invocation_tokens",
         "layers_to_transform",
@@ -242,16 +254,36 @@ fn refuse_unsupported(json: &Value, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The distinct last parts of dotted names, in order of appearance.
-pub(crate) fn last_parts(modules: &[String]) -> Vec<&str> {
-    let mut parts: Vec<&str> = Vec::new();
-    for module in modules {
-        let last = module.rsplit('.').next().unwrap_or(module);
-        if !parts.contains(&last) {
-            parts.push(last);
-        }
-    }
-    parts
+/// The last part of a dotted name.
+pub(crate) fn last_part(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
+}
+
+fn by_pattern<T: Copy>(patterns: &BTreeMap<String, T>, layer: &str) -> Option<T> {
+    patterns.iter().find(|(name, _)| names_module(name, layer)).map(|(_, &value)| value)
+}
+
+/// PEFT's regular expression for layers whose names end in `.` and `name`.
+fn as_pattern(name: &str) -> String {
+    format!(r".*\.{}", name.replace('.', r"\."))
+}
+
+/// `rank_pattern` or `alpha_pattern`. PEFT's keys are regular expressions for the ends of names; those that are more than names are refused.
+fn patterns<T>(
+    key: &'static str,
+    json: &Value,
+    path: &Path,
+    number: impl Fn(&Value) -> Option<T>,
+) -> Result<BTreeMap<String, T>> {
+    let refuse = |what| Error::Unsupported { path: path.to_path_buf(), what: format!("{key} = {what}") };
+    let Some(value) = json.get(key).filter(|value| !value.is_null()) else { return Ok(BTreeMap::new()) };
+    let entry = |(pattern, value): (&String, &Value)| {
+        let name = pattern.strip_prefix(r".*\.").unwrap_or(pattern).replace(r"\.", ".");
+        let is_name = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "._-".contains(c));
+        let number = number(value).filter(|_| is_name).ok_or_else(|| refuse(format!("{{{pattern:?}: {value}}}")))?;
+        Ok((name, number))
+    };
+    value.as_object().ok_or_else(|| refuse(value.to_string()))?.iter().map(entry).collect()
 }
 
 #[cfg(test)]
@@ -260,11 +292,28 @@ mod tests {
 
     #[test]
     fn targets_match_whole_parts_of_names() {
-        let targets: TargetModules = "q_proj, layers.1.mlp.up_proj".parse().unwrap();
-        assert!(targets.matches("model.layers.0.self_attn.q_proj"));
-        assert!(targets.matches("model.layers.1.mlp.up_proj"));
-        assert!(!targets.matches("model.layers.11.mlp.up_proj"));
-        assert!(!targets.matches("model.layers.0.self_attn.my_q_proj"));
+        assert!(names_module("q_proj", "model.layers.0.self_attn.q_proj"));
+        assert!(names_module("layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj"));
+        assert!(!names_module("layers.1.mlp.up_proj", "model.layers.11.mlp.up_proj"));
+        assert!(!names_module("q_proj", "model.layers.0.self_attn.my_q_proj"));
+    }
+
+    #[test]
+    fn patterns_give_layers_ranks_and_scales_of_their_own() {
+        let mut json = LoraConfig { r: 2, lora_alpha: 4.0, ..Default::default() }.to_peft("base", &[], &[]);
+        json["rank_pattern"] = serde_json::json!({ r".*\.experts\.gate_up_proj": 6, "q_proj": 3 });
+        json["alpha_pattern"] = serde_json::json!({ "q_proj": 1.5 });
+        let config = LoraConfig::from_peft(&json, Path::new("c")).unwrap();
+        let of = |layer, joined| config.rank_and_alpha(layer, joined);
+        assert_eq!(of("model.layers.0.mlp.experts.gate_up_proj", true), (6, 8.0));
+        assert_eq!(of("model.layers.0.self_attn.q_proj", false), (3, 1.5));
+        assert_eq!(of("model.layers.0.self_attn.my_q_proj", false), (2, 4.0));
+        assert_eq!(LoraConfig::from_peft(&config.to_peft("base", &[], &[]), Path::new("c")).unwrap(), config);
+        for pattern in ["(q|k)_proj", "q.*", ""] {
+            json["rank_pattern"] = serde_json::json!({ pattern: 3 });
+            let error = LoraConfig::from_peft(&json, Path::new("c")).unwrap_err().to_string();
+            assert!(error.contains("rank_pattern"), "{error}");
+        }
     }
 
     #[test]
@@ -275,18 +324,8 @@ mod tests {
     }
 
     #[test]
-    fn layers_that_peft_chose_by_a_pattern_are_saved_by_their_names() {
-        let modules = ["model.layers.0.self_attn.q_proj".to_owned(), "model.layers.1.self_attn.q_proj".to_owned()];
-        let mut json = LoraConfig::default().to_peft("base", &modules);
-        assert_eq!(json["target_modules"], serde_json::json!(["q_proj"]));
-        json["target_modules"] = ".*self_attn.(q|v)_proj".into();
-        let again = LoraConfig::from_peft(&json, Path::new("c")).unwrap().to_peft("base", &modules);
-        assert_eq!(again["target_modules"], serde_json::json!(modules));
-    }
-
-    #[test]
     fn what_is_not_done_is_refused_by_name() {
-        let mut json = LoraConfig::default().to_peft("base", &["a.q_proj".into()]);
+        let mut json = LoraConfig::default().to_peft("base", &["a.q_proj".into()], &[]);
         assert_eq!(LoraConfig::from_peft(&json, Path::new("c")).unwrap().r, 16);
         json["use_dora"] = true.into();
         let error = LoraConfig::from_peft(&json, Path::new("c")).unwrap_err().to_string();

@@ -8,11 +8,13 @@
 mod attach;
 mod config;
 mod error;
+mod experts;
 mod peft;
 mod tables;
+mod targets;
 
 pub use attach::{Use, adapter_tensors, attach, attach_file, detach};
 pub use config::{LoraConfig, TargetModules};
 pub use error::{Error, Result};
-pub use peft::{AdapterFile, SINGLE_FILE, save, saved};
+pub use peft::{AdapterFile, Base, SINGLE_FILE, save, saved};
 pub use tables::ModulesToSave;

@@ -7,12 +7,16 @@ use std::{
 };
 
 use candle_core::{DType, Device, Tensor};
-use pmetal_models::{EMBEDDING, HEAD};
+use pmetal_models::{DecoderSpec, EMBEDDING, HEAD};
 use pmetal_ops::{Arena, Param};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 
-use crate::{Error, LoraConfig, ModulesToSave, Result};
+use crate::{
+    Error, LoraConfig, ModulesToSave, Result,
+    experts::ExpertLayout,
+    targets::{found, listed},
+};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -31,8 +35,9 @@ pub struct AdapterFile {
     pub config: LoraConfig,
     /// The base model it records, empty where it records none.
     pub base: String,
-    /// Tensors by name without PEFT's prefix: `model.layers.0.self_attn.q_proj.lora_A.weight` and so on in f32, and the tables it
-    /// carries, such as `model.embed_tokens.weight`, in their own dtype.
+    /// Tensors as the file has them, by name without PEFT's prefix and without what a model of several parts calls its text part:
+    /// `model.layers.0.self_attn.q_proj.lora_A.weight` and so on in f32, and the tables it carries, such as `model.embed_tokens.weight`, in
+    /// their own dtype.
     pub tensors: BTreeMap<String, Tensor>,
 }
 
@@ -55,6 +60,23 @@ impl AdapterFile {
             return Self::open(&path.join(SINGLE_FILE));
         }
         Err(not_an_adapter())
+    }
+
+    /// The adapter's tensors by the names that a model's layers have: those of each expert, where the file has all experts' in one.
+    ///
+    /// # Errors
+    /// Where tensors of experts have shapes that are none of this model's.
+    pub fn for_model(&self, spec: &DecoderSpec) -> Result<BTreeMap<String, Tensor>> {
+        match ExpertLayout::of(spec) {
+            Some(experts) => experts.read(&self.tensors, &|reason| self.other_model(reason)),
+            None => Ok(self.tensors.clone()),
+        }
+    }
+
+    /// It is not for this model.
+    pub(crate) fn other_model(&self, reason: String) -> Error {
+        let base = if self.base.is_empty() { "an unnamed model".into() } else { self.base.clone() };
+        Error::OtherModel { path: self.path.clone(), reason, base }
     }
 
     fn parse(config_path: &Path, json: &Value, weights_path: &Path, bytes: &[u8]) -> Result<Self> {
@@ -128,6 +150,10 @@ fn single_file_config(path: &Path, bytes: &[u8]) -> Result<Option<Value>> {
 /// where the vocabulary was resized.
 fn plain_name(name: &str) -> Option<String> {
     let name = name.strip_prefix(PREFIX).unwrap_or(name);
+    let in_text_part = |whole: &str, part: &str| name.strip_prefix(whole).map(|rest| format!("{part}{rest}"));
+    let name = in_text_part("model.language_model.", "model.")
+        .or_else(|| in_text_part("language_model.", ""))
+        .unwrap_or_else(|| name.to_owned());
     (!name.contains(".original_module.")).then(|| name.replace(".modules_to_save.", "."))
 }
 
@@ -143,31 +169,54 @@ fn read_tensor(view: &TensorView, name: &str) -> Option<Result<Tensor>> {
     Some(tensor.and_then(|t| t.to_dtype(kept)).map_err(Error::from))
 }
 
+/// What an adapter was trained on.
+#[derive(Clone, Copy)]
+pub struct Base<'a> {
+    /// The model as the user named it.
+    pub name: &'a str,
+    /// Its decoder.
+    pub spec: &'a DecoderSpec,
+    /// What comes before the names of the decoder's layers and of its embedding in place of `model.`, where it is a part of a larger model: see
+    /// [`pmetal_models::Checkpoint::text_module`].
+    pub text_module: Option<&'a str>,
+}
+
+impl Base<'_> {
+    /// What PEFT calls a module or tensor of the decoder.
+    fn outside(&self, name: &str) -> String {
+        let inner = self.text_module.zip(name.strip_prefix("model."));
+        inner.map_or_else(|| name.to_owned(), |(module, rest)| format!("{module}{rest}"))
+    }
+}
+
 /// Writes the adapter in `arena` into the folder `dir`, which is there: PEFT's two files, and the single file.
 ///
-/// `base` is the model as the user named it. `tied` says that the model's head is its embedding: a trained embedding is then saved as
-/// both, for PEFT gives the head a copy of its own.
-pub fn save(dir: &Path, config: &LoraConfig, base: &str, arena: &Arena, tied: bool) -> Result<()> {
-    let mut modules = Vec::new();
+/// Where the model's head is its embedding, a trained embedding is saved as both, for PEFT gives the head a copy of its own.
+pub fn save(dir: &Path, config: &LoraConfig, base: Base, arena: &Arena) -> Result<()> {
+    let tied = base.spec.tie_word_embeddings;
     let mut tensors: Vec<(String, Tensor)> = Vec::new();
-    let mut config = config.clone();
-    config.modules_to_save = ModulesToSave::default();
+    let mut tables = ModulesToSave::default();
     for param in arena.params() {
-        if let Some(module) = param.name().strip_suffix(".lora_A.weight") {
-            modules.push(module.to_owned());
-        }
         let tensor = saved(&param).to_device(&Device::Cpu)?;
         let mut add = |name: &str| {
-            config.modules_to_save.add(name.trim_end_matches(".weight"));
-            tensors.push((format!("{PREFIX}{name}"), tensor.clone()));
+            tables.add(name.trim_end_matches(".weight"));
+            tensors.push((name.to_owned(), tensor.clone()));
         };
         add(param.name());
         if tied && param.name() == EMBEDDING {
             add(HEAD);
         }
     }
-    let mut json = config.to_peft(base, &modules);
-    if tied && config.modules_to_save.embed_tokens {
+    let targets = found(base.spec, config, |[a, _]| arena.param(a).map(|a| a.master().dims()[0]))?;
+    let outside = |name: &str| base.outside(name);
+    let listed = listed(base.spec, config, &targets, base.text_module.is_some().then_some(&outside))?;
+    if let Some(experts) = ExpertLayout::of(base.spec) {
+        tensors = experts.written(tensors)?;
+    }
+    tensors.iter_mut().for_each(|(name, _)| *name = format!("{PREFIX}{}", base.outside(name)));
+    let config = LoraConfig { modules_to_save: tables, ..listed.config };
+    let mut json = config.to_peft(base.name, &listed.modules, &listed.parameters);
+    if tied && tables.embed_tokens {
         json["ensure_weight_tying"] = true.into();
     }
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);

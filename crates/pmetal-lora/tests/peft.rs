@@ -4,7 +4,7 @@
 use std::{collections::HashMap, fs, path::PathBuf};
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use pmetal_lora::{AdapterFile, LoraConfig, SINGLE_FILE, TargetModules, Use, attach, attach_file, detach, save};
+use pmetal_lora::{AdapterFile, Base, LoraConfig, SINGLE_FILE, TargetModules, Use, attach, attach_file, detach, save};
 use pmetal_models::{CausalLMModel, Checkpoint, Input, load};
 use pmetal_ops::no_grad;
 
@@ -66,7 +66,8 @@ fn what_is_saved_reads_back_bit_by_bit_from_folder_and_single_file() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("adapter");
     fs::create_dir(&dir).unwrap();
-    save(&dir, &original.config, "some/base", &arena, false).unwrap();
+    let base = Base { name: "some/base", spec: model.spec(), text_module: None };
+    save(&dir, &original.config, base, &arena).unwrap();
     for path in [dir.clone(), dir.join(SINGLE_FILE)] {
         let again = AdapterFile::open(&path).unwrap();
         assert_eq!(again.base, "some/base");

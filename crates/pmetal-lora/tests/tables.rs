@@ -3,7 +3,7 @@
 use std::{collections::HashMap, fs, path::PathBuf};
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, SINGLE_FILE, Use, attach, attach_file, save};
+use pmetal_lora::{AdapterFile, Base, LoraConfig, ModulesToSave, SINGLE_FILE, Use, attach, attach_file, save};
 use pmetal_models::{CausalLMModel, Checkpoint, EMBEDDING, HEAD, Input, load};
 use pmetal_ops::{Arena, backward, linear_cross_entropy, no_grad};
 
@@ -102,8 +102,8 @@ fn what_is_saved_reads_back_bit_by_bit_and_is_the_same_model() {
         let (file, expected) = case(name);
         let (model, arena) = adapted(&file, Use::Training);
         let folder = tempfile::tempdir().unwrap();
-        let tied = model.spec().tie_word_embeddings;
-        save(folder.path(), &file.config, &file.base, &arena.unwrap(), tied).unwrap();
+        let base = Base { name: &file.base, spec: model.spec(), text_module: None };
+        save(folder.path(), &file.config, base, &arena.unwrap()).unwrap();
         for path in [folder.path().to_path_buf(), folder.path().join(SINGLE_FILE)] {
             let again = AdapterFile::open(&path).unwrap();
             for (name, tensor) in &again.tensors {
@@ -121,11 +121,12 @@ fn what_is_saved_reads_back_bit_by_bit_and_is_the_same_model() {
 #[test]
 fn a_tied_table_is_saved_for_both_of_its_modules() {
     let (file, _) = case("tied");
-    let (_, arena) = adapted(&file, Use::Training);
+    let (model, arena) = adapted(&file, Use::Training);
     let arena = arena.unwrap();
     assert!(arena.param(EMBEDDING).is_some() && arena.param(HEAD).is_none());
     let folder = tempfile::tempdir().unwrap();
-    save(folder.path(), &file.config, "base", &arena, true).unwrap();
+    let base = Base { name: "base", spec: model.spec(), text_module: None };
+    save(folder.path(), &file.config, base, &arena).unwrap();
     let config: serde_json::Value =
         serde_json::from_slice(&fs::read(folder.path().join("adapter_config.json")).unwrap()).unwrap();
     assert_eq!(config["modules_to_save"], serde_json::json!(["embed_tokens", "lm_head"]));
@@ -182,7 +183,7 @@ fn a_table_that_is_named_and_missing_is_an_error_of_the_file() {
     let folder = tempfile::tempdir().unwrap();
     let source = crate_path("tests/fixtures/untied-head/adapter");
     fs::copy(source.join("adapter_model.safetensors"), folder.path().join("adapter_model.safetensors")).unwrap();
-    let mut config = file.config.to_peft("llama", &["q_proj".into()]);
+    let mut config = file.config.to_peft("llama", &["q_proj".into()], &[]);
     let mut error = |modules: serde_json::Value| {
         config["modules_to_save"] = modules;
         fs::write(folder.path().join("adapter_config.json"), config.to_string()).unwrap();

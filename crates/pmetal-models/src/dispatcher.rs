@@ -9,7 +9,7 @@ use crate::{
     decoder::{Decoder, tensors_of},
     keys::Keys,
     known_architectures,
-    registry::{FAMILIES, Family},
+    registry::{FAMILIES, Family, Holder},
     weights::{FromCheckpoint, FromSeed},
 };
 
@@ -18,7 +18,9 @@ pub(crate) fn family_of(config: &Value) -> Result<&'static Family> {
     let keys = Keys::new(config);
     let (model_type, classes) = (keys.text("model_type")?, keys.texts("architectures")?.unwrap_or_default());
     let found = FAMILIES.iter().find(|family| match model_type {
-        Some(model_type) => family.model_type == model_type || family.holder == Some(model_type),
+        Some(model_type) => {
+            family.model_type == model_type || family.holder.is_some_and(|holder| holder.model_type == model_type)
+        }
         None => classes.contains(&family.architecture),
     });
     found.ok_or_else(|| Error::UnknownArchitecture {
@@ -44,12 +46,16 @@ pub fn text_config(config: &Value) -> Result<Cow<'_, Value>> {
             text[key] = value.clone();
         }
     }
-    if let Some(family) =
-        FAMILIES.iter().find(|family| family.holder.is_some_and(|holder| config["model_type"] == holder))
-    {
+    if let Some((family, _)) = holder(config) {
         text["model_type"] = family.model_type.into();
     }
     Ok(Cow::Owned(text))
+}
+
+/// What holds the text part that a configuration describes beside others, and the family of that part.
+pub(crate) fn holder(config: &Value) -> Option<(&'static Family, Holder)> {
+    let is_held = |family: &&Family| family.holder.is_some_and(|holder| config["model_type"] == holder.model_type);
+    FAMILIES.iter().find(is_held).and_then(|family| Some((family, family.holder?)))
 }
 
 /// Keys that stand beside `text_config` and hold for the text part too.
@@ -64,6 +70,9 @@ const OF_THE_WHOLE: [&str; 8] = [
     "initializer_range",
 ];
 
+/// More parameters than any model has, and so few that sums and products of them do not overflow.
+const LARGEST_MODEL: u128 = 1 << 48;
+
 /// What a `config.json` describes: of a model with several parts, the text part.
 ///
 /// # Errors
@@ -71,7 +80,14 @@ const OF_THE_WHOLE: [&str; 8] = [
 pub fn spec_of(config: &Value) -> Result<DecoderSpec> {
     let config = text_config(config)?;
     let family = family_of(&config)?;
-    Ok(DecoderSpec { model_type: family.model_type.to_owned(), ..(family.spec)(&Keys::new(&config))? })
+    let keys = Keys::new(&config);
+    let spec = DecoderSpec { model_type: family.model_type.to_owned(), ..(family.spec)(&keys)? };
+    if spec.rough_parameters() > LARGEST_MODEL {
+        return Err(
+            keys.wrong("hidden_size", format!("with the other sizes that is more than {LARGEST_MODEL} parameters"))
+        );
+    }
+    Ok(spec)
 }
 
 /// Loads a model.

@@ -56,7 +56,7 @@ pub use generation::{Event, Generation, Session, StopReason, generate};
 pub use generation_config::GenerationConfig;
 pub use model::{CausalLMModel, Input};
 pub use names::{EMBEDDING, ExpertFiles, HEAD, Names};
-pub use registry::{Family, known_architectures, known_families};
+pub use registry::{Family, Holder, known_architectures, known_families};
 pub use rope_spec::{ByLength, Frequencies, ROPE_SCALING_KINDS, RopeSpec, override_rope_scaling};
 pub use sampling::{Logprobs, Sampler, SamplingParams};
 pub use save::save_pretrained;
@@ -64,4 +64,5 @@ pub use spec::{
     AttentionBias, AttentionKind, DecoderSpec, ExpertsSpec, GatedSpec, HeadNorm, HeadsSpec, IndexerSpec, LatentSpec,
     LayerSpec, MlpSpec, NormPlaces, NormSpec, RopeUse, RouterBias, Temperature,
 };
+pub use stored::{in_halves, in_turn};
 pub use vocabulary::resize_table;

@@ -17,6 +17,8 @@ pub struct Names {
     pub files: &'static [(&'static str, &'static str)],
     /// How experts lie in files; the first way is the one that is written, the others are read too. Names are those of parts.
     pub experts: &'static [ExpertFiles],
+    /// Whether PEFT takes the matrices of experts for their transposes, so that its A is the B of here.
+    pub sides_traded: bool,
 }
 
 /// How files hold the matrices of a layer's experts.
@@ -59,7 +61,7 @@ pub enum ExpertFiles {
 
 impl Names {
     /// The module of a part of a layer.
-    pub(crate) fn of(&self, part: &str) -> String {
+    pub fn of(&self, part: &str) -> String {
         renamed(self.parts, part).unwrap_or_else(|| part.to_owned())
     }
 

@@ -8,14 +8,24 @@ pub struct Family {
     pub sizes: &'static str,
     /// `model_type` in `config.json`.
     pub model_type: &'static str,
-    /// `model_type` of models that hold one of these as their text part, under `text_config`.
-    pub holder: Option<&'static str>,
+    /// The models that hold one of these as their text part.
+    pub holder: Option<Holder>,
     /// The class in `architectures`.
     pub architecture: &'static str,
     /// Whether its layers have experts.
     pub experts: bool,
     /// Reads its configuration.
     pub(crate) spec: fn(&Keys) -> Result<DecoderSpec>,
+}
+
+/// A model that holds another as its text part, under `text_config`.
+#[derive(Clone, Copy)]
+pub struct Holder {
+    /// `model_type` in `config.json`.
+    pub model_type: &'static str,
+    /// What precedes the names of the decoder's modules, in place of `model.`, in the class that transformers' `AutoModelForCausalLM` makes of such a
+    /// configuration (5.23: `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`); adapters are for that class. None where it is the text part alone.
+    pub text_module: Option<&'static str>,
 }
 
 /// Every family there is: a new one is a file in `families/` and a row here.
@@ -33,7 +43,8 @@ pub(crate) const FAMILIES: &[Family] = &[
         name: "Llama 4 Scout, Maverick (text)",
         sizes: "109B-400B",
         model_type: "llama4_text",
-        holder: Some("llama4"),
+        // Llama4ForCausalLM: the text part alone
+        holder: Some(Holder { model_type: "llama4", text_module: None }),
         architecture: "Llama4ForCausalLM",
         experts: true,
         spec: families::llama4::spec,
@@ -114,7 +125,8 @@ pub(crate) const FAMILIES: &[Family] = &[
         name: "Gemma 3 (text)",
         sizes: "1B-27B",
         model_type: "gemma3_text",
-        holder: Some("gemma3"),
+        // Gemma3ForConditionalGeneration: all parts
+        holder: Some(Holder { model_type: "gemma3", text_module: Some("model.language_model.") }),
         architecture: "Gemma3ForCausalLM",
         experts: false,
         spec: families::gemma3::spec,

@@ -104,13 +104,13 @@ impl<'a> ExpertPlace<'a> {
     }
 }
 
-/// The rows of the two halves of `tensor` in turn.
-pub(crate) fn in_turn(tensor: &Tensor) -> candle_core::Result<Tensor> {
+/// The rows of the two halves of `tensor` in turn: of gate and up, as some files have them.
+pub fn in_turn(tensor: &Tensor) -> candle_core::Result<Tensor> {
     regrouped(tensor, |rows| [2, rows / 2])
 }
 
 /// Every other row of `tensor` before the rows between them: what [`in_turn`] did is undone.
-pub(crate) fn in_halves(tensor: &Tensor) -> candle_core::Result<Tensor> {
+pub fn in_halves(tensor: &Tensor) -> candle_core::Result<Tensor> {
     regrouped(tensor, |rows| [rows / 2, 2])
 }
 

@@ -179,6 +179,7 @@ impl SftOptions {
             target_modules: self.lora_target_modules.clone().unwrap_or_default(),
             use_rslora: self.use_rslora,
             modules_to_save: self.modules_to_save.unwrap_or_default(),
+            ..default
         }
     }
 

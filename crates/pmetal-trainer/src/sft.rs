@@ -315,10 +315,11 @@ fn write(options: &SftOptions, setup: &Setup, model: &dyn CausalLMModel, trained
     }
     match trained {
         Trained::Adapter(arena, config) => {
-            let (name, tied) = (options.model.to_string_lossy(), model.spec().tie_word_embeddings);
-            pmetal_lora::save(staged.path(), config, &name, arena, tied)?;
+            let text_module = base.checkpoint.as_ref().and_then(Checkpoint::text_module);
+            let on = pmetal_lora::Base { name: &options.model.to_string_lossy(), spec: model.spec(), text_module };
+            pmetal_lora::save(staged.path(), config, on, arena)?;
             commit(staged, output)?;
-            check_adapter(output, arena)?;
+            check_adapter(output, model.spec(), arena)?;
             Ok(Written::Adapter)
         }
         Trained::Everything(_) => {
@@ -350,10 +351,11 @@ fn copy_generation_config(model: &Path, folder: &Path) -> Result<()> {
 }
 
 /// Reads the adapter back and compares every number.
-fn check_adapter(output: &Path, arena: &Arena) -> Result<()> {
+fn check_adapter(output: &Path, spec: &DecoderSpec, arena: &Arena) -> Result<()> {
     let file = AdapterFile::open(output)?;
+    let tensors = file.for_model(spec)?;
     for param in arena.params() {
-        let same = match file.tensors.get(param.name()) {
+        let same = match tensors.get(param.name()) {
             Some(read) => bits(read)? == bits(pmetal_lora::saved(&param))?,
             None => false,
         };

@@ -29,7 +29,9 @@ fn settings_that_are_wrong_or_not_supported() {
         ("use_rslora", json!("yes"), &["use_rslora is \"yes\", expected true or false"]),
         ("use_dora", json!(true), &["use_dora = true is not supported", "use an adapter without it"]),
         ("bias", json!("all"), &["bias = \"all\" is not supported"]),
-        ("rank_pattern", json!({"q_proj": 8}), &["rank_pattern"]),
+        ("rank_pattern", json!({"q_proj": 8}), &["q_proj.lora_A.weight is [4, 32], this model needs [8, 32]"]),
+        ("rank_pattern", json!({"q.*": 8}), &["rank_pattern = {\"q.*\": 8}", "not supported"]),
+        ("alpha_pattern", json!({"q_proj": -1}), &["alpha_pattern is -1 for q_proj, expected positive numbers"]),
         ("layers_to_transform", json!([0]), &["layers_to_transform"]),
         ("fan_in_fan_out", json!(true), &["fan_in_fan_out"]),
     ];

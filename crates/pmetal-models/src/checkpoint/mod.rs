@@ -18,6 +18,7 @@ use self::tensors::{Found, Weights};
 use crate::{
     DecoderSpec, Error, GenerationConfig, Result,
     config::read_object,
+    dispatcher::holder,
     gguf_config,
     names::{EMBEDDING, HEAD, LAYERS},
     override_rope_scaling, resize_table,
@@ -38,6 +39,7 @@ pub struct Checkpoint {
     generation: GenerationConfig,
     weights: Weights,
     resized: Option<Resized>,
+    text_module: Option<&'static str>,
 }
 
 /// A vocabulary that differs from the one stored.
@@ -84,6 +86,10 @@ impl Checkpoint {
                 tracing::warn!(path = %folder.display(), "the text part alone is used: {left_out} tensors of other parts stay out");
             }
         }
+        let text_module = match &text {
+            Cow::Owned(_) => holder(&whole).and_then(|(_, holder)| holder.text_module),
+            Cow::Borrowed(_) => None,
+        };
         let mut config = text.into_owned();
         if spec.tie_word_embeddings && has_its_own_head(&weights) {
             spec.tie_word_embeddings = false;
@@ -100,6 +106,7 @@ impl Checkpoint {
             generation,
             weights: Weights::Folder(weights),
             resized: None,
+            text_module,
         };
         checkpoint.check_tensors()?;
         Ok(checkpoint)
@@ -116,7 +123,8 @@ impl Checkpoint {
         }
         let names = gguf.hf_tensors()?.into_iter().map(|(name, _)| name).collect();
         let weights = Weights::Gguf { file: Box::new(gguf), path: file.to_path_buf(), names };
-        let checkpoint = Self { path: path.to_path_buf(), config, spec, generation, weights, resized: None };
+        let checkpoint =
+            Self { path: path.to_path_buf(), config, spec, generation, weights, resized: None, text_module: None };
         checkpoint.check_tensors()?;
         Ok(checkpoint)
     }
@@ -134,6 +142,11 @@ impl Checkpoint {
     /// The configuration under Hugging Face's keys; a GGUF file's metadata are translated.
     pub fn config(&self) -> &Value {
         &self.config
+    }
+
+    /// Of a model whose text part this is, what precedes the names of the decoder's modules, in place of `model.`: see [`crate::Holder`].
+    pub fn text_module(&self) -> Option<&'static str> {
+        self.text_module
     }
 
     /// How the model wants to be sampled from, and where it stops.

@@ -8,7 +8,7 @@ use crate::{
     RouterBias, keys::Keys,
 };
 
-const NAMES: Names = Names { parts: &[], files: &[], experts: EXPERTS };
+const NAMES: Names = Names { parts: &[], files: &[], experts: EXPERTS, sides_traded: false };
 /// The ropes of q, of the shared columns of k.
 const Q_ROPE: usize = 0;
 const K_ROPE: usize = 1;

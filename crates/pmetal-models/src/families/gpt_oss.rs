@@ -21,6 +21,7 @@ const NAMES: Names = Names {
         },
         stacked("mlp.experts"),
     ],
+    sides_traded: false,
 };
 
 /// What files that say nothing of rope leave unsaid.

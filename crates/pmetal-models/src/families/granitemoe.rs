@@ -11,6 +11,7 @@ const NAMES: Names = Names {
         fused("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
         stacked("block_sparse_moe.experts"),
     ],
+    sides_traded: false,
 };
 
 const fn fused(gate_up: &'static str, down: &'static str) -> ExpertFiles {

@@ -25,6 +25,7 @@ const NAMES: Names = Names {
         },
         stacked("feed_forward.experts"),
     ],
+    sides_traded: true,
 };
 
 pub(crate) fn spec(config: &Keys) -> Result<DecoderSpec> {

@@ -13,6 +13,7 @@ const NAMES: Names = Names {
         FUSED,
         stacked("block_sparse_moe.experts"),
     ],
+    sides_traded: false,
 };
 
 pub(crate) fn spec(config: &Keys) -> Result<DecoderSpec> {

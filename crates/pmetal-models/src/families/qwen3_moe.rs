@@ -8,7 +8,7 @@ use crate::{
     Names, Result, keys::Keys,
 };
 
-const NAMES: Names = Names { parts: &[], files: &[], experts: EXPERTS };
+const NAMES: Names = Names { parts: &[], files: &[], experts: EXPERTS, sides_traded: false };
 
 pub(crate) fn spec(config: &Keys) -> Result<DecoderSpec> {
     let defaults = Defaults { num_key_value_heads: Some(4), max_position_embeddings: 32_768, ..Defaults::default() };
