@@ -31,6 +31,37 @@ LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
 }
+# Keys that other families have beside these, each with lists, objects and numbers that have to fit one another.
+FAMILIES = {
+    "deepseek_v32": {
+        "q_lora_rank": 6, "kv_lora_rank": 4, "qk_nope_head_dim": 2, "qk_rope_head_dim": 2, "v_head_dim": 3, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 3,
+        "mlp_layer_types": ["sparse"], "index_topk": 2, "index_n_heads": 2, "index_head_dim": 4, "num_key_value_heads": HEADS,
+        "rope_scaling": {"type": "yarn", "factor": 4, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16},
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    },
+    "gemma3_text": {
+        "head_dim": HEAD_DIM, "query_pre_attn_scalar": 4, "sliding_window": 3, "layer_types": ["sliding_attention"], "hidden_act": None,
+        "final_logit_softcapping": 2.0, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "gpt_oss": {
+        "head_dim": HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3, "layer_types": ["full_attention"],
+        "swiglu_limit": 7.0, "quantization_config": {"quant_method": "mxfp4"},
+    },
+    "llama4": {
+        "text_config": {key: value for key, value in LLAMA.items() if key not in ("model_type", "architectures")} | {
+            "head_dim": HEAD_DIM, "intermediate_size_mlp": 6, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [0],
+            "no_rope_layers": [1], "layer_types": ["chunked_attention"], "attention_chunk_size": 2, "attn_temperature_tuning": True,
+        },
+    },
+    "phi3": {
+        "sliding_window": 3, "original_max_position_embeddings": 8,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
+    },
+}
 LAYER = "model.layers.0."
 SHAPES = {
     "model.embed_tokens.weight": (VOCAB, HIDDEN),
@@ -220,6 +251,8 @@ def main():
     write("config/llama3.json", json.dumps(scaled))
     qwen = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": HEAD_DIM, "layer_types": ["full_attention"], "sliding_window": None, "use_sliding_window": False, "rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 1e6}}
     write("config/qwen3.json", json.dumps(qwen))
+    for name, changes in FAMILIES.items():
+        write(f"config/{name}.json", json.dumps(LLAMA | {"model_type": name, "architectures": None} | changes))
     write("safetensors/llama.safetensors", safetensors(SHAPES, {"format": "pt"}))
 
     r = 2

@@ -63,6 +63,11 @@ impl<'a> Keys<'a> {
         Error::Config { path: PathBuf::from("config.json"), key, reason: reason.into() }
     }
 
+    /// An error about a value that does not fit the others.
+    pub(crate) fn wrong(&self, key: &str, reason: String) -> Error {
+        self.refuse(key, format!("{reason}; {RESTORE}"))
+    }
+
     fn typed<T>(&self, key: &str, expected: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         read(value).map(Some).ok_or_else(|| self.refuse(key, format!("expected {expected}, found {value}; {RESTORE}")))
@@ -85,7 +90,8 @@ impl<'a> Keys<'a> {
 
     /// A whole number from zero on.
     pub(crate) fn whole(&self, key: &str) -> Result<Option<u64>> {
-        self.typed(key, "a whole number", Value::as_u64)
+        let sensible = |v: &Value| v.as_u64().filter(|&n| n <= LARGEST);
+        self.typed(key, &format!("a whole number up to {LARGEST}"), sensible)
     }
 
     /// A finite number.
@@ -93,9 +99,10 @@ impl<'a> Keys<'a> {
         self.typed(key, "a number", |v| v.as_f64().filter(|x| x.is_finite()))
     }
 
-    /// A number above zero.
+    /// A number above zero, in f32 too.
     pub(crate) fn positive(&self, key: &str) -> Result<Option<f64>> {
-        self.typed(key, "a number above 0", |v| v.as_f64().filter(|x| x.is_finite() && *x > 0.0))
+        let sensible = |x: &f64| *x as f32 > 0.0 && (*x as f32).is_finite();
+        self.typed(key, "a number above 0", |v| v.as_f64().filter(sensible))
     }
 
     /// A number above zero that must be there.

@@ -48,6 +48,37 @@ impl DecoderSpec {
             MlpSpec::Gated(_) => None,
         })
     }
+
+    /// Products of its widths, which are about as many as it has parameters.
+    pub(crate) fn rough_parameters(&self) -> u128 {
+        let wide = |n: usize| n as u128;
+        let layer = |layer: &LayerSpec| {
+            let (attention, rank) = match &layer.attention {
+                AttentionKind::Heads(heads) => {
+                    let AttentionSpec { heads, kv_heads, head_dim, .. } = heads.attention;
+                    (wide(heads + 2 * kv_heads) * wide(head_dim), 0)
+                }
+                AttentionKind::Latent(latent) => {
+                    let each = latent.qk_head_dim() + latent.qk_nope_head_dim + latent.v_head_dim;
+                    let indexer =
+                        latent.indexer.as_ref().map_or(0, |indexer| wide(indexer.heads) * wide(indexer.head_dim));
+                    (
+                        wide(latent.heads) * wide(each) + indexer,
+                        latent.kept_width().max(latent.q_lora_rank.unwrap_or(0)),
+                    )
+                }
+            };
+            let mlp = match &layer.mlp {
+                MlpSpec::Gated(gated) => wide(gated.intermediate_size),
+                MlpSpec::Experts(experts) => {
+                    let shared = experts.shared.as_ref().map_or(0, |shared| wide(shared.intermediate_size));
+                    wide(experts.router.experts) * wide(experts.expert.intermediate_size) + shared
+                }
+            };
+            (attention + mlp) * wide(self.hidden_size.max(rank))
+        };
+        wide(self.vocab_size) * wide(self.hidden_size) + self.layers.iter().map(layer).sum::<u128>()
+    }
 }
 
 /// A rotary position embedding and the columns of a head that it turns.

@@ -210,6 +210,10 @@ fn what_a_configuration_asks_for_in_vain_is_named() {
         (json!({"num_attention_heads": 0}), "num_attention_heads"),
         (json!({"num_key_value_heads": 3}), "num_key_value_heads: 3 does not divide 4 heads"),
         (json!({"head_dim": 7}), "head_dim: 7"),
+        (
+            json!({"hidden_size": 1 << 24, "head_dim": 16, "intermediate_size": 1 << 26}),
+            "hidden_size: with the other sizes",
+        ),
         (json!({"model_type": 5}), "model_type"),
     ] {
         let message = refused(changes);
@@ -242,6 +246,55 @@ fn what_a_family_means_where_a_configuration_is_silent() {
     assert_eq!(spec_of(&by_class).unwrap().model_type, "qwen3");
     by_class["architectures"] = json!(["GPT2LMHeadModel"]);
     assert!(spec_of(&by_class).unwrap_err().to_string().contains("GPT2LMHeadModel"));
+}
+
+#[test]
+fn lists_for_each_layer_and_numbers_of_experts_fit_the_rest() {
+    let refused = |model_type: &str, changes: Value| {
+        let mut config = json!({"model_type": model_type, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "num_local_experts": 4, "n_group": 1,
+            "topk_group": 1, "num_experts_per_tok": 2, "q_lora_rank": 8});
+        spec_of(&config).unwrap();
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        spec_of(&config).err().unwrap_or_else(|| panic!("{model_type} takes {changes}")).to_string()
+    };
+    let text = |kind: &str, count: usize| json!(vec![kind; count]);
+    for (model_type, changes, named) in [
+        (
+            "llama4_text",
+            json!({"layer_types": text("chunked_attention", 2)}),
+            "layer_types: has 2 entries for 3 layers",
+        ),
+        ("llama4_text", json!({"layer_types": text("linear_attention", 3)}), "linear_attention is not supported"),
+        ("llama4_text", json!({"layer_types": 5}), "layer_types: expected a list of texts"),
+        ("llama4_text", json!({"no_rope_layers": [1, 0]}), "no_rope_layers: has 2 entries for 3 layers; restore"),
+        ("gpt_oss", json!({"layer_types": text("full_attention", 4)}), "layer_types: has 4 entries"),
+        ("deepseek_v32", json!({"mlp_layer_types": ["dense"]}), "mlp_layer_types: has 1 entries"),
+        ("deepseek_v3", json!({"mlp_layer_types": text("odd", 3)}), "mlp_layer_types: odd is not supported"),
+        ("deepseek_v3", json!({"n_shared_experts": 1u64 << 60}), "n_shared_experts: expected a whole number up to"),
+        ("deepseek_v3", json!({"n_group": 3}), "n_group: 3 groups"),
+        ("mixtral", json!({"num_local_experts": 1 << 26}), "num_local_experts: 67108864 is more than"),
+        ("mixtral", json!({"num_experts_per_tok": 5}), "num_experts_per_tok: 5 of 4 experts"),
+        ("gemma2", json!({"attn_logit_softcapping": 1e308}), "attn_logit_softcapping: expected a number above 0"),
+    ] {
+        let message = refused(model_type, changes);
+        assert!(message.contains(named), "{message}, which does not name {named}");
+    }
+}
+
+#[test]
+fn a_rope_that_is_null_is_the_familys_own() {
+    let spec = |rope: Value| {
+        let mut config = json!({"model_type": "gpt_oss", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1,
+            "num_attention_heads": 8, "vocab_size": 96});
+        config.as_object_mut().unwrap().extend(rope.as_object().unwrap().clone());
+        spec_of(&config).unwrap()
+    };
+    let own = spec(json!({}));
+    for rope in [json!({"rope_scaling": null}), json!({"rope_scaling": {}}), json!({"rope_parameters": null})] {
+        assert_eq!(spec(rope).ropes, own.ropes);
+    }
+    assert_ne!(spec(json!({"rope_parameters": {}})).ropes, own.ropes);
 }
 
 fn heads(spec: &DecoderSpec) -> HeadsSpec {

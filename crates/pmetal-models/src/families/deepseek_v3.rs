@@ -59,15 +59,11 @@ pub(super) fn latent(config: &Keys, base: &Base) -> Result<LatentSpec> {
 pub(super) fn decoder(config: &Keys, base: &Base, latent: LatentSpec, interleaved: bool) -> Result<DecoderSpec> {
     let experts = experts(config, base)?;
     let dense = config.whole("first_k_dense_replace")?.unwrap_or(3);
-    let kinds = config.texts("mlp_layer_types")?;
-    let has_experts = |index: usize| match &kinds {
-        Some(kinds) => kinds.get(index) == Some(&"sparse"),
-        None => index as u64 >= dense,
-    };
+    let has_experts = base.kinds(config, "mlp_layer_types", ["dense", "sparse"], |index| index as u64 >= dense)?;
     let width = latent.qk_head_dim();
     let layers = base.layers(|index| LayerSpec {
         attention: Latent(latent.clone()),
-        mlp: if has_experts(index) { MlpSpec::Experts(experts.clone()) } else { MlpSpec::Gated(base.gated()) },
+        mlp: if has_experts[index] { MlpSpec::Experts(experts.clone()) } else { MlpSpec::Gated(base.gated()) },
         ..base.layer()
     });
     let turned =
@@ -81,7 +77,7 @@ fn experts(config: &Keys, base: &Base) -> Result<ExpertsSpec> {
     let [count, kept] = [config.size("n_group")?.unwrap_or(8), config.size("topk_group")?.unwrap_or(4)];
     if !router.experts.is_multiple_of(count) || kept > count || router.experts / count * kept < router.top_k {
         let reason = format!("{count} groups, {kept} of them for {} of {} experts", router.top_k, router.experts);
-        return Err(config.refuse("n_group", reason));
+        return Err(config.wrong("n_group", reason));
     }
     let experts = base.experts(RouterSpec {
         scoring: Scoring::Sigmoid,

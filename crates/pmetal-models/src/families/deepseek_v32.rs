@@ -12,7 +12,7 @@ pub(crate) fn spec(config: &Keys) -> Result<DecoderSpec> {
     let base = base(config, 163_840)?;
     let head_dim = config.size("index_head_dim")?.unwrap_or(128);
     if head_dim < base.head_dim {
-        return Err(config.refuse("index_head_dim", format!("{head_dim} is less than qk_rope_head_dim")));
+        return Err(config.wrong("index_head_dim", format!("{head_dim} is less than qk_rope_head_dim")));
     }
     let indexer = IndexerSpec {
         heads: config.size("index_n_heads")?.unwrap_or(64),
@@ -22,7 +22,7 @@ pub(crate) fn spec(config: &Keys) -> Result<DecoderSpec> {
     };
     let latent = LatentSpec { indexer: Some(indexer), ..latent(config, &base)? };
     if latent.q_lora_rank.is_none() {
-        return Err(config.refuse("q_lora_rank", "is needed by the indexer"));
+        return Err(config.wrong("q_lora_rank", "is needed by the indexer".into()));
     }
     let mut decoder = decoder(config, &base, latent, true)?;
     let layout = RopeLayout { head_dim, start: 0, interleaved: false };

@@ -39,7 +39,8 @@ pub(crate) fn spec(config: &Keys) -> Result<DecoderSpec> {
         ..Defaults::default()
     };
     let with_rope = config.with("rope_scaling", rope());
-    let is_silent = !config.has("rope_scaling") && !config.has("rope_parameters");
+    let scaling = config.object("rope_scaling")?.filter(|scaling| !scaling.is_empty());
+    let is_silent = scaling.is_none() && config.object("rope_parameters")?.is_none();
     let base = Base::read(&if is_silent { Keys::new(&with_rope) } else { *config }, defaults)?;
     let reaches = base.reaches(config, sliding_window(config, 128)?, |index| index % 2 == 0)?;
     let bias = config.boolean("attention_bias")?.unwrap_or(true);

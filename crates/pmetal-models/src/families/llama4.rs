@@ -54,16 +54,17 @@ pub(crate) fn spec(config: &Keys) -> Result<DecoderSpec> {
 fn attention(config: &Keys, base: &Base) -> Result<Vec<HeadsSpec>> {
     let interval = config.size("no_rope_layer_interval")?.unwrap_or(4);
     let stated = config.wholes("no_rope_layers")?.filter(|list| !list.is_empty());
+    if let Some(list) = stated.as_ref().filter(|list| list.len() < base.num_hidden_layers) {
+        let reason = format!("has {} entries for {} layers", list.len(), base.num_hidden_layers);
+        return Err(config.wrong("no_rope_layers", reason));
+    }
     // a 1 stands for a layer with rope
     let turns = |index: usize| match &stated {
-        Some(list) => list.get(index) == Some(&1),
-        None => (index + 1) % interval != 0,
+        Some(list) => list[index] != 0,
+        None => !(index + 1).is_multiple_of(interval),
     };
     let chunk = if config.has("attention_chunk_size") { config.size("attention_chunk_size")? } else { Some(8192) };
-    let chunked = |index: usize| match config.texts("layer_types")? {
-        Some(kinds) => Ok::<_, crate::Error>(kinds.get(index) == Some(&"chunked_attention")),
-        None => Ok(turns(index)),
-    };
+    let chunked = base.kinds(config, "layer_types", ["full_attention", "chunked_attention"], turns)?;
     let temperature = Temperature {
         floor: config.positive("floor_scale")?.unwrap_or(8192.0),
         scale: config.number("attn_scale")?.unwrap_or(0.1),
@@ -73,7 +74,7 @@ fn attention(config: &Keys, base: &Base) -> Result<Vec<HeadsSpec>> {
     let bias = config.boolean("attention_bias")?.unwrap_or(false);
     let layer = |index: usize| {
         let (turns, heads) = (turns(index), base.heads());
-        let reach = chunk.filter(|_| chunked(index).unwrap_or(false)).map_or(Reach::All, Reach::Chunk);
+        let reach = chunk.filter(|_| chunked[index]).map_or(Reach::All, Reach::Chunk);
         HeadsSpec {
             attention: AttentionSpec { reach, ..heads.attention },
             bias: AttentionBias { qkv: bias, output: bias },

@@ -31,6 +31,9 @@ use crate::{
 /// Wider than the head of any model, and small enough that its frequencies cost nothing.
 const LARGEST_HEAD: usize = 1 << 16;
 
+/// Experts of all layers together: more than those of any model, and so few that their names fit into memory.
+const MOST_EXPERTS: usize = 1 << 15;
+
 /// What a decoder's configuration means where it is silent.
 struct Defaults {
     vocab_size: Option<usize>,
@@ -98,16 +101,16 @@ impl Base {
         let kv_default = if config.has("num_key_value_heads") { None } else { defaults.num_key_value_heads };
         let kv_heads = config.size("num_key_value_heads")?.or(kv_default).unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
-            return Err(config.refuse("num_key_value_heads", format!("{kv_heads} does not divide {heads} heads")));
+            return Err(config.wrong("num_key_value_heads", format!("{kv_heads} does not divide {heads} heads")));
         }
         let head_key = defaults.head_dim_key;
         let head_default = if config.has(head_key) { None } else { defaults.head_dim };
         let head_dim = config.size(head_key)?.or(head_default).unwrap_or(hidden_size / heads);
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
-            return Err(config.refuse(head_key, format!("{head_dim} is not an even number above 0")));
+            return Err(config.wrong(head_key, format!("{head_dim} is not an even number above 0")));
         }
         if head_dim > LARGEST_HEAD {
-            return Err(config.refuse(head_key, format!("{head_dim} is more than {LARGEST_HEAD}")));
+            return Err(config.wrong(head_key, format!("{head_dim} is more than {LARGEST_HEAD}")));
         }
         let max_position_embeddings =
             config.size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
@@ -217,25 +220,23 @@ impl Base {
         (0..self.num_hidden_layers).map(layer).collect()
     }
 
+    /// Whether each layer is of the second of two kinds, by the list under `key`, or where there is none by `silent`.
+    fn kinds(&self, config: &Keys, key: &str, kinds: [&str; 2], silent: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
+        let layers = self.num_hidden_layers;
+        let Some(stated) = config.texts(key)? else { return Ok((0..layers).map(silent).collect()) };
+        if stated.len() != layers {
+            return Err(config.wrong(key, format!("has {} entries for {layers} layers", stated.len())));
+        }
+        let is_second = |kind: &&str| match kinds.iter().position(|known| known == kind) {
+            Some(place) => Ok(place == 1),
+            None => Err(config.refuse(key, format!("{kind} is not supported; choose another model"))),
+        };
+        stated.iter().map(is_second).collect()
+    }
+
     /// What each layer's queries see: a window of `window` keys where `layer_types` says so, or `slides` where that is absent.
     fn reaches(&self, config: &Keys, window: Option<usize>, slides: impl Fn(usize) -> bool) -> Result<Vec<Reach>> {
-        let slides: Vec<bool> = match config.texts("layer_types")? {
-            None => (0..self.num_hidden_layers).map(slides).collect(),
-            Some(kinds) if kinds.len() == self.num_hidden_layers => {
-                let slides = |kind: &&str| match *kind {
-                    "full_attention" => Ok(false),
-                    "sliding_attention" => Ok(true),
-                    other => {
-                        Err(config.refuse("layer_types", format!("{other} is not supported; choose another model")))
-                    }
-                };
-                kinds.iter().map(slides).collect::<Result<_>>()?
-            }
-            Some(kinds) => {
-                let reason = format!("has {} entries for {} layers", kinds.len(), self.num_hidden_layers);
-                return Err(config.refuse("layer_types", reason));
-            }
-        };
+        let slides = self.kinds(config, "layer_types", ["full_attention", "sliding_attention"], slides)?;
         let reach = |slides: bool| window.filter(|_| slides).map_or(Reach::All, Reach::Window);
         Ok(slides.into_iter().map(reach).collect())
     }
@@ -261,8 +262,13 @@ fn router(config: &Keys, keys: &[&str], (experts, top_k): (usize, usize)) -> Res
     let stated = keys.iter().find(|key| config.has(key));
     let experts = stated.map_or(Ok(None), |key| config.size(key))?.unwrap_or(experts);
     let top_k = config.size("num_experts_per_tok")?.unwrap_or(top_k);
+    let most = MOST_EXPERTS / layers(config)?;
+    if experts > most {
+        let key = stated.or(keys.first()).copied().unwrap_or_default();
+        return Err(config.wrong(key, format!("{experts} is more than {most}")));
+    }
     if top_k > experts {
-        return Err(config.refuse("num_experts_per_tok", format!("{top_k} of {experts} experts")));
+        return Err(config.wrong("num_experts_per_tok", format!("{top_k} of {experts} experts")));
     }
     Ok(RouterSpec { experts, top_k, scoring: Scoring::Softmax, renormalise: true, groups: None, scale: 1.0 })
 }
@@ -308,8 +314,8 @@ fn epsilon(config: &Keys, (key, default): (&'static str, f64)) -> Result<f64> {
 
 fn layers(config: &Keys) -> Result<usize> {
     let layers = config.required_size("num_hidden_layers")?;
-    if layers > 4096 {
-        return Err(config.refuse("num_hidden_layers", format!("{layers} is more than 4096")));
+    if layers > 1024 {
+        return Err(config.wrong("num_hidden_layers", format!("{layers} is more than 1024")));
     }
     Ok(layers)
 }
