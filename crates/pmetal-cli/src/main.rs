@@ -36,7 +36,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Fine-tune a model on rows of text: a LoRA adapter, or every weight
-    #[command(after_long_help = verbs::train::EXAMPLES)]
+    #[command(after_long_help = verbs::train::EXAMPLES, mut_arg("dataset", verbs::train::unless_dry_run))]
     Train(Box<verbs::train::Args>),
     /// Chat with a model, answer or continue a prompt, or a file of them
     #[command(after_long_help = verbs::infer::EXAMPLES)]

@@ -85,9 +85,9 @@ pub const ARCHITECTURES: [&str; KNOWN.len()] = {
     names
 };
 
-/// Whether a GGUF file can come out as a model of this `model_type`.
-pub fn reads(model_type: &str) -> bool {
-    KNOWN.iter().any(|known| known.model_type == model_type)
+/// The architectures whose GGUF files come out as models of this `model_type`.
+pub fn architectures_of(model_type: &str) -> Vec<&'static str> {
+    KNOWN.iter().filter(|known| known.model_type == model_type).map(|known| known.name).collect()
 }
 
 /// Counts out of the metadata that weights and configuration both need.

@@ -30,7 +30,7 @@ mod special_tokens;
 mod tokenizer;
 mod weights;
 
-pub use architecture::{ARCHITECTURES, reads};
+pub use architecture::{ARCHITECTURES, architectures_of};
 pub use error::{Error, Result};
 pub use file::{GgufFile, TensorInfo, gguf_files_in};
 pub use special_tokens::{SpecialToken, SpecialTokens};

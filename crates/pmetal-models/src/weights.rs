@@ -78,7 +78,8 @@ impl WeightSource for FromSeed<'_> {
         {
             return Ok(Weight::Frozen(made));
         }
-        Ok(Weight::Frozen(pmetal_ops::device::send(&self.fresh(name, shape, self.dtype)?, self.device)?))
+        let dtype = if stays_f32(name) { DType::F32 } else { self.dtype };
+        Ok(Weight::Frozen(pmetal_ops::device::send(&self.fresh(name, shape, dtype)?, self.device)?))
     }
 
     fn copy_to(&self, param: &Param) -> Result<()> {

@@ -3,12 +3,15 @@
 //! [`sft`] is the run that `pmetal train` makes. Below it, [`train`] is the loop over rows that are in memory already, and [`train_step`]
 //! one optimizer step.
 
+mod columns;
 mod data_options;
 mod error;
 mod memory;
 mod metrics;
 mod options;
+mod outline;
 mod plan;
+mod read_back;
 mod rows;
 mod schedule;
 mod sft;
@@ -21,6 +24,7 @@ pub use error::{Error, Result};
 pub use memory::{MemoryChoice, StepSize, parse_bytes};
 pub use metrics::{EvalMetrics, MetricsFile, Observer, StepMetrics};
 pub use options::{FineTuneType, SftOptions};
+pub use outline::{Method, Outline, outline};
 pub use plan::{Memory, Plan, plan};
 pub use schedule::{Schedule, SchedulerType};
 pub use sft::{Outcome, Written, sft};

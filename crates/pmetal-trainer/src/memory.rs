@@ -1,7 +1,9 @@
 //! What a step needs of memory beside weights and optimizer, and which results survive its forward pass within a limit.
 
-use pmetal_models::{Checkpointing, DecoderSpec, LayerSpec, MlpSpec};
+use pmetal_models::{Checkpointing, DecoderSpec};
 use pmetal_ops::{DeviceRates, Fate, LOGITS_BYTES as MOST_LOGITS_BYTES, Policy, Saved};
+
+use crate::columns::Columns;
 
 /// The results that can be computed again.
 const COMPUTED: [Saved; 4] = [Saved::Middle, Saved::Attention, Saved::Projections, Saved::Gates];
@@ -57,26 +59,20 @@ impl StepSize<'_> {
         self.spec.num_hidden_layers()
     }
 
-    /// Widths of the stream, of q, of k, and of the MLP.
-    fn widths(&self) -> [u64; 4] {
-        let widest = |width: fn(&LayerSpec) -> usize| self.spec.layers.iter().map(width).max().unwrap_or(0) as u64;
-        let q = widest(|layer| layer.attention.width());
-        let kv = widest(|layer| layer.attention.kept_widths().into_iter().max().unwrap_or(0));
-        let inner = widest(|layer| match &layer.mlp {
-            MlpSpec::Gated(gated) => gated.intermediate_size,
-            MlpSpec::Experts(experts) => experts.width(),
-        });
-        [self.spec.hidden_size as u64, q, kv, inner]
+    /// What each layer computes.
+    fn columns(&self) -> impl Iterator<Item = Columns> {
+        self.spec.layers.iter().map(|layer| Columns::of(layer, self.spec.hidden_size))
     }
 
-    /// The most heads of a layer.
-    fn heads(&self) -> u64 {
-        self.spec.layers.iter().map(|layer| layer.attention.heads() as u64).max().unwrap_or(0)
-    }
-
-    /// Whether heads of q and k are normalised.
-    fn norms_heads(&self) -> bool {
-        self.spec.layers.iter().any(|layer| layer.attention.norms_heads())
+    /// What each layer computes, and what becomes of it; none where the layer does not run again.
+    fn policies(&self, checkpointing: Option<Checkpointing>) -> impl Iterator<Item = (Columns, Option<Policy>)> {
+        self.columns().enumerate().map(move |(i, layer)| {
+            let policy = checkpointing.and_then(|checkpointing| checkpointing.policy(i, self.layers()));
+            let whole = |policy: Policy| {
+                if layer.has_middle { policy } else { policy.with(Saved::Middle, Fate::Recompute) }
+            };
+            (layer, policy.map(whole))
+        })
     }
 
     /// Bytes of `elements` for each token.
@@ -84,91 +80,115 @@ impl StepSize<'_> {
         self.tokens * self.width * elements
     }
 
-    /// Bytes of a result in one layer.
-    fn bytes_of(&self, saved: Saved) -> u64 {
-        let [hidden, q, kv, inner] = self.widths();
+    /// Bytes of a result in a layer.
+    fn bytes_of(&self, layer: &Columns, saved: Saved) -> u64 {
         match saved {
-            Saved::Input | Saved::Middle => self.bytes(hidden),
-            Saved::Projections => self.bytes(q + 2 * kv),
-            Saved::Attention => self.bytes(q + self.rank) + 4 * self.tokens * self.heads(),
-            Saved::Gates => self.bytes(2 * inner),
+            Saved::Middle if !layer.has_middle => 0,
+            Saved::Input | Saved::Middle => self.bytes(layer.hidden),
+            Saved::Projections => self.bytes(layer.attention.projections),
+            Saved::Attention => self.bytes(layer.attention.q + self.rank) + 4 * self.tokens * layer.attention.heads,
+            Saved::Gates => self.bytes(layer.mlp.gates),
         }
     }
 
+    /// Seconds of so many multiplications for each token.
+    fn seconds(&self, elements: u64, product: f64) -> f64 {
+        2.0 * (self.tokens * elements) as f64 / product
+    }
+
     /// Seconds that computing a result again takes.
-    fn seconds_of(&self, saved: Saved, product: f64) -> f64 {
-        let [hidden, q, kv, inner] = self.widths();
-        let times = |elements: u64| 2.0 * (self.tokens * elements) as f64 / product;
+    fn seconds_of(&self, layer: &Columns, saved: Saved, product: f64) -> f64 {
+        let times = |elements| self.seconds(elements, product);
         match saved {
             Saved::Input => 0.0,
-            Saved::Middle => times(hidden * q),
-            Saved::Projections => times(hidden * (q + 2 * kv)),
-            Saved::Attention => times(q * self.longest) / ATTENTION,
-            Saved::Gates => times(2 * hidden * inner),
+            Saved::Middle if !layer.has_middle => 0.0,
+            Saved::Middle => times(layer.hidden * layer.attention.output),
+            Saved::Projections => times(layer.hidden * layer.attention.projections),
+            Saved::Attention => times(layer.attention.q * self.longest) / ATTENTION,
+            Saved::Gates => times(layer.hidden * layer.mlp.gates),
         }
     }
 
     /// Seconds of a layer's forward.
-    fn forward_seconds(&self, product: f64) -> f64 {
-        let [hidden, _, _, inner] = self.widths();
-        let down = 2.0 * (self.tokens * hidden * inner) as f64 / product;
-        Saved::ALL.iter().map(|&saved| self.seconds_of(saved, product)).sum::<f64>() + down + self.passes(product)
+    fn forward_seconds(&self, layer: &Columns, product: f64) -> f64 {
+        let saved: f64 = Saved::ALL.iter().map(|&saved| self.seconds_of(layer, saved, product)).sum();
+        saved + self.seconds(layer.hidden * layer.mlp.product, product) + self.passes(layer, product)
     }
 
-    /// Seconds of what is not a product: norms, rope, the gate.
-    fn passes(&self, product: f64) -> f64 {
-        let [hidden, q, kv, inner] = self.widths();
-        self.bytes(5 * hidden + 2 * (q + kv) + 3 * inner) as f64 * OPERATIONS_PER_BYTE / product
+    /// Seconds of what is in no choice: norms, rope, the gate, experts, products between the short rows of attention and its heads.
+    fn passes(&self, layer: &Columns, product: f64) -> f64 {
+        let Columns { attention, mlp, .. } = layer;
+        let moved = 5 * layer.hidden + 2 * (attention.q + attention.k) + mlp.gates + mlp.product + mlp.experts;
+        self.bytes(moved) as f64 * OPERATIONS_PER_BYTE / product + self.seconds(attention.again + mlp.again, product)
     }
 
-    /// Bytes that a layer that does not run again keeps: two sums and two norms, q, k and v (before and behind their norms), the heads' results,
-    /// gate, up and their product; f32 statistics and low-rank products.
-    fn whole_layer(&self) -> u64 {
-        let [hidden, q, kv, inner] = self.widths();
-        let heads = self.heads();
-        let normed = if self.norms_heads() { q + kv } else { 0 };
-        let statistics = heads + 2 + if self.norms_heads() { heads * 2 } else { 0 };
-        self.bytes(4 * hidden + 2 * q + 2 * kv + normed + 3 * inner + 7 * self.rank) + 4 * self.tokens * statistics
+    /// Bytes of the MLP's results in a layer that does not run again: gate, up and their product, rows of experts.
+    fn whole_mlp(&self, layer: &Columns) -> u64 {
+        self.bytes(layer.mlp.gates + layer.mlp.product + layer.mlp.experts)
+    }
+
+    /// Bytes that a layer that does not run again keeps: sums and norms, q, k and v (before and behind their norms), the heads' results, the MLP's
+    /// results; f32 statistics and low-rank products.
+    fn whole_layer(&self, layer: &Columns) -> u64 {
+        let attention = &layer.attention;
+        let attended = attention.projections + attention.between_stays + attention.q;
+        self.bytes(layer.streams + 2 * layer.behind + attended + layer.linears * self.rank)
+            + self.whole_mlp(layer)
+            + 4 * self.tokens * (layer.statistics + self.picked(layer))
+    }
+
+    /// Keys that a query picks, where it does not see all.
+    fn picked(&self, layer: &Columns) -> u64 {
+        layer.attention.picks.filter(|&picks| picks < self.longest).unwrap_or(0)
+    }
+
+    /// Bytes of the scores by which a row's queries pick their keys: the sum, a head's, and one more while they meet.
+    fn picking(&self, layer: &Columns) -> u64 {
+        if self.picked(layer) > 0 { 3 * 4 * self.longest * self.longest } else { 0 }
     }
 
     /// Bytes that a layer leaves on the device; those it leaves with the host.
-    fn left(&self, policy: Option<Policy>) -> (u64, u64) {
-        let Some(policy) = policy else { return (self.whole_layer(), 0) };
-        let of = |fate| Saved::ALL.iter().filter(|&&s| policy.fate(s) == fate).map(|&s| self.bytes_of(s)).sum::<u64>();
-        let input = if policy.fate(Saved::Input) == Fate::Recompute { self.bytes_of(Saved::Input) } else { 0 };
+    fn left(&self, layer: &Columns, policy: Option<Policy>) -> (u64, u64) {
+        let Some(policy) = policy else { return (self.whole_layer(layer), 0) };
+        let bytes = |saved| self.bytes_of(layer, saved);
+        let of = |fate| Saved::ALL.into_iter().filter(|&s| policy.fate(s) == fate).map(bytes).sum::<u64>();
+        let input = if policy.fate(Saved::Input) == Fate::Recompute { bytes(Saved::Input) } else { 0 };
         (of(Fate::Keep) + input, of(Fate::Host))
     }
 
     /// Bytes of a layer's second run and its backward, beside what it left on the device.
-    fn room(&self, policy: Option<Policy>) -> u64 {
-        let [hidden, q, kv, inner] = self.widths();
-        let gradients = 3 * inner + 4 * hidden;
-        let Some(policy) = policy else { return self.bytes(gradients) };
-        let computed = |saved, bytes: u64| if policy.fate(saved) == Fate::Keep { 0 } else { bytes };
-        let gates = computed(Saved::Gates, self.bytes(2 * inner));
-        let mlp = self.bytes(gradients + hidden) + gates;
-        let attention = computed(Saved::Projections, self.bytes_of(Saved::Projections))
-            + computed(Saved::Attention, self.bytes_of(Saved::Attention))
-            + self.bytes(q + kv + 2 * hidden);
+    fn room(&self, layer: &Columns, policy: Option<Policy>) -> u64 {
+        let &Columns { hidden, behind, attention, mlp, .. } = layer;
+        let gradients = mlp.gates + mlp.product + mlp.experts + 4 * hidden;
+        let of_attention = 4 * attention.q + 3 * attention.k + 3 * hidden;
+        let Some(policy) = policy else {
+            let later = self.bytes(of_attention).saturating_sub(self.whole_mlp(layer));
+            return self.bytes(gradients).max(later).max(self.picking(layer));
+        };
+        let computed = |saved| if policy.fate(saved) == Fate::Keep { 0 } else { self.bytes_of(layer, saved) };
+        let mlp = self.bytes(gradients + mlp.experts + hidden + behind) + computed(Saved::Gates);
+        let attended = computed(Saved::Projections)
+            + computed(Saved::Attention)
+            + self.bytes(attention.between + 2 * hidden + behind)
+            + 4 * self.tokens * self.picked(layer);
         if policy.fate(Saved::Middle) == Fate::Recompute {
-            return mlp + attention;
+            return (mlp + attended).max(attended + self.picking(layer));
         }
-        mlp.max(attention + self.bytes(4 * q + 3 * kv + 3 * hidden))
+        mlp.max(attended + self.bytes(of_attention).max(self.picking(layer)))
     }
 
     /// Bytes that a step takes at most; those that rest with the host.
     fn peak(&self, checkpointing: Option<Checkpointing>, logits_bytes: u64) -> (u64, u64) {
-        let policy = |i| checkpointing.and_then(|checkpointing| checkpointing.policy(i, self.layers()));
         let mut left = 0;
         let (mut most, mut host) = (0, 0);
         let mut before = 0;
-        for i in 0..self.layers() {
-            let (here, away) = self.left(policy(i));
+        for (layer, policy) in self.policies(checkpointing) {
+            let (here, away) = self.left(&layer, policy);
             left += here;
             // what the part before left with the host comes back meanwhile: the layer before, or the same layer's attention
-            let halves = policy(i).is_some_and(|policy| policy.fate(Saved::Middle) != Fate::Recompute);
+            let halves = policy.is_some_and(|policy| policy.fate(Saved::Middle) != Fate::Recompute);
             let away_here = if halves { away.max(before) } else { away + before };
-            most = most.max(left + away_here + self.room(policy(i)));
+            most = most.max(left + away_here + self.room(&layer, policy));
             (host, before) = (host + away, away);
         }
         let most = most.max(self.loss(checkpointing) + logits_bytes);
@@ -177,20 +197,20 @@ impl StepSize<'_> {
 
     /// Bytes that are there when the loss is computed, beside logits.
     fn loss(&self, checkpointing: Option<Checkpointing>) -> u64 {
-        let policy = |i| checkpointing.and_then(|checkpointing| checkpointing.policy(i, self.layers()));
-        let [hidden, ..] = self.widths();
-        (0..self.layers()).map(|i| self.left(policy(i)).0).sum::<u64>() + self.bytes(3 * hidden)
+        let left = self.policies(checkpointing).map(|(layer, policy)| self.left(&layer, policy).0);
+        left.sum::<u64>() + self.bytes(3 * self.spec.hidden_size as u64)
     }
 
     /// Seconds that a step takes longer than without checkpointing.
     fn cost(&self, checkpointing: Checkpointing, rates: &DeviceRates) -> f64 {
-        let of_layer = |i| {
-            let Some(policy) = checkpointing.policy(i, self.layers()) else { return 0.0 };
+        let of_layer = |(layer, policy): (Columns, Option<Policy>)| {
+            let Some(policy) = policy else { return 0.0 };
             let again = Saved::ALL.iter().filter(|&&saved| policy.fate(saved) == Fate::Recompute);
-            let again: f64 = again.map(|&saved| self.seconds_of(saved, rates.product)).sum();
-            again + self.passes(rates.product) + COPY_COST * self.left(Some(policy)).1 as f64 / rates.host
+            let again: f64 = again.map(|&saved| self.seconds_of(&layer, saved, rates.product)).sum();
+            let away = self.left(&layer, Some(policy)).1;
+            again + self.passes(&layer, rates.product) + COPY_COST * away as f64 / rates.host
         };
-        (0..self.layers()).map(of_layer).sum()
+        self.policies(Some(checkpointing)).map(of_layer).sum()
     }
 
     /// What to run again so that a step takes at most `limit` bytes and the least time; without a limit, and where layers are to run again by all
@@ -226,13 +246,14 @@ impl StepSize<'_> {
         if !host || self.layers() < 2 {
             return candidates;
         }
-        let bytes_in_time = COPYING * rates.host * self.forward_seconds(rates.product);
+        let seconds: f64 = self.columns().map(|layer| self.forward_seconds(&layer, rates.product)).sum();
+        let bytes_in_time = COPYING * rates.host * seconds;
         for choice in 0..1u32 << COMPUTED.len() {
             let chosen = COMPUTED.iter().enumerate().filter(|(i, _)| choice >> i & 1 == 1).map(|(_, &saved)| saved);
             let mut candidate = Checkpointing::INPUTS;
             let mut bytes = 0;
             for saved in chosen.chain([Saved::Input]) {
-                bytes += self.bytes_of(saved);
+                bytes += self.columns().map(|layer| self.bytes_of(&layer, saved)).sum::<u64>();
                 candidate.policy = candidate.policy.with(saved, Fate::Host);
                 // the last layer is the first to run again: what would leave would come back at once
                 candidate.kept[saved as usize] = 1;
@@ -246,7 +267,11 @@ impl StepSize<'_> {
 
     /// Results that can be computed again, those first that save the most time for their bytes.
     fn by_worth(&self, rates: &DeviceRates) -> Vec<Saved> {
-        let worth = |&saved: &Saved| self.seconds_of(saved, rates.product) / self.bytes_of(saved) as f64;
+        let worth = |&saved: &Saved| {
+            let seconds: f64 = self.columns().map(|layer| self.seconds_of(&layer, saved, rates.product)).sum();
+            let bytes: u64 = self.columns().map(|layer| self.bytes_of(&layer, saved)).sum();
+            seconds / bytes.max(1) as f64
+        };
         let mut order = COMPUTED.to_vec();
         order.sort_by(|a, b| worth(b).total_cmp(&worth(a)));
         order

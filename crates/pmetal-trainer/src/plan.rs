@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, fmt, sync::atomic::AtomicBool};
 
-use candle_core::DType;
+use candle_core::{DType, Device, Shape};
 use pmetal_core::total_memory;
 use pmetal_lora::{LoraConfig, adapter_tensors};
-use pmetal_models::{EMBEDDING, HEAD, tensors_of};
+use pmetal_models::{EMBEDDING, HEAD, parameters_of};
 use serde::Serialize;
 
 use crate::{
@@ -14,8 +14,8 @@ use crate::{
     sft::{Setup, loop_settings},
 };
 
-/// Bytes of a trained value: itself, its gradient and AdamW's two moments, all f32.
-const TRAINED_BYTES: u64 = 16;
+/// Bytes of an f32: a trained value and its gradient each take one, AdamW's moments two.
+const F32_BYTES: u64 = 4;
 /// Bytes of the block of logits that the loss is computed on, on the CPU.
 const LOGITS_BYTES: u64 = 64 << 20;
 /// The share of the machine's memory that others need.
@@ -70,8 +70,12 @@ pub struct Memory {
     pub mapped_weights: u64,
     /// Frozen weights in memory.
     pub weights: u64,
-    /// Trained values, their gradients and optimizer states.
+    /// Trained values, and copies of them in the dtype of products.
     pub trained: u64,
+    /// Gradients of them.
+    pub gradients: u64,
+    /// Optimizer states of them.
+    pub optimizer: u64,
     /// What is kept of the forward pass, and the room of the backward pass.
     pub activations: u64,
     /// Logits of a block of tokens.
@@ -79,9 +83,58 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// The same with `numbers` trained values, which have copies in `dtype` where products of the device read them so.
+    pub(crate) fn with_trained(self, numbers: u64, full: bool, dtype: DType, device: &Device) -> Self {
+        let copied = (full || !device.is_cpu()) && dtype != DType::F32;
+        let copy = if copied { dtype.size_in_bytes() as u64 } else { 0 };
+        Self {
+            trained: numbers * (F32_BYTES + copy),
+            gradients: numbers * F32_BYTES,
+            optimizer: numbers * 2 * F32_BYTES,
+            ..self
+        }
+    }
+
+    /// The same with what a step of `size` takes beside it, and how: see [`choose_memory`].
+    pub(crate) fn with_step(
+        self,
+        options: &SftOptions,
+        size: &StepSize,
+        device: &Device,
+        machine_memory: Option<u64>,
+    ) -> Result<(Self, MemoryChoice)> {
+        let vocab = size.spec.vocab_size as u64;
+        let choose = |logits| choose_memory(options, size, device, self.fixed() + logits, machine_memory);
+        if device.is_cpu() {
+            // f32, and once more in the dtype of the products
+            let row = F32_BYTES * vocab;
+            let block = LOGITS_BYTES.max(8 * row).min(size.tokens * row);
+            let logits = block * (F32_BYTES + size.width) / F32_BYTES;
+            let choice = choose(logits)?;
+            return Ok((Self { activations: choice.bytes_without_logits, logits, ..self }, choice));
+        }
+        let choice = choose(0)?;
+        let logits = choice.logits_bytes.min(size.tokens * vocab * size.width);
+        let activations = choice.bytes.saturating_sub(logits);
+        Ok((Self { activations, logits, ..self }, choice))
+    }
+
     /// Weights and optimizer.
     pub(crate) fn fixed(&self) -> u64 {
-        self.mapped_weights + self.weights + self.trained
+        self.mapped_weights + self.weights + self.trained + self.gradients + self.optimizer
+    }
+
+    /// The parts by name, in the order in which they are shown.
+    pub(crate) fn parts(&self) -> [(&'static str, u64); 7] {
+        [
+            ("weights, mapped", self.mapped_weights),
+            ("weights", self.weights),
+            ("trained", self.trained),
+            ("gradients", self.gradients),
+            ("optimizer", self.optimizer),
+            ("activations", self.activations),
+            ("logits", self.logits),
+        ]
     }
 
     /// All parts.
@@ -107,25 +160,16 @@ impl Plan {
         let numbers: u64 = trained.iter().map(|(_, numbers)| numbers).sum();
         let full = options.fine_tune_type == FineTuneType::Full;
         let (on_cpu, width) = (setup.device.is_cpu(), setup.dtype.size_in_bytes() as u64);
-        let copies = if (full || !on_cpu) && setup.dtype != DType::F32 { width } else { 0 };
-        let parameters = tensors_of(spec)?.iter().map(|(_, shape)| shape.elem_count() as u64).sum();
+        let parameters = count(&parameters_of(spec)?);
         let (mapped_weights, weights) = match &setup.base.checkpoint {
             Some(checkpoint) if !full && on_cpu => checkpoint.weight_bytes(setup.dtype)?,
             Some(_) if !full => (0, parameters * width),
             _ => (0, 0),
         };
-        let trained_bytes = numbers * (TRAINED_BYTES + copies);
-        let machine_memory =
-            pmetal_ops::device::memory(&setup.device)?.map(|memory| memory.total).or_else(total_memory);
-        let fixed = mapped_weights + weights + trained_bytes;
-        let choice = choose_memory(options, setup, fixed, machine_memory)?;
-        let logits = if on_cpu {
-            // f32, and once more in the dtype of the products
-            let row = 4 * spec.vocab_size as u64;
-            LOGITS_BYTES.max(8 * row).min(largest * row) * (4 + width) / 4
-        } else {
-            choice.logits_bytes.min(largest * spec.vocab_size as u64 * width)
-        };
+        let machine_memory = machine_memory(&setup.device)?;
+        let fixed = Memory { mapped_weights, weights, ..Memory::default() };
+        let fixed = fixed.with_trained(numbers, full, setup.dtype, &setup.device);
+        let (memory, choice) = fixed.with_step(options, &step_size(options, setup), &setup.device, machine_memory)?;
         let mut by_module = BTreeMap::new();
         for (name, numbers) in &trained {
             *by_module.entry(module_of(name)).or_insert(0) += numbers;
@@ -144,15 +188,9 @@ impl Plan {
             steps_per_epoch,
             steps,
             largest_batch_tokens: largest,
-            memory: Memory {
-                mapped_weights,
-                weights,
-                trained: trained_bytes,
-                activations: if on_cpu { choice.bytes_without_logits } else { choice.bytes.saturating_sub(logits) },
-                logits,
-            },
+            memory,
             choice,
-            checkpointing: choice.line(spec.num_hidden_layers(), fixed),
+            checkpointing: choice.line(spec.num_hidden_layers(), memory.fixed()),
             memory_limit: options.memory_limit,
             machine_memory,
         })
@@ -168,7 +206,7 @@ impl Plan {
             ));
         }
         let machine = self.machine_memory?;
-        (needed as f64 > machine as f64 * (1.0 - RESERVED)).then(|| {
+        (needed > usable(machine)).then(|| {
             format!(
                 "this run needs about {} of memory, the machine has {}: lower --batch-size or --max-seq-len",
                 gib(needed),
@@ -178,24 +216,38 @@ impl Plan {
     }
 }
 
+/// Bytes of the GPU's memory, or of this machine's.
+pub(crate) fn machine_memory(device: &Device) -> Result<Option<u64>> {
+    Ok(pmetal_ops::device::memory(device)?.map(|memory| memory.total).or_else(total_memory))
+}
+
+/// Numbers in tensors of these shapes.
+pub(crate) fn count(tensors: &[(String, Shape)]) -> u64 {
+    tensors.iter().map(|(_, shape)| shape.elem_count() as u64).sum()
+}
+
+/// The largest step of a run.
+pub(crate) fn step_size<'a>(options: &SftOptions, setup: &'a Setup) -> StepSize<'a> {
+    let full = options.fine_tune_type == FineTuneType::Full;
+    let tokens = setup.batches.sampler.largest_batch_tokens();
+    StepSize {
+        spec: &setup.base.spec,
+        width: setup.dtype.size_in_bytes() as u64,
+        rank: if full { 0 } else { adapter_config(options, setup).r as u64 },
+        tokens,
+        longest: tokens / options.batch_size.max(1) as u64,
+    }
+}
+
 /// What of a step runs again in backward, where `fixed` bytes are weights and optimizer: as much as --memory-limit or the machine asks for, or
 /// all that saves memory where --gradient-checkpointing is said alone.
 pub(crate) fn choose_memory(
     options: &SftOptions,
-    setup: &Setup,
+    size: &StepSize,
+    device: &Device,
     fixed: u64,
     machine_memory: Option<u64>,
 ) -> Result<MemoryChoice> {
-    let full = options.fine_tune_type == FineTuneType::Full;
-    let sampler = &setup.batches.sampler;
-    let size = StepSize {
-        spec: &setup.base.spec,
-        width: setup.dtype.size_in_bytes() as u64,
-        rank: if full { 0 } else { adapter_config(options, setup).r as u64 },
-        tokens: sampler.largest_batch_tokens(),
-        longest: sampler.largest_batch_tokens() / options.batch_size.max(1) as u64,
-    };
-    let usable = |bytes: u64| (bytes as f64 * (1.0 - RESERVED)) as u64;
     let again = options.gradient_checkpointing;
     let machine = machine_memory.map(usable).filter(|_| !again);
     let limit = options.memory_limit.or(machine).map(|limit| limit.saturating_sub(fixed));
@@ -203,7 +255,12 @@ pub(crate) fn choose_memory(
     if unforced.checkpointing.is_none() {
         return Ok(unforced);
     }
-    Ok(size.choose(limit, again, pmetal_ops::rates(&setup.device)?))
+    Ok(size.choose(limit, again, pmetal_ops::rates(device)?))
+}
+
+/// What of a machine's memory a run may take.
+pub(crate) fn usable(bytes: u64) -> u64 {
+    (bytes as f64 * (1.0 - RESERVED)) as u64
 }
 
 fn adapter_config(options: &SftOptions, setup: &Setup) -> LoraConfig {
@@ -214,7 +271,7 @@ fn adapter_config(options: &SftOptions, setup: &Setup) -> LoraConfig {
 fn trained_tensors(options: &SftOptions, setup: &Setup) -> Result<Vec<(String, u64)>> {
     let spec = &setup.base.spec;
     let all: Vec<(String, u64)> =
-        tensors_of(spec)?.into_iter().map(|(name, shape)| (name, shape.elem_count() as u64)).collect();
+        parameters_of(spec)?.into_iter().map(|(name, shape)| (name, shape.elem_count() as u64)).collect();
     if options.fine_tune_type == FineTuneType::Full {
         return Ok(all);
     }
@@ -272,15 +329,8 @@ impl fmt::Display for Plan {
         line(f, "tokens of an epoch", format!("{}{packs}", self.tokens))?;
         line(f, "steps", format!("{} ({} an epoch)", self.steps, self.steps_per_epoch))?;
         line(f, "largest micro-batch", format!("{} tokens", self.largest_batch_tokens))?;
-        let m = &self.memory;
-        line(f, "memory, about", gib(m.total()))?;
-        for (name, bytes) in [
-            ("weights, mapped", m.mapped_weights),
-            ("weights", m.weights),
-            ("trained, gradients, optimizer", m.trained),
-            ("activations", m.activations),
-            ("logits", m.logits),
-        ] {
+        line(f, "memory, about", gib(self.memory.total()))?;
+        for (name, bytes) in self.memory.parts() {
             line(f, "", format!("{:>14}  {name}", gib(bytes)))?;
         }
         if let Some(checkpointing) = &self.checkpointing {

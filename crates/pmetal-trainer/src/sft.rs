@@ -6,21 +6,22 @@ use std::{
     sync::atomic::AtomicBool,
 };
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use pmetal_core::StagedDir;
-use pmetal_data::{Example, TOKENIZER_FILES, Template, TemplateChoice, Tokenizer};
+use pmetal_data::{TOKENIZER_FILES, Template, TemplateChoice, Tokenizer};
 use pmetal_hub::{DownloadProgress, Kind, locate};
 use pmetal_lora::{AdapterFile, LoraConfig, ModulesToSave, Use, attach, attach_file};
 use pmetal_models::{
-    CausalLMModel, Checkpoint, DecoderSpec, Input, dtype_of, load, override_rope_scaling, parameters_of, random,
-    read_config, refuse_too_large, save_pretrained, spec_of, text_config, unused_dropout,
+    CausalLMModel, Checkpoint, DecoderSpec, dtype_of, load, override_rope_scaling, parameters_of, random, read_config,
+    refuse_too_large, save_pretrained, spec_of, text_config, unused_dropout,
 };
-use pmetal_ops::{Arena, LOGITS_BYTES, no_grad};
+use pmetal_ops::{Arena, LOGITS_BYTES};
 
 use crate::{
     Error, FineTuneType, LoopSettings, MetricsFile, Observer, Result, Schedule, SftOptions, StepSettings, Summary,
     TrainingData,
-    plan::{Plan, choose_memory},
+    plan::{Plan, choose_memory, step_size},
+    read_back::{check_adapter, check_model},
     rows::{Batches, Rows},
     train,
     vocabulary::add_tokens,
@@ -261,7 +262,10 @@ fn within_memory(
 ) -> Result<LoopSettings> {
     pmetal_ops::device::synchronize(&setup.device)?;
     let (choice, fixed) = match pmetal_ops::device::memory(&setup.device)? {
-        Some(memory) => (choose_memory(options, setup, memory.live, Some(memory.total))?, memory.live),
+        Some(memory) => {
+            let size = step_size(options, setup);
+            (choose_memory(options, &size, &setup.device, memory.live, Some(memory.total))?, memory.live)
+        }
         None => (plan.choice, plan.memory.fixed()),
     };
     if let Some(line) = choice.line(setup.base.spec.num_hidden_layers(), fixed) {
@@ -307,7 +311,7 @@ fn prepare(
 }
 
 fn write(options: &SftOptions, setup: &Setup, model: &dyn CausalLMModel, trained: &Trained) -> Result<Written> {
-    let Setup { inputs, base, tokenizer, rows, dtype, .. } = setup;
+    let Setup { inputs, base, tokenizer, dtype, .. } = setup;
     let output = &options.output;
     let staged = StagedDir::new(output)?;
     if let Some(tokenizer) = tokenizer {
@@ -326,7 +330,7 @@ fn write(options: &SftOptions, setup: &Setup, model: &dyn CausalLMModel, trained
             save_pretrained(model, &base.config, *dtype, staged.path(), MAX_SHARD_BYTES)?;
             copy_generation_config(&inputs.model, staged.path())?;
             commit(staged, output)?;
-            check_model(output, model, *dtype, &rows.train.get(0)?)?;
+            check_model(output, model, *dtype)?;
             Ok(Written::Model)
         }
     }
@@ -346,41 +350,6 @@ fn copy_generation_config(model: &Path, folder: &Path) -> Result<()> {
     let (from, to) = (model.join(GENERATION_CONFIG), folder.join(GENERATION_CONFIG));
     if from.is_file() {
         fs::copy(&from, &to).map_err(pmetal_core::Error::io("write", &to))?;
-    }
-    Ok(())
-}
-
-/// Reads the adapter back and compares every number.
-fn check_adapter(output: &Path, spec: &DecoderSpec, arena: &Arena) -> Result<()> {
-    let file = AdapterFile::open(output)?;
-    let tensors = file.for_model(spec)?;
-    for param in arena.params() {
-        let same = match tensors.get(param.name()) {
-            Some(read) => bits(read)? == bits(pmetal_lora::saved(&param))?,
-            None => false,
-        };
-        if !same {
-            return Err(Error::ReadBack { path: file.path, reason: format!("{} differs", param.name()) });
-        }
-    }
-    Ok(())
-}
-
-fn bits(tensor: &Tensor) -> Result<Vec<u32>> {
-    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
-}
-
-/// Reads the model back and compares its hidden states on one row.
-fn check_model(output: &Path, model: &dyn CausalLMModel, dtype: DType, row: &Example) -> Result<()> {
-    let again = load(&Checkpoint::open(output)?, dtype, &model.device(), None)?;
-    let ids = &row.input_ids[..row.input_ids.len().min(64)];
-    let run = |m: &dyn CausalLMModel| -> Result<Vec<u32>> {
-        let hidden = no_grad(|| m.forward(&Input::rows(ids, &[ids.len()]), None))?;
-        bits(hidden.tensor())
-    };
-    if run(model)? != run(again.as_ref())? {
-        let reason = "its hidden states differ from those of the trained model".into();
-        return Err(Error::ReadBack { path: output.to_path_buf(), reason });
     }
     Ok(())
 }

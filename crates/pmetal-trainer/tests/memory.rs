@@ -1,6 +1,6 @@
 //! Which results survive a step within a limit of memory.
 
-use pmetal_models::{DecoderSpec, spec_of};
+use pmetal_models::{DecoderSpec, MlpSpec, spec_of};
 use pmetal_ops::{DeviceRates, Fate, Saved};
 use pmetal_trainer::{MemoryChoice, StepSize, parse_bytes};
 
@@ -10,6 +10,11 @@ const RATES: DeviceRates = DeviceRates { product: 7e14, host: 5e10 };
 fn spec(file: &str) -> DecoderSpec {
     let path = format!("{}/../../scripts/bench/{file}.json", env!("CARGO_MANIFEST_DIR"));
     spec_of(&serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()).unwrap()
+}
+
+/// A public model, of those whose parameters are counted.
+fn public(name: &str) -> DecoderSpec {
+    spec(&format!("../../crates/pmetal-models/tests/configs/{name}"))
 }
 
 fn size(spec: &DecoderSpec) -> StepSize<'_> {
@@ -57,6 +62,32 @@ fn more_memory_means_less_is_computed_again_and_the_limit_holds() {
             }
         }
     }
+}
+
+#[test]
+fn each_layer_counts_for_itself() {
+    let bytes = |spec: &DecoderSpec| size(spec).choose(None, false, None).bytes;
+    let whole = public("deepseek-v3");
+    let with = |layers: &[usize]| {
+        let layers = layers.iter().map(|&layer| whole.layers[layer].clone()).collect();
+        bytes(&DecoderSpec { layers, ..whole.clone() })
+    };
+    // the first three layers have no experts
+    let (dense, experts, both) = (with(&[0, 0]), with(&[3, 3]), with(&[0, 3]));
+    assert!(dense < experts && dense < both && both < experts, "{dense}, {both}, {experts}");
+
+    let mut moe = public("qwen3-30b-a3b");
+    let before = bytes(&moe);
+    for layer in &mut moe.layers {
+        if let MlpSpec::Experts(experts) = &mut layer.mlp {
+            experts.router.top_k *= 2;
+        }
+    }
+    // rows of 8 experts more: what they read and return, gate, up and their product, and products of adapters
+    let (tokens, width, hidden, inner) = (8192, 2, 2048, 768);
+    let more = 48 * tokens * width * 8 * (2 * hidden + 3 * inner + 2 * 16) as u64;
+    let found = bytes(&moe) - before;
+    assert!(found > more && found < more * 11 / 10, "{found} instead of {more} and a little");
 }
 
 #[test]

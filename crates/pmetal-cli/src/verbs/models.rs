@@ -32,49 +32,68 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(io::stdout().write_all(text.as_bytes())?)
 }
 
-fn reads_gguf(family: &Family) -> bool {
-    gguf::reads(family.model_type)
-}
+/// Every family is one decoder with other numbers, so each can do all that the decoder can.
+const ALL_CAN: [&str; 3] = ["inference", "lora", "full"];
+/// Numbers of few bits that are read from safetensors files, whatever the family.
+const QUANTIZED: [&str; 2] = ["fp8", "mxfp4"];
 
 fn as_json() -> Value {
     let family = |family: &Family| {
-        json!({
+        let architectures = gguf::architectures_of(family.model_type);
+        let mut row = json!({
             "name": family.name,
             "sizes": family.sizes,
             "model_type": family.model_type,
+            "text_part_of": family.holder.map(|holder| holder.model_type),
             "architecture": family.architecture,
-            "lora": true,
-            "full": true,
-            "inference": true,
-            "gguf": reads_gguf(family),
-        })
+            "experts": family.experts,
+            "gguf": !architectures.is_empty(),
+            "gguf_architectures": architectures,
+        });
+        ALL_CAN.iter().for_each(|can| row[can] = true.into());
+        row
     };
     json!({
         "families": known_families().iter().map(family).collect::<Vec<_>>(),
         "rope_scaling": ROPE_SCALING_KINDS,
         "weights": ["safetensors", "gguf"],
+        "quantized": QUANTIZED,
     })
 }
 
-/// Every family is one decoder with other numbers, so each can do all that the decoder can.
 fn as_table(style: Style) -> String {
     let rows = known_families().iter().map(|family| {
-        let gguf = if reads_gguf(family) { "yes" } else { "no" };
-        [family.name, family.sizes, family.model_type, family.architecture, "yes", "yes", "yes", gguf]
+        let experts = if family.experts { "yes" } else { "no" };
+        let gguf = gguf::architectures_of(family.model_type).join(", ");
+        [family.name, family.sizes, family.model_type, experts].map(str::to_owned).into_iter().chain([gguf]).collect()
     });
-    let header = ["FAMILY", "SIZES", "MODEL TYPE", "CLASS", "INFER", "LORA", "FULL", "GGUF"];
-    let rows: Vec<[&str; 8]> = [header].into_iter().chain(rows).collect();
-    let widths: [usize; 8] =
-        std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default());
+    let header = ["FAMILY", "SIZES", "MODEL TYPE", "EXPERTS", "GGUF"].map(str::to_owned).to_vec();
+    let rows: Vec<Vec<String>> = std::iter::once(header).chain(rows).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+    let widths: Vec<usize> = (0..5).map(width).collect();
     let mut text = String::new();
     for (place, row) in rows.iter().enumerate() {
-        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}")).collect();
         let line = cells.join("  ");
         text += &if place == 0 { style.bold(line.trim_end()) } else { line.trim_end().to_owned() };
         text.push('\n');
     }
-    text + &format!(
-        "\nWeights: safetensors (bf16, f16, f32) in a Hugging Face folder, or a GGUF file.\nRope scaling: {}.\n",
+    text + &notes()
+}
+
+/// What holds for all of them.
+fn notes() -> String {
+    let wholes: Vec<&str> =
+        known_families().iter().filter_map(|family| family.holder).map(|holder| holder.model_type).collect();
+    format!(
+        "
+All of them: inference, LoRA adapters (of experts too), full fine-tuning.
+Of models that see as well ({}), the text part.
+Weights: safetensors (bf16, f16, f32; block-scaled fp8 and mxfp4 are read as
+bf16) in a Hugging Face folder, or a GGUF file of the architecture named above.
+Rope scaling: {}.
+",
+        wholes.join(", "),
         ROPE_SCALING_KINDS.join(", ")
     )
 }

@@ -1,4 +1,5 @@
 use std::{
+    fmt::Display,
     io::{self, Write},
     path::Path,
     sync::{
@@ -7,7 +8,8 @@ use std::{
     },
 };
 
-use pmetal::trainer::{Outcome, SftOptions, Written, plan, sft};
+use pmetal::trainer::{Outcome, SftOptions, Written, outline, plan, sft};
+use serde_json::{Value, json};
 
 use super::Result;
 use crate::{progress::Progress, tell::tell};
@@ -21,6 +23,7 @@ Examples:
       --max-seq-len 2048 --packing
   pmetal train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset rows.csv \\
       --columns instruction=question,output=answer --dry-run
+  pmetal train --model ./config.json --batch-size 1 --max-seq-len 4096 --dry-run
   pmetal train --model ./base --dataset rows.jsonl --fine-tune-type full \\
       --learning-rate 2e-5";
 
@@ -29,6 +32,14 @@ Examples:
 pub struct Args {
     #[command(flatten)]
     options: SftOptions,
+    /// With --dry-run, print one JSON object
+    #[arg(long, requires = "dry_run", help_heading = "Output")]
+    json: bool,
+}
+
+/// A dry run tells of a model without rows too.
+pub fn unless_dry_run(arg: clap::Arg) -> clap::Arg {
+    arg.required(false).required_unless_present("dry_run")
 }
 
 /// Trains, writes the result, and says where it is and how to talk to it.
@@ -51,14 +62,23 @@ pub fn run(args: &Args) -> Result<()> {
     report(&args.options, &outcome)
 }
 
-/// Prints what the run would be.
+/// Prints what the run would be; of a configuration alone, what it would take.
 fn dry_run(args: &Args, stop: Arc<AtomicBool>) -> Result<()> {
-    let plan = plan(&args.options, &mut Progress::new(args.options.logging_steps, stop.clone()), &stop)?;
-    write!(io::stdout(), "{plan}")?;
+    let mut progress = Progress::new(args.options.logging_steps, stop.clone());
+    if let Some(outline) = outline(&args.options, &mut progress)? {
+        return print(args, &outline, &json!(outline));
+    }
+    let plan = plan(&args.options, &mut progress, &stop)?;
+    print(args, &plan, &json!(plan))?;
     if let Some(warning) = plan.warning() {
         tell(format_args!("warning: {warning}"));
     }
     Ok(())
+}
+
+fn print(args: &Args, text: &impl Display, json: &Value) -> Result<()> {
+    let text = if args.json { format!("{json:#}\n") } else { text.to_string() };
+    Ok(io::stdout().write_all(text.as_bytes())?)
 }
 
 fn report(options: &SftOptions, outcome: &Outcome) -> Result<()> {

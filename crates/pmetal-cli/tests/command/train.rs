@@ -185,3 +185,40 @@ fn a_dry_run_says_what_would_happen_and_leaves_nothing() {
     assert_eq!(parameters(&ran.stdout, "trained "), parameters(&adapter.stderr, "training "));
     says(&refused(1, [&base[..], &["--dry-run", "--lora-target-modules", "x"]].concat()), &["called x"]);
 }
+
+#[test]
+fn a_configuration_alone_tells_what_training_would_take() {
+    let space = Space::new();
+    let config = |name: &str| format!("{}/../pmetal-models/tests/configs/{name}.json", env!("CARGO_MANIFEST_DIR"));
+    let counts = read_json(config("counts"));
+    for (name, layers, active) in [("qwen3-30b-a3b", 48, Some(3_353_032_704_u64)), ("gemma-3-4b", 34, None)] {
+        let base = ["train", "--model", &config(name), "--dry-run"];
+        let json: serde_json::Value = serde_json::from_str(&succeed([&base[..], &["--json"]].concat()).stdout).unwrap();
+        assert_eq!((&json["parameters"], &json["layers"]), (&counts[name], &layers.into()), "{name}");
+        assert_eq!(json["active_parameters"].as_u64(), active);
+        let [lora, qlora, full] = &json["methods"].as_array().unwrap()[..] else { panic!("{json}") };
+        assert!(lora["trained"].as_u64() > Some(0) && lora["trained"] == qlora["trained"]);
+        assert_eq!(full["trained"], counts[name]);
+        let total = |method: &serde_json::Value| method["total"].as_u64().unwrap();
+        assert!(total(qlora) < total(lora) && total(lora) < total(full));
+        // a float of 16 bits for each weight; a little more than four for most of them
+        let weights = |method: &serde_json::Value| -> u64 {
+            ["weights", "mapped_weights"].iter().map(|part| method["memory"][part].as_u64().unwrap()).sum()
+        };
+        assert_eq!(weights(lora), 2 * counts[name].as_u64().unwrap());
+        assert!(weights(qlora) > weights(lora) / 4 && weights(qlora) < weights(lora) / 2);
+        let text = succeed(base.to_vec()).stdout;
+        says(&text, &[&counts[name].to_string(), "lora", "qlora*", "full", "optimizer", "activations", "fits"]);
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    }
+    // a folder with nothing but the configuration, and rows that nothing can read
+    std::fs::create_dir(space.path("alone")).unwrap();
+    std::fs::copy(config("llama-3.2-1b"), space.path("alone/config.json")).unwrap();
+    let alone = ["train", "--model", &space.path("alone")];
+    let ran = succeed([&alone[..], &["--dataset", &rows(), "--dry-run", "--memory-limit", "1GiB"]].concat());
+    says(&ran.stderr, &["no weights beside config.json"]);
+    says(&ran.stdout, &["1235814400"]);
+    assert!(ran.stdout.lines().any(|line| line.starts_with("fits") && line.ends_with("no")), "{}", ran.stdout);
+    // without --dry-run rows are needed
+    says(&refused(2, alone.to_vec()), &["--dataset"]);
+}
