@@ -35,6 +35,8 @@ echo "Please pack three red kites for Mara." | "$pmetal" infer --model "$base" -
 "$pmetal" train --model "$base" --dataset assets/quickstart/train.jsonl --add-tokens "<|call|>,<|result|>" --max-steps 2 --output "$out/tokens"
 "$pmetal" infer --model "$base" --lora "$out/tokens" --chat --prompt "Once" --max-tokens 4
 "$pmetal" models
+"$pmetal" train --model crates/pmetal-models/tests/configs/qwen3-30b-a3b.json --dry-run
+"$pmetal" train --model "$base/config.json" --batch-size 1 --max-seq-len 4096 --dry-run --json
 "$pmetal" doctor --device cpu
 "$pmetal" completions bash > "$out/completions"
 "$pmetal" man --output "$out/man"

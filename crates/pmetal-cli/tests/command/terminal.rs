@@ -32,17 +32,25 @@ fn models_are_those_of_the_registry() {
     let space = Space::new();
     let copy = space.edited(&model("llama"), "m", "config.json", |config| config["model_type"] = "mystery".into());
     let known = crate::common::told(&space, &copy);
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/models.md")).unwrap();
     assert!(!families.is_empty());
     for family in families {
         let model_type = family["model_type"].as_str().unwrap();
         says(&known, &[model_type]);
         let row = table.lines().find(|line| line.split_whitespace().any(|word| word == model_type)).unwrap();
-        says(row, &[family["name"].as_str().unwrap(), family["sizes"].as_str().unwrap()]);
+        let (name, sizes) = (family["name"].as_str().unwrap(), family["sizes"].as_str().unwrap());
+        says(row, &[name, sizes]);
+        let described = page.lines().find(|line| line.starts_with(&format!("| {name} | `{model_type}`"))).unwrap();
+        says(described, &[sizes]);
         let gguf = family["gguf_architectures"].as_array().unwrap();
         assert_eq!(family["gguf"], !gguf.is_empty());
-        gguf.iter().for_each(|name| says(row, &[name.as_str().unwrap()]));
+        for name in gguf.iter().map(|name| name.as_str().unwrap()) {
+            says(row, &[name]);
+            says(described, &[&format!("`{name}`")]);
+        }
         if let Some(whole) = family["text_part_of"].as_str() {
             says(&table, &[whole]);
+            says(described, &[&format!("text part of `{whole}`")]);
         }
     }
 }
