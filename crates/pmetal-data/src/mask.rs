@@ -65,7 +65,7 @@ impl TurnShape {
         let answered = template.render(&answered, false).unwrap_or_default();
         let header = prompted.get(common_prefix(&prompted, &plain)..).map(str::to_string);
         let (before, after) = answered.rsplit_once(PROBES[0]).unwrap_or_default();
-        let end_of_turn = starting_special(after.trim_start(), tokenizer.special_set()).map(str::to_string);
+        let end_of_turn = ending_of_turn(after.trim_start(), tokenizer).map(str::to_string);
         let lead = before.strip_prefix(&prompted).unwrap_or_default().to_string();
         Self { header: header.filter(|text| !text.trim().is_empty()), lead, end_of_turn }
     }
@@ -269,7 +269,7 @@ impl Turns<'_> {
     }
 
     fn ends_text(&self, special: &str) -> bool {
-        self.tokenizer.token_to_id(special).is_some_and(|id| self.tokenizer.eos_ids().contains(&id))
+        ends_text(self.tokenizer, special)
     }
 }
 
@@ -314,6 +314,24 @@ fn with_words(message: &Message, words: &str) -> Message {
         _ => {}
     }
     changed
+}
+
+fn ends_text(tokenizer: &Tokenizer, special: &str) -> bool {
+    tokenizer.token_to_id(special).is_some_and(|id| tokenizer.eos_ids().contains(&id))
+}
+
+/// Which of the special tokens that `after` starts with ends a turn: the first that ends text, as the mark behind Command R7B's end of an
+/// answer, else the first.
+fn ending_of_turn<'a>(after: &'a str, tokenizer: &Tokenizer) -> Option<&'a str> {
+    let first = starting_special(after, tokenizer.special_set());
+    let mut rest = after;
+    while let Some(special) = starting_special(rest, tokenizer.special_set()) {
+        if ends_text(tokenizer, special) {
+            return Some(special);
+        }
+        rest = rest.get(special.len()..)?;
+    }
+    first
 }
 
 /// The longest special token `text` starts with.

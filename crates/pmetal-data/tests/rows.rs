@@ -125,6 +125,21 @@ fn a_base_model_gets_chatml_for_conversations() {
 }
 
 #[test]
+fn where_marks_stand_behind_an_answer_the_one_that_ends_text_is_trained_too() {
+    let folder =
+        model(false, &["<s>", "</s>", "<answer>", "</answer>"], json!({"bos_token": "<s>", "eos_token": "</s>"}));
+    let path = folder.path().join("own.jinja");
+    let answer =
+        "{% if m.role == 'assistant' %}<answer>{{ m.content }}</answer></s>{% else %}{{ m.content }}</s>{% endif %}";
+    let prompt = "{% if add_generation_prompt %}<answer>{% endif %}";
+    fs::write(&path, format!("{{% for m in messages %}}{answer}{{% endfor %}}{prompt}")).unwrap();
+    let row = json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"},
+        {"role": "user", "content": "So"}, {"role": "assistant", "content": "No"}]});
+    let example = one(&folder, row, path.to_str().unwrap(), "assistant");
+    assert_eq!(trained(&example), "Yes<259></s>No<259></s>");
+}
+
+#[test]
 fn an_end_of_turn_outside_the_generation_tags_is_trained_all_the_same() {
     let folder = base_model(false);
     let path = folder.path().join("own.jinja");
