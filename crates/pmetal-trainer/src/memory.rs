@@ -11,6 +11,8 @@ const COMPUTED: [Saved; 4] = [Saved::Middle, Saved::Attention, Saved::Projection
 const LOGITS_BYTES: [u64; 2] = [MOST_LOGITS_BYTES as u64 / 2, MOST_LOGITS_BYTES as u64];
 /// Bytes of what is small: ids, statistics, partial sums. Estimates are a hundredth larger besides.
 const SMALL_BYTES: u64 = 16 << 20;
+/// More bytes than any machine has: a thousand layers of it can be added up.
+const ANY_MACHINE: u64 = 1 << 50;
 /// A device's rate of products where nothing was measured: only ratios of times count then.
 const NOMINAL: f64 = 1e12;
 /// Attention's rate as a share of that of large products.
@@ -77,7 +79,7 @@ impl StepSize<'_> {
 
     /// Bytes of `elements` for each token.
     fn bytes(&self, elements: u64) -> u64 {
-        self.tokens * self.width * elements
+        self.tokens.saturating_mul(self.width).saturating_mul(elements).min(ANY_MACHINE)
     }
 
     /// Bytes of a result in a layer.
@@ -93,7 +95,7 @@ impl StepSize<'_> {
 
     /// Seconds of so many multiplications for each token.
     fn seconds(&self, elements: u64, product: f64) -> f64 {
-        2.0 * (self.tokens * elements) as f64 / product
+        2.0 * self.tokens as f64 * elements as f64 / product
     }
 
     /// Seconds that computing a result again takes.

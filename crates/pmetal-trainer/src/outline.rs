@@ -13,13 +13,15 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::{
-    Memory, Observer, Result, SftOptions, StepSize,
+    Error, Memory, Observer, Result, SftOptions, StepSize,
     memory::gib,
     plan::{count, machine_memory, usable},
 };
 
 /// Tokens of a row where nothing says how long rows are.
 const ROW: usize = 2048;
+/// The most tokens of a step that anybody means.
+const MOST_TOKENS: usize = 1 << 27;
 /// Bits of a number of 4-bit NormalFloat: its own, a scale of 8 bits for 64 of them, and an f32 for 256 scales (Dettmers et al., "QLoRA", 2023).
 const NF4_BITS: f64 = 4.0 + 8.0 / 64.0 + 32.0 / (64.0 * 256.0);
 
@@ -113,6 +115,11 @@ impl Outline {
             0 => ROW.min(spec.max_position_embeddings.max(1)),
             longest => longest,
         };
+        if longest.saturating_mul(options.batch_size) > MOST_TOKENS {
+            let reason =
+                format!("steps of {} rows of {longest} tokens are more than any machine takes", options.batch_size);
+            return Err(Error::Option { option: "--max-seq-len", reason });
+        }
         let machine_memory = machine_memory(device)?;
         let sized = Sized { options, spec: &spec, parameters, dtype, longest, device, machine_memory };
         Ok(Self {
