@@ -73,6 +73,15 @@ impl Projections {
         Ok(Some(Self { weights, bias }))
     }
 
+    /// Gate and up apart, where they are one matrix: the kernels take the two.
+    fn in_halves(mut self) -> Result<Self> {
+        if let [joint] = self.weights.as_slice() {
+            let inner = joint.dim(0)? / 2;
+            self.weights = vec![joint.narrow(0, 0, inner)?, joint.narrow(0, inner, inner)?];
+        }
+        Ok(self)
+    }
+
     fn inputs(&self) -> usize {
         self.weights.first().and_then(|weight| weight.dims().get(1).copied()).unwrap_or(0)
     }
@@ -167,6 +176,7 @@ impl LayerRows {
         let [Some(gate_up), Some(down)] = [Projections::of(mlp[0], dtype)?, Projections::of(mlp[1], dtype)?] else {
             return Ok(None);
         };
+        let gate_up = gate_up.in_halves()?;
         let ([qkv, output], block_norms) = (attention, [before_attention, before_mlp]);
         Ok(Some(Self { block_norms, head_norms, qkv, output, gate_up, down, cache }))
     }

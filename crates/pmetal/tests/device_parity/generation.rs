@@ -49,7 +49,10 @@ fn tokens_in_bf16_are_as_likely_as_in_one_forward() {
             for ((got, &id), logits) in got.iter().zip(&ids[prompt.len()..]).zip(&logits[prompt.len() - 1..]) {
                 let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
                 let want = f64::from(logits[id as usize]) - sum.ln();
-                assert!((want - got).abs() < 0.05, "{}: token {id} has {got}, in one forward {want}", fixture.name);
+                // each of the two is off by as much as transformers' own bf16, see pmetal-models' parity tests
+                let mean_square = logits.iter().map(|&l| f64::from(l).powi(2)).sum::<f64>() / logits.len() as f64;
+                let allowed = 2.0 * 0.046 * mean_square.sqrt();
+                assert!((want - got).abs() <= allowed, "{}: token {id} has {got}, in one forward {want}", fixture.name);
             }
         },
     );
