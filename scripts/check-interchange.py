@@ -10,6 +10,7 @@ Prints the largest error relative to the largest logit of each row; exits with 1
 import argparse
 import json
 import sys
+import warnings
 
 import torch
 from peft import PeftModel
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-EMBEDDING = "base_model.model.model.embed_tokens.weight"
+EMBEDDING = ".embed_tokens.weight"
 
 
 def main():
@@ -29,8 +30,11 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager")
     if args.adapter != "-":
         with safe_open(f"{args.adapter}/adapter_model.safetensors", "pt") as file:
-            if EMBEDDING in file.keys():  # an adapter that carries an embedding may have been trained with more tokens
-                model.resize_token_embeddings(file.get_slice(EMBEDDING).get_shape()[0])
+            # an adapter that carries an embedding may have been trained with more tokens
+            for name in (name for name in file.keys() if name.endswith(EMBEDDING)):
+                model.resize_token_embeddings(file.get_slice(name).get_shape()[0])
+        # that PEFT wants tensors which the file lacks is no more than a warning to it
+        warnings.filterwarnings("error", message="Found missing adapter keys")
         model = PeftModel.from_pretrained(model, args.adapter)
     model.eval()
     ours = load_file(args.logits)

@@ -82,7 +82,7 @@ impl ExpertLayout {
 
     /// `model.layers.N.` and what is behind `module` in the name.
     fn below<'a>(&self, name: &'a str, module: &str) -> Option<(&'a str, &'a str)> {
-        let index = name.strip_prefix("model.layers.")?.split('.').next()?;
+        let (index, _) = name.strip_prefix("model.layers.")?.split_once('.')?;
         let (layer, rest) = name.split_at("model.layers.".len() + index.len() + 1);
         Some((layer, rest.strip_prefix(module)?.strip_prefix('.')?))
     }
@@ -123,39 +123,55 @@ impl ExpertLayout {
             }
             match place {
                 Place::Together { layer, is_inner, side } => {
-                    let matrix = if is_inner || self.outer_is_gate_up(tensors, layer) { GATE_UP } else { DOWN };
-                    let [rows, columns] = [tensor.dims()[0], tensor.dims()[1]];
-                    if !(if side == 0 { rows } else { columns }).is_multiple_of(self.experts) {
+                    if !tensor.dims()[side].is_multiple_of(self.experts) {
                         let reason = format!("{name} is {:?}, this model has {} experts", tensor.dims(), self.experts);
                         return Err(refuse(reason));
                     }
-                    for (expert, piece) in self.parted(tensor, side)?.into_iter().enumerate() {
-                        let (side, piece) = self.turned(&piece, side)?;
-                        let piece = if self.takes_turns(matrix, side) { in_halves(&piece)? } else { piece };
-                        let name = format!("{layer}{}.{expert}.{matrix}.{}", self.module, SIDES[side]);
-                        read.insert(name, piece.contiguous()?);
-                    }
+                    let matrix = if is_inner || self.outer_is_gate_up(tensors, layer) { GATE_UP } else { DOWN };
+                    self.part(layer, matrix, tensor, side, &mut read)?;
                 }
                 Place::Old { layer, expert, part, side } => {
-                    let tensor = match part {
-                        0 => {
-                            self.joined(tensors, tensor, &name_of_old(self.old, layer, expert, 1, side), side, refuse)?
-                        }
+                    let partner = |part: usize| {
+                        let name = self.old_name(layer, expert, part, side);
+                        tensors.get(&name).ok_or_else(|| refuse(format!("{name} is missing")))
+                    };
+                    let (matrix, tensor) = match part {
+                        0 => (GATE_UP, joined(tensor, partner(1)?, side, refuse)?),
                         1 => {
-                            let gate = name_of_old(self.old, layer, expert, 0, side);
-                            if !tensors.contains_key(&gate) {
-                                return Err(refuse(format!("{gate} is missing")));
-                            }
+                            partner(0)?;
                             continue;
                         }
-                        _ => tensor.clone(),
+                        _ => (DOWN, tensor.clone()),
                     };
-                    let matrix = if part == 2 { DOWN } else { GATE_UP };
                     read.insert(format!("{layer}{}.{expert}.{matrix}.{}", self.module, SIDES[side]), tensor);
                 }
             }
         }
         Ok(read)
+    }
+
+    /// Adds what each expert has of a matrix of all.
+    fn part(
+        &self,
+        layer: &str,
+        matrix: &str,
+        tensor: &Tensor,
+        side: usize,
+        to: &mut BTreeMap<String, Tensor>,
+    ) -> Result<()> {
+        let (rows, columns) = tensor.dims2()?;
+        for expert in 0..self.experts {
+            let piece = if side == 0 {
+                let r = rows / self.experts;
+                tensor.narrow(0, expert * r, r)?
+            } else {
+                tensor.reshape((rows, columns / self.experts, self.experts))?.narrow(2, expert, 1)?.squeeze(2)?
+            };
+            let (side, piece) = self.turned(&piece, side)?;
+            let piece = if self.takes_turns(matrix, side) { in_halves(&piece)? } else { piece };
+            to.insert(format!("{layer}{}.{expert}.{matrix}.{}", self.module, SIDES[side]), piece.contiguous()?);
+        }
+        Ok(())
     }
 
     /// The tensors of a file, of those of the model: what [`ExpertLayout::read`] did is undone, but for old names.
@@ -200,19 +216,6 @@ impl ExpertLayout {
             && b.is_some_and(|b| b.dims().first() == Some(&outputs))
     }
 
-    /// What each expert has of a file's tensor.
-    fn parted(&self, tensor: &Tensor, side: usize) -> Result<Vec<Tensor>> {
-        let (rows, columns) = tensor.dims2()?;
-        let piece = |expert| {
-            if side == 0 {
-                let r = rows / self.experts;
-                return tensor.narrow(0, expert * r, r);
-            }
-            tensor.reshape((rows, columns / self.experts, self.experts))?.narrow(2, expert, 1)?.squeeze(2)
-        };
-        Ok((0..self.experts).map(piece).collect::<candle_core::Result<_>>()?)
-    }
-
     /// The model's side of a file's, and the other way round.
     fn turned(&self, piece: &Tensor, side: usize) -> Result<(usize, Tensor)> {
         Ok(if self.sides_traded { (1 - side, piece.t()?) } else { (side, piece.clone()) })
@@ -222,34 +225,25 @@ impl ExpertLayout {
         self.interleaved && matrix == GATE_UP && side == 1
     }
 
-    /// A side of gate and that of up, as one of twice the rank.
-    fn joined(
-        &self,
-        tensors: &BTreeMap<String, Tensor>,
-        gate: &Tensor,
-        up_name: &str,
-        side: usize,
-        refuse: &dyn Fn(String) -> Error,
-    ) -> Result<Tensor> {
-        let up = tensors.get(up_name).ok_or_else(|| refuse(format!("{up_name} is missing")))?;
-        if up.dims() != gate.dims() {
-            return Err(refuse(format!("{up_name} is {:?}, that of gate {:?}", up.dims(), gate.dims())));
-        }
-        if side == 0 {
-            return Ok(Tensor::cat(&[gate, up], 0)?);
-        }
-        let none = gate.zeros_like()?;
-        Ok(Tensor::cat(&[Tensor::cat(&[gate, &none], 1)?, Tensor::cat(&[&none, up], 1)?], 0)?)
+    fn old_name(&self, layer: &str, expert: &str, part: usize, side: usize) -> String {
+        let (module, names) = self.old.unwrap_or_default();
+        format!("{layer}{module}.{expert}.{}.{}", names[part], SIDES[side])
     }
 }
 
-fn name_of_old(
-    old: Option<(&'static str, [&'static str; 3])>,
-    layer: &str,
-    expert: &str,
-    part: usize,
-    side: usize,
-) -> String {
-    let (module, names) = old.unwrap_or_default();
-    format!("{layer}{module}.{expert}.{}.{}", names[part], SIDES[side])
+/// A side of gate and that of up, as one of twice the rank.
+fn joined(gate: &Tensor, up: &Tensor, side: usize, refuse: &dyn Fn(String) -> Error) -> Result<Tensor> {
+    if up.dims() != gate.dims() {
+        return Err(refuse(format!(
+            "{} of an expert's gate is {:?}, of its up {:?}",
+            SIDES[side],
+            gate.dims(),
+            up.dims()
+        )));
+    }
+    if side == 0 {
+        return Ok(Tensor::cat(&[gate, up], 0)?);
+    }
+    let none = gate.zeros_like()?;
+    Ok(Tensor::cat(&[Tensor::cat(&[gate, &none], 1)?, Tensor::cat(&[&none, up], 1)?], 0)?)
 }

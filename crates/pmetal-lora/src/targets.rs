@@ -73,19 +73,22 @@ pub(crate) fn layers(spec: &DecoderSpec) -> Result<Vec<Layer>> {
 }
 
 /// The layers whose tensors `rank` knows, by the rank of their A; experts' gates and ups may have twice the rank that the settings say, as PEFT
-/// gives them where they were two matrices.
+/// gives them where they were two matrices. Where one expert has a matrix, all experts of its layer are there.
 pub(crate) fn found(
     spec: &DecoderSpec,
     config: &LoraConfig,
     rank: impl Fn(&[String; 2]) -> Option<usize>,
 ) -> Result<Vec<Target>> {
     let experts = ExpertLayout::of(spec);
+    let layers = layers(spec)?;
+    let keys: HashSet<String> =
+        layers.iter().filter(|layer| rank(&layer.names()).is_some()).map(|layer| layer.key.clone()).collect();
     let target = |layer: Layer| {
-        let found = rank(&layer.names())?;
-        let joined = layer.was_two(experts.as_ref()) && found == 2 * config.rank_and_alpha(&layer.key, false).0;
-        Some(layer.adapted(config, joined))
+        let doubled = 2 * config.rank_and_alpha(&layer.key, false).0;
+        let joined = layer.was_two(experts.as_ref()) && rank(&layer.names()) == Some(doubled);
+        layer.adapted(config, joined)
     };
-    Ok(layers(spec)?.into_iter().filter_map(target).collect())
+    Ok(layers.into_iter().filter(|layer| keys.contains(&layer.key)).map(target).collect())
 }
 
 /// The layers that fresh adapters go to.

@@ -146,27 +146,65 @@ fn what_is_saved_reads_back_bit_by_bit() {
 
 #[test]
 fn adapters_of_experts_that_were_modules_of_their_own() {
-    for name in ["qwen3-moe-window"] {
-        let fixture = Fixture::open(name);
-        let (file, model, arena) = fixture.adapted("adapter-per-expert");
+    const ADAPTER: &str = "adapter-per-expert";
+    let fixtures: Vec<_> = Fixture::all().into_iter().filter(|fixture| fixture.path.join(ADAPTER).is_dir()).collect();
+    assert!(!fixtures.is_empty());
+    for fixture in fixtures {
+        let (file, model, arena) = fixture.adapted(ADAPTER);
         let (_folder, together) = fixture.saved(&file.config, &arena);
         let mut as_saved = fixture.model();
         attach_file(as_saved.as_mut(), &together, Use::Inference).unwrap();
         for (row, ids) in fixture.rows().iter().enumerate() {
             let want = &fixture.expected[&format!("per_expert_logits.{row}")];
-            assert_close(&logits(model.as_ref(), ids), want, name);
-            assert_close(&logits(as_saved.as_ref(), ids), want, name);
+            assert_close(&logits(model.as_ref(), ids), want, &fixture.name);
+            assert_close(&logits(as_saved.as_ref(), ids), want, &fixture.name);
         }
-        let missing = |name: &str| {
-            let mut file = AdapterFile::open(&fixture.path.join("adapter-per-expert")).unwrap();
-            file.tensors.remove(name).unwrap();
+        for name in
+            ["1.mlp.experts.2.up_proj.lora_B", "1.mlp.experts.2.gate_proj.lora_A", "0.mlp.experts.0.down_proj.lora_A"]
+        {
+            let (mut file, name) =
+                (AdapterFile::open(&fixture.path.join(ADAPTER)).unwrap(), format!("model.layers.{name}.weight"));
+            file.tensors.remove(&name).unwrap();
             let error = attach_file(fixture.model().as_mut(), &file, Use::Inference).err().unwrap().to_string();
             assert!(error.contains(&format!("{name} is missing")), "{error}");
-        };
-        missing("model.layers.1.mlp.experts.2.up_proj.lora_B.weight");
-        missing("model.layers.1.mlp.experts.2.gate_proj.lora_A.weight");
-        missing("model.layers.0.mlp.experts.0.down_proj.lora_A.weight");
+        }
+        let mut file = AdapterFile::open(&fixture.path.join(ADAPTER)).unwrap();
+        file.tensors.retain(|name, _| !name.contains("layers.1.mlp.experts.3."));
+        let error = attach_file(fixture.model().as_mut(), &file, Use::Training).err().unwrap().to_string();
+        assert!(error.contains("layers.1.mlp.experts.3.gate_up_proj.lora_A.weight is missing"), "{error}");
     }
+}
+
+/// Mixtral's had names of their own: the product of the joined matrices is that of gate above that of up.
+#[test]
+fn old_names_of_gate_up_and_down() {
+    let (fixture, r) = (Fixture::open("mixtral-hub"), 3);
+    let mut file = AdapterFile::open(&fixture.path.join("adapter")).unwrap();
+    (file.tensors, file.config) = (BTreeMap::new(), LoraConfig { r, ..LoraConfig::default() });
+    for (seed, (part, rows, columns)) in [("w1", 20, 32), ("w3", 20, 32), ("w2", 32, 20)].into_iter().enumerate() {
+        for expert in 0..5 {
+            for (side, shape) in [("A", (r, columns)), ("B", (rows, r))] {
+                let values =
+                    (0..shape.0 * shape.1).map(|i| ((i * 7 + expert * 3 + seed * 5) % 11) as f32 - 5.0).collect();
+                let name = format!("model.layers.1.block_sparse_moe.experts.{expert}.{part}.lora_{side}.weight");
+                file.tensors.insert(name, Tensor::from_vec::<_, f32>(values, shape, &Device::Cpu).unwrap());
+            }
+        }
+    }
+    let joined = file.for_model(fixture.checkpoint.spec()).unwrap();
+    let product = |tensors: &BTreeMap<String, Tensor>, module: &str| {
+        let side = |side: &str| tensors[&format!("model.layers.1.{module}.lora_{side}.weight")].clone();
+        side("B").matmul(&side("A")).unwrap()
+    };
+    for expert in 0..5 {
+        let old = |part: &str| product(&file.tensors, &format!("block_sparse_moe.experts.{expert}.{part}"));
+        let new = |part: &str| product(&joined, &format!("mlp.experts.{expert}.{part}"));
+        let gate_up = Tensor::cat(&[old("w1"), old("w3")], 0).unwrap();
+        assert_eq!(values(&new("gate_up_proj")), values(&gate_up));
+        assert_eq!(values(&new("down_proj")), values(&old("w2")));
+    }
+    assert_eq!(joined.len(), 5 * 4);
+    attach_file(fixture.model().as_mut(), &file, Use::Inference).unwrap();
 }
 
 #[test]
@@ -270,6 +308,8 @@ fn names_stand_for_what_they_stand_for_in_peft() {
     // elsewhere modules, where there are any
     let (_, modules) = named("llama4-text", "down_proj");
     assert!(modules.iter().all(|name| !name.contains(".experts.")), "{modules:?}");
+    let (config, _) = named("llama4-text", "experts.gate_up_proj");
+    assert_eq!(config["target_parameters"], json!(["feed_forward.experts.gate_up_proj"]));
     let (config, _) = named("llama4-text", "experts.down_proj");
     assert_eq!(config["target_parameters"], json!(["feed_forward.experts.down_proj"]));
     let (config, _) = named("phi3-window-hub", "qkv_proj,gate_up_proj");
@@ -297,5 +337,12 @@ fn tensors_of_experts_that_are_none_of_this_model() {
         "needs [2, 32]",
     );
     refused(&|file| drop(file.tensors.remove(name)), "is missing");
+    let extra = |name: &'static str| {
+        move |file: &mut AdapterFile| {
+            drop(file.tensors.insert(name.into(), Tensor::zeros((2, 32), DType::F32, &Device::Cpu).unwrap()))
+        }
+    };
+    refused(&extra("model.layers.5"), "no layer for model.layers.5");
+    refused(&extra("model.layers.0.mlp.experts.9.down_proj.lora_A.weight"), "no layer for");
     refused(&|file| file.config.r = 1, "needs [1, 32]");
 }
