@@ -82,6 +82,15 @@ impl Projections {
         Ok(self)
     }
 
+    /// Gate and up apart where they are one matrix, the gate's rows first.
+    fn in_two(mut self) -> Result<Self> {
+        if let [both] = &self.weights[..] {
+            let half = both.dim(0)? / 2;
+            self.weights = vec![both.narrow(0, 0, half)?, both.narrow(0, half, half)?];
+        }
+        Ok(self)
+    }
+
     fn inputs(&self) -> usize {
         self.weights.first().and_then(|weight| weight.dims().get(1).copied()).unwrap_or(0)
     }
@@ -177,7 +186,7 @@ impl LayerRows {
             return Ok(None);
         };
         let gate_up = gate_up.in_halves()?;
-        let ([qkv, output], block_norms) = (attention, [before_attention, before_mlp]);
+        let ([qkv, output], block_norms, gate_up) = (attention, [before_attention, before_mlp], gate_up.in_two()?);
         Ok(Some(Self { block_norms, head_norms, qkv, output, gate_up, down, cache }))
     }
 
