@@ -11,6 +11,7 @@
 use std::cmp::Ordering;
 
 use candle_core::{D, DType, Device, Tensor};
+use rayon::prelude::*;
 
 use crate::{
     Error, Result, Value,
@@ -79,7 +80,7 @@ pub fn route(logits: &Value, bias: Option<&Tensor>, spec: &RouterSpec) -> Result
         return Err(Error::operand(OP, "bias", [experts], bias.dims()));
     }
     let ranks = spec.ranks(&on_host(logits.tensor())?, bias.map(on_host).transpose()?.as_deref());
-    let chosen: Vec<u32> = ranks.chunks_exact(experts).flat_map(|ranks| spec.choose(ranks)).collect();
+    let chosen: Vec<u32> = ranks.par_chunks_exact(experts).flat_map_iter(|ranks| spec.choose(ranks)).collect();
     let (spec, chosen_t) = (*spec, Tensor::from_slice(&chosen, (tokens, spec.top_k), logits.tensor().device())?);
     let weights = one(composite(&[logits], move |t| Ok(vec![spec.weights(&t[0], &chosen_t)?]))?);
     Ok(Routed { experts: chosen, weights })
