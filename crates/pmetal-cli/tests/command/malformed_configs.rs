@@ -28,7 +28,7 @@ fn values_that_describe_no_model() {
         ),
         ("hidden_size", json!(32.5), &["hidden_size: expected a whole number", "found 32.5"]),
         ("num_hidden_layers", json!(-1), &["num_hidden_layers: expected a whole number", "found -1"]),
-        ("num_hidden_layers", json!(4097), &["num_hidden_layers: 4097 is more than 4096"]),
+        ("num_hidden_layers", json!(4097), &["num_hidden_layers: 4097 is more than 1024"]),
         ("vocab_size", json!(0), &["vocab_size", "found 0"]),
         ("vocab_size", json!(67_108_864), &["vocab_size: is 67108864", "has 96 rows", "has to be 96"]),
         ("num_attention_heads", json!(true), &["num_attention_heads", "found true"]),
