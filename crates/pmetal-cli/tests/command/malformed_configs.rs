@@ -39,7 +39,6 @@ fn values_that_describe_no_model() {
         ("model_type", json!("bert"), &["config.json: architecture bert is not supported", "`pmetal models`"]),
         ("model_type", json!(5), &["model_type: expected a text, found 5"]),
         ("hidden_act", json!("gelu"), &["hidden_act: gelu is not supported, only silu", "another model"]),
-        ("attention_dropout", json!(0.1), &["attention_dropout", "set it to 0"]),
         (
             "quantization_config",
             json!({"quant_method": "gptq"}),
