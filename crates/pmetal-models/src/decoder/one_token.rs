@@ -82,15 +82,6 @@ impl Projections {
         Ok(self)
     }
 
-    /// Gate and up apart where they are one matrix, the gate's rows first.
-    fn in_two(mut self) -> Result<Self> {
-        if let [both] = &self.weights[..] {
-            let half = both.dim(0)? / 2;
-            self.weights = vec![both.narrow(0, 0, half)?, both.narrow(0, half, half)?];
-        }
-        Ok(self)
-    }
-
     fn inputs(&self) -> usize {
         self.weights.first().and_then(|weight| weight.dims().get(1).copied()).unwrap_or(0)
     }
@@ -185,8 +176,7 @@ impl LayerRows {
         let [Some(gate_up), Some(down)] = [Projections::of(mlp[0], dtype)?, Projections::of(mlp[1], dtype)?] else {
             return Ok(None);
         };
-        let gate_up = gate_up.in_halves()?;
-        let ([qkv, output], block_norms, gate_up) = (attention, [before_attention, before_mlp], gate_up.in_two()?);
+        let ([qkv, output], block_norms, gate_up) = (attention, [before_attention, before_mlp], gate_up.in_halves()?);
         Ok(Some(Self { block_norms, head_norms, qkv, output, gate_up, down, cache }))
     }
 
